@@ -1,0 +1,1 @@
+"""Nothing but the registration of torch.ops.farms_fast on import."""
