@@ -1,0 +1,100 @@
+// The library solver: cuSOLVER's batched tridiagonalisation and divide-and-conquer, eigenvalues only.
+#include <cusolverDn.h>
+
+#include <limits>
+#include <map>
+#include <memory>
+
+#include "../check.h"
+#include "solver.h"
+
+namespace farms_fast {
+namespace {
+
+void check(cusolverStatus_t status, const char* call) {
+  if (status != CUSOLVER_STATUS_SUCCESS) fail("cusolver: ", call, " returned status ", static_cast<int>(status));
+}
+#define FARMS_CUSOLVER_CHECK(call) check((call), #call)
+
+struct Types {
+  cudaDataType matrix;
+  cudaDataType values;
+};
+
+Types types_of(DType dtype) {
+  switch (dtype) {
+    case DType::f32:
+      return {CUDA_R_32F, CUDA_R_32F};
+    case DType::c64:
+      return {CUDA_C_32F, CUDA_R_32F};
+    case DType::c128:
+      return {CUDA_C_64F, CUDA_R_64F};
+    default:
+      return {CUDA_R_64F, CUDA_R_64F};
+  }
+}
+
+struct Context {
+  cusolverDnHandle_t handle = nullptr;
+  cusolverDnParams_t params = nullptr;
+};
+
+// One handle per thread and device, made on first use and kept until the process ends: destroying one in a static
+// destructor would call into a CUDA runtime that may be gone by then.
+const Context& context() {
+  static thread_local std::map<int, Context> contexts;
+  int device = 0;
+  FARMS_CUDA_CHECK(cudaGetDevice(&device));
+  Context& found = contexts[device];
+  if (found.handle == nullptr) {
+    FARMS_CUSOLVER_CHECK(cusolverDnCreate(&found.handle));
+    FARMS_CUSOLVER_CHECK(cusolverDnCreateParams(&found.params));
+  }
+  return found;
+}
+
+struct Workspace {
+  size_t device = 0;
+  size_t host = 0;
+};
+
+Workspace query(int64_t batch, int64_t order, DType dtype) {
+  const Context& ctx = context();
+  const Types types = types_of(dtype);
+  Workspace bytes;
+  FARMS_CUSOLVER_CHECK(cusolverDnXsyevBatched_bufferSize(
+      ctx.handle, ctx.params, CUSOLVER_EIG_MODE_NOVECTOR, CUBLAS_FILL_MODE_LOWER, order, types.matrix, nullptr, order,
+      types.values, nullptr, types.matrix, &bytes.device, &bytes.host, batch));
+  return bytes;
+}
+
+int64_t max_batch(int64_t order, DType) {
+  // Element counts are 32-bit inside the routine, and it refuses batches a little above 32,000.
+  const int64_t elements = std::numeric_limits<int32_t>::max();
+  const int64_t batch = elements / (order * order);
+  return batch < 1 ? 1 : (batch > 16384 ? 16384 : batch);
+}
+
+size_t workspace_bytes(int64_t batch, int64_t order, DType dtype) { return query(batch, order, dtype).device; }
+
+void solve(void* gram, int64_t batch, int64_t order, DType dtype, void* workspace, void* evals, int* failed,
+           cudaStream_t stream) {
+  const Context& ctx = context();
+  const Types types = types_of(dtype);
+  const Workspace bytes = query(batch, order, dtype);
+  // The routine has returned from the host's part of its work when the call does.
+  std::unique_ptr<char[]> host(bytes.host > 0 ? new char[bytes.host] : nullptr);
+  FARMS_CUSOLVER_CHECK(cusolverDnSetStream(ctx.handle, stream));
+  FARMS_CUSOLVER_CHECK(cusolverDnXsyevBatched(
+      ctx.handle, ctx.params, CUSOLVER_EIG_MODE_NOVECTOR, CUBLAS_FILL_MODE_LOWER, order, types.matrix, gram, order,
+      types.values, evals, types.matrix, workspace, bytes.device, host.get(), bytes.host, failed, batch));
+}
+
+}  // namespace
+
+const CudaSolver& cusolver() {
+  static const CudaSolver solver{"cusolver", max_batch, workspace_bytes, solve};
+  return solver;
+}
+
+}  // namespace farms_fast

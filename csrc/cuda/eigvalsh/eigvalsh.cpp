@@ -1,0 +1,120 @@
+#include "eigvalsh.h"
+
+#include <algorithm>
+
+#include "../check.h"
+#include "../context.h"
+#include "scale.h"
+#include "solver.h"
+
+namespace farms_fast {
+namespace {
+
+const std::vector<const CudaSolver*>& solvers() {
+  static const std::vector<const CudaSolver*> all{&cusolver()};
+  return all;
+}
+
+const CudaSolver& find_solver(const char* op, const std::string& name) {
+  if (name == "auto") return cusolver();
+  std::string known = "auto";
+  for (const CudaSolver* solver : solvers()) {
+    if (name == solver->name) return *solver;
+    known += std::string(", ") + solver->name;
+  }
+  fail(op, ": argument 'solver': expected one of ", known, " on CUDA, got ", name);
+}
+
+// A quarter of the device's memory: fixed for a device, so that the same input always falls into the same chunks.
+int64_t default_budget() {
+  static thread_local int64_t total = [] {
+    size_t available = 0, all = 0;
+    FARMS_CUDA_CHECK(cudaMemGetInfo(&available, &all));
+    return static_cast<int64_t>(all);
+  }();
+  return total / 4;
+}
+
+struct Chunks {
+  int64_t size;
+  int64_t workspace;
+};
+
+// The most matrices at once whose copies and workspace fit into the budget, spread evenly over the calls.
+Chunks plan_chunks(const char* op, const CudaSolver& solver, int64_t count, int64_t order, DType dtype,
+                   int64_t memory_budget) {
+  const int64_t budget = memory_budget > 0 ? memory_budget : default_budget();
+  const int64_t matrix = order * order * static_cast<int64_t>(item_size(dtype));
+  const auto needed = [&](int64_t batch) {
+    return batch * matrix + static_cast<int64_t>(solver.workspace_bytes(batch, order, dtype));
+  };
+  int64_t most = std::min(count, solver.max_batch(order, dtype));
+  most = std::max<int64_t>(1, std::min(most, budget / matrix));
+  while (most > 1 && needed(most) > budget) most = std::max<int64_t>(1, most * 7 / 8);
+  FARMS_CHECK(needed(most) <= budget, op, "memory_budget", "expected at least the ", needed(most),
+              " bytes of one matrix of order ", order, " and its workspace, got ", budget);
+  const int64_t calls = (count + most - 1) / most;
+  const int64_t size = (count + calls - 1) / calls;
+  return {size, static_cast<int64_t>(solver.workspace_bytes(size, order, dtype))};
+}
+
+// fill(begin, batch, gram): writes the chunk's Gram matrices.
+template <typename Fill>
+void solve_chunks(const char* op, const std::string& name, int64_t count, int64_t order, DType dtype,
+                  int64_t memory_budget, bool clip, const CudaContext& context, torch::stable::Tensor& evals,
+                  const Fill& fill) {
+  const CudaSolver& solver = find_solver(op, name);
+  const Chunks chunks = plan_chunks(op, solver, count, order, dtype, memory_budget);
+  const int64_t matrix = order * order * static_cast<int64_t>(item_size(dtype));
+  const DType real = real_dtype(dtype);
+  const auto gram = context.bytes(chunks.size * matrix);
+  const auto workspace = context.bytes(std::max<int64_t>(chunks.workspace, 1));
+  const auto state = context.bytes(2 * chunks.size * static_cast<int64_t>(sizeof(int)));
+  int* exponents = static_cast<int*>(state.mutable_data_ptr());
+  int* failed = exponents + chunks.size;
+  for (int64_t begin = 0; begin < count; begin += chunks.size) {
+    const int64_t batch = std::min(chunks.size, count - begin);
+    char* out = static_cast<char*>(evals.mutable_data_ptr()) + begin * order * static_cast<int64_t>(item_size(real));
+    fill(begin, batch, gram.mutable_data_ptr());
+    scale_gram(gram.mutable_data_ptr(), batch, order, dtype, exponents, context.stream());
+    solver.solve(gram.mutable_data_ptr(), batch, order, dtype, workspace.mutable_data_ptr(), out, failed,
+                 context.stream());
+    unscale_eigenvalues(out, batch, order, real, exponents, failed, clip, context.stream());
+  }
+}
+
+}  // namespace
+
+std::vector<std::string> cuda_solver_names() {
+  std::vector<std::string> names;
+  for (const CudaSolver* solver : solvers()) names.emplace_back(solver->name);
+  return names;
+}
+
+void eigvalsh_cuda(const torch::stable::Tensor& gram, DType dtype, const std::string& solver, int64_t memory_budget,
+                   torch::stable::Tensor& evals) {
+  const CudaContext context(gram);
+  const int64_t count = gram.size(0), order = gram.size(1);
+  const int64_t matrix = order * order * static_cast<int64_t>(item_size(dtype));
+  const char* data = static_cast<const char*>(gram.const_data_ptr());
+  solve_chunks("eigvalsh", solver, count, order, dtype, memory_budget, /*clip=*/false, context, evals,
+               [&](int64_t begin, int64_t batch, void* chunk) {
+                 FARMS_CUDA_CHECK(cudaMemcpyAsync(chunk, data + begin * matrix, batch * matrix,
+                                                  cudaMemcpyDeviceToDevice, context.stream()));
+               });
+}
+
+void window_eigvalsh_cuda(const std::vector<WindowView>& windows, int64_t order, DType in, DType precision,
+                          const std::string& solver, int64_t memory_budget, torch::stable::Tensor& evals) {
+  const CudaContext context(evals);
+  const int64_t count = static_cast<int64_t>(windows.size());
+  const auto table = context.bytes(count * static_cast<int64_t>(sizeof(WindowView)));
+  WindowView* views = static_cast<WindowView*>(table.mutable_data_ptr());
+  solve_chunks("window_eigvalsh", solver, count, order, gram_dtype(in, precision), memory_budget, /*clip=*/true,
+               context, evals, [&](int64_t begin, int64_t batch, void* chunk) {
+                 window_gram_cuda(windows.data() + begin, batch, order, in, precision, views + begin, chunk,
+                                  context.stream());
+               });
+}
+
+}  // namespace farms_fast

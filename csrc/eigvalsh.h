@@ -1,0 +1,22 @@
+// Eigenvalues of batches of real symmetric or complex Hermitian matrices, ascending. A matrix that holds a value that
+// is not finite gets NaN for every eigenvalue: it never reaches a solver, and its neighbours do not notice.
+#pragma once
+
+#include <cstdint>
+
+#include "dtype.h"
+#include "gram.h"
+
+namespace farms_fast {
+
+// gram: (count, order, order), read only, its lower triangle in column-major order is used.
+// evals: (count, order), of type real_dtype(dtype).
+// memory_budget: bytes of workspace over all threads, 0 for no bound.
+void eigvalsh_cpu(const void* gram, int64_t count, int64_t order, DType dtype, int64_t memory_budget, void* evals);
+
+// Gram and eigenvalues window by window; negative rounding noise becomes 0.
+// evals: (count, order), of type `precision`.
+void window_eigvalsh_cpu(const WindowView* windows, int64_t count, int64_t order, DType in, DType precision,
+                         int64_t memory_budget, void* evals);
+
+}  // namespace farms_fast

@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from farms_fast import build_info
+
+DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not build_info()["cuda"]:
+        reason = "this build has no CUDA ops"
+    elif not torch.cuda.is_available():
+        reason = "no CUDA device"
+    else:
+        return
+    skip = pytest.mark.skip(reason=reason)
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Every device that an op runs on."""
+    return torch.device(request.param)
