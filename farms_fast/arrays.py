@@ -1,0 +1,125 @@
+"""Arrays of the kinds that users bring: NumPy, torch, CuPy and others that speak DLPack."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+COMPLEX = (torch.complex64, torch.complex128)
+
+
+def to_tensor(
+    name: str, array: Any, *, real: bool = False
+) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    """Sees an array as a tensor, and tells how to give a result back in the same kind.
+
+    Args:
+        name: the argument's name, for messages.
+        array: a NumPy array, a torch tensor, or anything with `__dlpack__` (CuPy, JAX, ...). Its
+            memory is shared where possible and never written.
+        real: refuse complex arrays.
+
+    Returns:
+        The tensor (detached, with lazy conjugation resolved), and a function from a tensor to an
+        array of the caller's kind on the caller's device.
+
+    Raises:
+        TypeError: not an array, sparse, or of a dtype that is not floating (nor complex, unless
+            `real`).
+        ValueError: on a device that is neither CPU nor CUDA.
+    """
+    expected = "a real floating dtype" if real else "a floating or complex dtype"
+    if isinstance(array, Tensor):
+        if array.layout != torch.strided:
+            layout = str(array.layout).removeprefix("torch.")
+            raise TypeError(f"{name}: expected a dense tensor, got layout {layout}")
+        if array.device.type not in ("cpu", "cuda"):
+            raise ValueError(f"{name}: expected device cpu or cuda, got {array.device}")
+        device = array.device
+        tensor = array.detach().resolve_conj().resolve_neg()
+        return _checked(name, tensor, expected, real), lambda result: result.to(device)
+    if isinstance(array, np.ndarray):
+        if isinstance(array, np.ma.MaskedArray):
+            raise TypeError(f"{name}: expected an array without a mask, got a MaskedArray")
+        if array.dtype.kind not in ("f" if real else "fc") or array.dtype.char in "gG":
+            raise TypeError(f"{name}: expected {expected}, got {array.dtype}")
+        return _from_numpy(array), lambda result: result.cpu().numpy()
+    if hasattr(array, "__dlpack__") and hasattr(array, "__dlpack_device__"):
+        # from_dlpack makes torch's current stream wait for the producer's, and the other way back.
+        tensor = _checked(name, torch.utils.dlpack.from_dlpack(array), expected, real)
+        device = tensor.device
+        return tensor, lambda result: _namespace_of(name, array).from_dlpack(result.to(device))
+    raise TypeError(
+        f"{name}: expected a NumPy array, a torch tensor or an array with __dlpack__, "
+        f"got {type(array).__name__}"
+    )
+
+
+def _checked(name: str, tensor: Tensor, expected: str, real: bool) -> Tensor:
+    if tensor.dtype not in (FLOATING if real else FLOATING + COMPLEX):
+        raise TypeError(
+            f"{name}: expected {expected}, got {str(tensor.dtype).removeprefix('torch.')}"
+        )
+    return tensor
+
+
+def _from_numpy(array: np.ndarray[Any, Any]) -> Tensor:
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    # torch has no negative strides, and none that cut through elements, as fields of records do.
+    strange = any(stride < 0 or stride % array.itemsize for stride in array.strides)
+    if strange or not array.flags.aligned:
+        array = array.copy()
+    with warnings.catch_warnings():
+        # torch warns that a read-only array could be written through the tensor; it never is here.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(array)
+
+
+def _namespace_of(name: str, array: Any) -> Any:
+    module = type(array).__module__.partition(".")[0]
+    if module == "cupy":
+        import cupy  # type: ignore[import-not-found,import-untyped,unused-ignore]
+
+        return cupy
+    if hasattr(array, "__array_namespace__"):
+        return array.__array_namespace__()
+    raise TypeError(f"{name}: expected an array whose library has from_dlpack, got {module}")
+
+
+def resolve_device(device: str | torch.device | None, default: torch.device) -> torch.device:
+    """The device that an argument names, checked to be there.
+
+    Args:
+        device: "cpu", "cuda", "cuda:1", a `torch.device`, or None for the default.
+        default: what None stands for.
+
+    Raises:
+        ValueError: an unknown device, a CUDA device that is not there, or a build without CUDA.
+    """
+    from farms_fast._extension import has_cuda
+
+    try:
+        found = default if device is None else torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device: expected cpu, cuda or cuda:N, got {device!r}") from error
+    if found.type == "cpu":
+        return found
+    if found.type != "cuda":
+        raise ValueError(f"device: expected cpu, cuda or cuda:N, got {str(found)!r}")
+    if not has_cuda():
+        raise ValueError(
+            f"device: got {str(found)!r}, but this installation was built without CUDA "
+            "(see farms_fast.build_info())"
+        )
+    if not torch.cuda.is_available() or (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device: got {str(found)!r}, but torch sees {torch.cuda.device_count()} CUDA devices"
+        )
+    return found
