@@ -1,0 +1,262 @@
+"""The record of one layer: its spectrum, its fit, its metrics and how far to trust them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from farms_fast.metrics import spectrum_metrics
+from farms_fast.power_law import PowerLawFit
+
+__all__ = ["LayerRecord", "Uncertainty"]
+
+Array = npt.NDArray[np.float64]
+
+_NAN = math.nan
+
+
+def _no_values() -> Array:
+    return np.empty(0, dtype=np.float64)
+
+
+def _no_windows() -> Array:
+    return np.empty((0, 0), dtype=np.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class Uncertainty:
+    """How far a layer's alpha depends on which windows were taken.
+
+    Attributes:
+        window_alphas: float64 (windows,), the alpha of each window alone; NaN where it has none.
+        alpha_se: Bootstrap standard error of the pooled alpha.
+        alpha_low: Lower end of its 95 % bootstrap interval.
+        alpha_high: Upper end of that interval.
+        alpha_even: Alpha of the even-numbered windows pooled.
+        alpha_odd: Alpha of the odd-numbered windows pooled.
+
+    Example:
+        >>> Uncertainty(alpha_even=2.0, alpha_odd=2.5).split_half
+        0.5
+    """
+
+    window_alphas: Array = field(default_factory=_no_values)
+    alpha_se: float = _NAN
+    alpha_low: float = _NAN
+    alpha_high: float = _NAN
+    alpha_even: float = _NAN
+    alpha_odd: float = _NAN
+
+    @property
+    def split_half(self) -> float:
+        """|alpha_even - alpha_odd|."""
+        return abs(self.alpha_even - self.alpha_odd)
+
+
+@dataclass(eq=False)
+class LayerRecord:
+    """Everything that is known about one layer.
+
+    The metrics are those of :func:`farms_fast.metrics.spectrum_metrics`, NaN where they do not
+    exist; ``alpha`` is NaN unless ``status`` is "ok". The fields of the uncertainty are those of
+    :class:`Uncertainty` and are NaN when there is one window.
+
+    Attributes:
+        name: The layer's name.
+        kind: What it is: "linear", "conv2d", ...
+        shape: (S, R, C), a stack of S matrices of R x C.
+        status: "ok", the status of a fit that failed ("too_few", "degenerate_tail",
+            "no_candidate"), "nonfinite" (NaN or infinity in the weights), or "error" (see message).
+        message: What went wrong, empty when nothing did.
+        windows: Number of windows over the whole stack.
+        window_rows: Rows of one window.
+        window_cols: Columns of one window.
+        dropped: Eigenvalues that the fit left out because they were zero or not finite.
+        window_alpha_mean: Mean of the finite ``window_alphas``.
+        window_alpha_std: Their sample standard deviation (n - 1).
+        split_half: |alpha_even - alpha_odd|.
+        evals: float64 (num_evals,), ascending, the eigenvalues of all windows pooled.
+        window_alphas: float64 (windows,), the alpha of each window alone.
+        window_evals: float64 (windows, k), ascending, the eigenvalues of each window.
+
+    Example:
+        >>> import numpy as np
+        >>> from farms_fast.power_law import PowerLawFit
+        >>> fit = PowerLawFit(alpha=2.5, D=0.1, xmin=1.0, n_tail=3, n=4, dropped=0,
+        ...                   status="ok", xmin_rule="median")
+        >>> record = LayerRecord.from_spectra(
+        ...     "fc", "linear", (1, 4, 4), np.array([[0.5, 1.0], [2.0, 4.0]]), fit, 2, 2)
+        >>> record.windows, record.spectral_norm, record.evals.tolist()
+        (2, 4.0, [0.5, 1.0, 2.0, 4.0])
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, int, int]
+    status: str
+    message: str = ""
+    windows: int = 0
+    window_rows: int = 0
+    window_cols: int = 0
+    alpha: float = _NAN
+    D: float = _NAN
+    sigma: float = _NAN
+    xmin: float = _NAN
+    xmax: float = _NAN
+    num_pl_spikes: int = 0
+    norm: float = _NAN
+    log_norm: float = _NAN
+    spectral_norm: float = _NAN
+    log_spectral_norm: float = _NAN
+    alpha_weighted: float = _NAN
+    log_alpha_norm: float = _NAN
+    stable_rank: float = _NAN
+    matrix_rank: int | float = _NAN
+    entropy: float = _NAN
+    mp_softrank: float = _NAN
+    Q: float = _NAN
+    M: int = 0
+    N: int = 0
+    num_evals: int = 0
+    dropped: int = 0
+    window_alpha_mean: float = _NAN
+    window_alpha_std: float = _NAN
+    alpha_se: float = _NAN
+    alpha_low: float = _NAN
+    alpha_high: float = _NAN
+    alpha_even: float = _NAN
+    alpha_odd: float = _NAN
+    split_half: float = _NAN
+    evals: Array = field(default_factory=_no_values, repr=False)
+    window_alphas: Array = field(default_factory=_no_values, repr=False)
+    window_evals: Array = field(default_factory=_no_windows, repr=False)
+
+    @classmethod
+    def from_spectra(
+        cls,
+        name: str,
+        kind: str,
+        shape: tuple[int, int, int],
+        window_evals: Array,
+        fit: PowerLawFit,
+        window_rows: int,
+        window_cols: int,
+        uncertainty: Uncertainty | None = None,
+        *,
+        evals: Array | None = None,
+        eps: float = float(np.finfo(np.float64).eps),
+        message: str = "",
+    ) -> LayerRecord:
+        """Builds the record of a layer whose eigenvalues are known.
+
+        Args:
+            name: The layer's name.
+            kind: The layer's kind.
+            shape: The stack's shape (S, R, C).
+            window_evals: float64 (windows, k), the eigenvalues of each window, each row ascending.
+            fit: The power-law fit of all of them pooled; its status becomes the record's.
+            window_rows: Rows of one window.
+            window_cols: Columns of one window.
+            uncertainty: The spread over the windows; None where it was not asked for. Ignored when
+                there is one window, which has no spread.
+            evals: The pooled eigenvalues in ascending order, if the caller has them already.
+            eps: Unit roundoff of the arithmetic that gave the eigenvalues.
+            message: What went wrong; by default the fit's status in words.
+
+        Raises:
+            ValueError: If window_evals is not two-dimensional or evals is not as long.
+        """
+        per_window = np.asarray(window_evals, dtype=np.float64)
+        if per_window.ndim != 2:
+            raise ValueError(
+                f"window_evals: expected shape (windows, k), got {per_window.shape}",
+            )
+        pooled = np.sort(per_window, axis=None) if evals is None else np.asarray(evals, np.float64)
+        if pooled.shape != (per_window.size,):
+            raise ValueError(f"evals: expected shape ({per_window.size},), got {pooled.shape}")
+
+        metrics: dict[str, Any] = dict(
+            spectrum_metrics(pooled, fit, window_rows, window_cols, eps=eps)
+        )
+        spread = uncertainty if uncertainty and len(per_window) > 1 else Uncertainty()
+        alphas = np.asarray(spread.window_alphas, dtype=np.float64)
+        finite = alphas[np.isfinite(alphas)]
+        return cls(
+            name=name,
+            kind=kind,
+            shape=shape,
+            status=fit.status,
+            message=message or _fit_message(fit),
+            windows=len(per_window),
+            window_rows=window_rows,
+            window_cols=window_cols,
+            dropped=fit.dropped,
+            window_alpha_mean=float(finite.mean()) if finite.size else _NAN,
+            window_alpha_std=float(finite.std(ddof=1)) if finite.size > 1 else _NAN,
+            alpha_se=spread.alpha_se,
+            alpha_low=spread.alpha_low,
+            alpha_high=spread.alpha_high,
+            alpha_even=spread.alpha_even,
+            alpha_odd=spread.alpha_odd,
+            split_half=spread.split_half,
+            evals=pooled,
+            window_alphas=alphas,
+            window_evals=per_window,
+            **metrics,
+        )
+
+    @classmethod
+    def without_spectrum(
+        cls, name: str, kind: str, shape: tuple[int, int, int], status: str, message: str
+    ) -> LayerRecord:
+        """Builds the record of a layer that has no eigenvalues, with the reason.
+
+        Args:
+            name: The layer's name.
+            kind: The layer's kind.
+            shape: The stack's shape (S, R, C).
+            status: "nonfinite" or "error".
+            message: What went wrong, in one sentence.
+
+        Example:
+            >>> record = LayerRecord.without_spectrum(
+            ...     "fc", "linear", (1, 4, 4), "nonfinite", "3 of 16 weights are NaN")
+            >>> record.status, record.alpha
+            ('nonfinite', nan)
+        """
+        return cls(name=name, kind=kind, shape=shape, status=status, message=message)
+
+    def scalars(self) -> dict[str, str | int | float]:
+        """The record without its arrays; the shape as ``stack``, ``rows`` and ``cols``."""
+        row: dict[str, str | int | float] = {}
+        for name in SCALAR_FIELDS:
+            if name == "shape":
+                row["stack"], row["rows"], row["cols"] = self.shape
+            else:
+                row[name] = getattr(self, name)
+        return row
+
+
+# What the files of an analysis are made of, in the order of the fields.
+ARRAY_FIELDS = ("evals", "window_alphas", "window_evals")
+SCALAR_FIELDS = tuple(f.name for f in dataclasses.fields(LayerRecord) if f.name not in ARRAY_FIELDS)
+INT_FIELDS = frozenset(
+    ("windows", "window_rows", "window_cols", "num_pl_spikes", "M", "N", "num_evals", "dropped")
+)
+CSV_COLUMNS = tuple(LayerRecord.without_spectrum("", "", (0, 0, 0), "", "").scalars())
+
+
+def _fit_message(fit: PowerLawFit) -> str:
+    used = f"{fit.n} eigenvalues, {fit.dropped} dropped, xmin rule {fit.xmin_rule!r}"
+    return {
+        "ok": "",
+        "too_few": f"too few positive eigenvalues for a fit ({used})",
+        "degenerate_tail": f"the eigenvalues of the tail are all equal ({used})",
+        "no_candidate": f"no eigenvalue qualifies as xmin ({used})",
+        "nonfinite": f"the spectrum has values that are not finite ({used})",
+    }.get(fit.status, f"the fit ended as {fit.status!r} ({used})")
