@@ -1,6 +1,35 @@
-"""Spectra of neural-network weights, exact and fast, and what they say about every layer."""
+"""Spectra of neural-network weights, exact and fast, and what they say about every layer.
+
+The empirical spectral density (ESD) of a weight matrix W is the set of eigenvalues of W·Wᵀ. FARMS
+(Fixed-Aspect-Ratio Matrix Subsampling, arXiv 2506.06280) takes it over windows of one aspect ratio,
+so that the power-law exponent alpha of its tail no longer depends on the matrix's shape.
+
+Example:
+    >>> import torch
+    >>> import farms_fast
+    >>> model = torch.nn.Linear(256, 512)
+    >>> analysis = farms_fast.analyze(model, farms_fast.FixedAspectSampling(rows=128))
+    >>> len(analysis), analysis.layers[0].windows
+    (1, 225)
+"""
 
 from farms_fast._extension import __version__, build_info
+from farms_fast.analysis import analyze
+from farms_fast.power_law import PowerLawFit, fit_power_law
+from farms_fast.records import LayerRecord
+from farms_fast.results import Analysis
+from farms_fast.spectrum import esd
 from farms_fast.windows import FixedAspectSampling, FullMatrix
 
-__all__ = ["FixedAspectSampling", "FullMatrix", "__version__", "build_info"]
+__all__ = [
+    "Analysis",
+    "FixedAspectSampling",
+    "FullMatrix",
+    "LayerRecord",
+    "PowerLawFit",
+    "__version__",
+    "analyze",
+    "build_info",
+    "esd",
+    "fit_power_law",
+]

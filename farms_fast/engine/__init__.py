@@ -1,0 +1,1 @@
+"""From layers to spectra: what is solved together, and how it runs."""
