@@ -44,9 +44,8 @@ class LayerWindows:
     @property
     def weight_bytes(self) -> int:
         """Bytes of the layer's weights as stored."""
-        # Spectral weights of a real dtype store two numbers an element.
-        apart = self.spec.kind == "spectral" and not self.spec.dtype.is_complex
-        return math.prod(self.spec.shape) * int(self.spec.dtype.itemsize) * (2 if apart else 1)
+        numbers = math.prod(self.spec.shape) * (2 if _stores_two_reals(self.spec) else 1)
+        return numbers * int(self.spec.dtype.itemsize)
 
 
 @dataclass(frozen=True)
@@ -112,8 +111,8 @@ def plan(specs: Sequence[LayerSpec], sampling: Sampling, memory: int | None = No
             reason = f"no window of {sampling} fits {rows} x {columns}"
             skipped.append(Skipped(spec.name, spec.shape, reason))
             continue
-        # Spectral weights stored as two reals become complex stacks: never beside real ones.
-        key = (grid.order, spec.dtype, spec.kind == "spectral")
+        # Weights stored as two reals become complex stacks: never beside real ones.
+        key = (grid.order, spec.dtype, _stores_two_reals(spec))
         buckets.setdefault(key, []).append(LayerWindows(index, spec, grid))
     batches = [
         Batch(order, tuple(part))
@@ -122,6 +121,10 @@ def plan(specs: Sequence[LayerSpec], sampling: Sampling, memory: int | None = No
     ]
     batches.sort(key=lambda batch: batch.layers[0].index)
     return Plan(tuple(batches), tuple(skipped))
+
+
+def _stores_two_reals(spec: LayerSpec) -> bool:
+    return spec.kind == "spectral" and not spec.dtype.is_complex
 
 
 def _split(layers: list[LayerWindows], order: int, limit: int) -> list[list[LayerWindows]]:
