@@ -1,5 +1,7 @@
 // Importing farms_fast._C loads this library, and loading it registers the ops; the module itself is empty.
+#ifndef Py_LIMITED_API
 #define Py_LIMITED_API 0x030a0000
+#endif
 #include <Python.h>
 
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C(void) {
