@@ -11,7 +11,13 @@ import torch
 from torch import nn
 
 from farms_fast._extension import __version__, has_cuda
-from farms_fast.arrays import resolve_device
+from farms_fast.arguments import (
+    check_dtype,
+    check_sampling,
+    check_solver,
+    natural,
+    resolve_device,
+)
 from farms_fast.engine.execute import LayerSpectrum, batch_spectra
 from farms_fast.engine.plan import plan
 from farms_fast.power_law import xmin_rule
@@ -19,7 +25,6 @@ from farms_fast.progress import Progress, reporter
 from farms_fast.records import LayerRecord, Uncertainty
 from farms_fast.results import Analysis
 from farms_fast.sources import open_source
-from farms_fast.spectrum import check_sampling, check_solver, natural
 from farms_fast.uncertainty import FitRule, fit_layers
 from farms_fast.windows import FixedAspectSampling, Sampling
 
@@ -85,8 +90,7 @@ def analyze(
         [('0', 225, 'ok'), ('1', 225, 'ok')]
     """
     rule = FitRule(xmin_rule(xmin), xmin_pos, bins, getattr(sampling, "compat", None))
-    if dtype not in (torch.float64, torch.float32):
-        raise ValueError(f"dtype: expected torch.float64 or torch.float32, got {dtype!r}")
+    check_dtype(dtype)
     resamples = natural("bootstrap", bootstrap)
     budget = None if memory is None else natural("memory", memory, least=1)
     check_sampling(sampling)
@@ -134,7 +138,7 @@ def _records(
             status, message = "error", spectrum.error
         elif bad := int(spectrum.evals.isnan().any(dim=1).sum()):
             status = "nonfinite"
-            message = f"NaN or infinity in {bad} of {len(spectrum.evals)} windows"
+            message = f"NaN, infinity or overflow in {bad} of {len(spectrum.evals)} windows"
         else:
             usable.append((spectrum, spectrum.evals.to(torch.float64)))
             continue

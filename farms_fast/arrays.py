@@ -91,35 +91,3 @@ def _namespace_of(name: str, array: Any) -> Any:
     if hasattr(array, "__array_namespace__"):
         return array.__array_namespace__()
     raise TypeError(f"{name}: expected an array whose library has from_dlpack, got {module}")
-
-
-def resolve_device(device: str | torch.device | None, default: torch.device) -> torch.device:
-    """The device that an argument names, checked to be there.
-
-    Args:
-        device: "cpu", "cuda", "cuda:1", a `torch.device`, or None for the default.
-        default: what None stands for.
-
-    Raises:
-        ValueError: an unknown device, a CUDA device that is not there, or a build without CUDA.
-    """
-    from farms_fast._extension import has_cuda
-
-    try:
-        found = default if device is None else torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device: expected cpu, cuda or cuda:N, got {device!r}") from error
-    if found.type == "cpu":
-        return found
-    if found.type != "cuda":
-        raise ValueError(f"device: expected cpu, cuda or cuda:N, got {str(found)!r}")
-    if not has_cuda():
-        raise ValueError(
-            f"device: got {str(found)!r}, but this installation was built without CUDA "
-            "(see farms_fast.build_info())"
-        )
-    if not torch.cuda.is_available() or (found.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"device: got {str(found)!r}, but torch sees {torch.cuda.device_count()} CUDA devices"
-        )
-    return found

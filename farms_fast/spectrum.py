@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from farms_fast import ops
-from farms_fast.arrays import resolve_device, to_tensor
+from farms_fast.arguments import (
+    check_dtype,
+    check_sampling,
+    check_solver,
+    natural,
+    resolve_device,
+)
+from farms_fast.arrays import to_tensor
 from farms_fast.windows import FullMatrix, Sampling, window_table
 
 
@@ -60,8 +68,7 @@ def esd(
         raise ValueError(f"W: expected at least 2 dimensions, got shape {tuple(tensor.shape)}")
     if tensor.numel() == 0:
         raise ValueError(f"W: expected a matrix with elements, got shape {tuple(tensor.shape)}")
-    if dtype not in (torch.float64, torch.float32):
-        raise ValueError(f"dtype: expected torch.float64 or torch.float32, got {dtype!r}")
+    check_dtype(dtype)
     where = resolve_device(device, tensor.device)
     check_solver(solver, where)
     budget = 0 if memory is None else natural("memory", memory, least=1)
@@ -74,14 +81,8 @@ def esd(
             f"sampling: expected a window that fits {rows} x {columns}, {sampling} has none"
         )
     stack = tensor.reshape(-1, rows, columns).to(where)
-    evals = ops.window_eigvalsh(
-        [stack],
-        window_table(grid, entries=stack.shape[0]),
-        grid.order,
-        dtype,
-        solver or "auto",
-        budget,
-    )
+    table = window_table(grid, entries=stack.shape[0])
+    evals = window_eigenvalues([stack], table, grid.order, dtype, solver, budget)
     pooled = evals.reshape(stack.shape[0], -1)
     if bool(pooled.isnan().any()):
         if bool(stack.isfinite().all()):
@@ -93,30 +94,19 @@ def esd(
     return restore(pooled.reshape(*tensor.shape[:-2], -1))
 
 
-def check_sampling(sampling: object) -> None:
-    """Raises TypeError for anything that lays no grid of windows."""
-    if not hasattr(sampling, "grid"):
-        raise TypeError(
-            "sampling: expected FixedAspectSampling(...) or FullMatrix(), "
-            f"got {type(sampling).__name__}"
-        )
-
-
-def natural(argument: str, value: object, least: int = 0) -> int:
-    """The value as an int; TypeError unless it is an integer, ValueError below the least."""
+def window_eigenvalues(
+    stacks: Sequence[Tensor],
+    table: Tensor,
+    order: int,
+    dtype: torch.dtype,
+    solver: str | None,
+    memory: int,
+) -> Tensor:
+    """`ops.window_eigvalsh`, with a budget that holds no matrix as a ValueError naming `memory`."""
     try:
-        number = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise TypeError(f"{argument}: expected an integer, got {type(value).__name__}") from None
-    if isinstance(value, bool) or number < least:
-        raise ValueError(f"{argument}: expected an integer of at least {least}, got {value!r}")
-    return number
-
-
-def check_solver(solver: str | None, device: torch.device) -> None:
-    """Raises ValueError unless the solver is None, "auto" or one of the device's."""
-    known = ["auto", *torch.ops.farms_fast.solver_names(device.type)]
-    if solver is not None and solver not in known:
-        raise ValueError(
-            f"solver: expected one of {', '.join(known)} on {device.type}, got {solver!r}"
-        )
+        return ops.window_eigvalsh(stacks, table, order, dtype, solver or "auto", memory)
+    except RuntimeError as error:
+        _, found, needed = str(error).partition("argument 'memory_budget': ")
+        if not found:
+            raise
+        raise ValueError(f"memory: {needed}") from None

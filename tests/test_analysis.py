@@ -230,7 +230,9 @@ def test_any_batching_gives_the_same(device: torch.device) -> None:
     batches = {len(plan(specs, sampling).batches)}
     for memory in (2**30, 100_000, 60_000, 30_000):
         batches.add(len(plan(specs, sampling, memory).batches))
-        found = analyze(weights, sampling, memory=memory, device=device)
+        # A solver's workspace for one matrix may be more than all of these weights together.
+        enough = memory if device.type == "cpu" else memory + 2**22
+        found = analyze(weights, sampling, memory=enough, device=device)
         assert [layer.name for layer in found] == [layer.name for layer in expected]
         for layer, other in zip(found, expected, strict=True):
             assert_same_spectra(layer, other)
@@ -329,7 +331,7 @@ def test_a_layer_that_is_not_finite(
     assert bad.evals.size == 0
     windows = windows_over(weights["1.weight"].double().numpy()[None], SAMPLING)
     affected = sum(not np.isfinite(window).all() for window in windows)
-    assert bad.message == f"NaN or infinity in {affected} of 9 windows"
+    assert bad.message == f"NaN, infinity or overflow in {affected} of 9 windows"
     assert analysis.failed == [bad]
     for name in ("0", "2"):
         assert_same_spectra(analysis[name], whole[name])

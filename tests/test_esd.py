@@ -472,7 +472,7 @@ def test_bad_memory(memory: Any, error: type[Exception], message: str) -> None:
 
 
 def test_memory_that_holds_no_matrix() -> None:
-    with pytest.raises(RuntimeError, match=r"'memory_budget': expected at least the \d+ bytes"):
+    with pytest.raises(ValueError, match=r"^memory: expected at least the \d+ bytes"):
         esd(gaussian(30, 30), memory=1000)
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from farms_fast import ops
 from farms_fast.engine.plan import Batch, LayerWindows
 from farms_fast.sources import Source
+from farms_fast.spectrum import window_eigenvalues
 from farms_fast.windows import window_table
 
 
@@ -90,7 +90,7 @@ def _solve(
     budget = workspace or 0
     while True:
         try:
-            return ops.window_eigvalsh(stacks, table, order, dtype, solver or "auto", budget)
+            return window_eigenvalues(stacks, table, order, dtype, solver, budget)
         except torch.OutOfMemoryError:
             if stacks[0].device.type != "cuda":
                 raise
