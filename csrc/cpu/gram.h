@@ -21,7 +21,10 @@ class Scratch {
  public:
   T* reserve(int64_t count) {
     if (count > capacity_) {
-      storage_.reset(static_cast<T*>(std::malloc(sizeof(T) * static_cast<size_t>(count))));
+      // MKL gives the same bits again only on data aligned the same way.
+      constexpr size_t alignment = 64;
+      const size_t bytes = (sizeof(T) * static_cast<size_t>(count) + alignment - 1) / alignment * alignment;
+      storage_.reset(static_cast<T*>(std::aligned_alloc(alignment, bytes)));
       if (!storage_) throw std::bad_alloc();
       capacity_ = count;
     }
