@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import hypothesis
 import pytest
 import torch
 
 from farms_fast import build_info
+
+# How long an example takes says nothing on a machine that does other things as well.
+hypothesis.settings.register_profile("farms_fast", deadline=None)
+hypothesis.settings.load_profile("farms_fast")
 
 DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
 
