@@ -1,0 +1,1 @@
+"""Benchmarks: every case against its peers, results checked before anything is timed."""

