@@ -68,8 +68,11 @@ print("-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("includ
     for architecture in ${CUDA_ARCHITECTURES:-90}; do
       targets+=(-gencode "arch=compute_$architecture,code=sm_$architecture")
     done
+    # As torch's build does, which takes the operators of the half types away.
+    half=(-D__CUDA_NO_HALF_OPERATORS__ -D__CUDA_NO_HALF_CONVERSIONS__ -D__CUDA_NO_BFLOAT16_CONVERSIONS__
+      -D__CUDA_NO_HALF2_OPERATORS__ --expt-relaxed-constexpr)
     find csrc -name '*.cu' | sort |
-      compile_all "$nvcc" -std=c++17 -O3 "${targets[@]}" -Werror all-warnings -Xcompiler -Wall,-Wextra,-Werror
+      compile_all "$nvcc" -std=c++17 -O3 "${half[@]}" "${targets[@]}" -Werror all-warnings -Xcompiler -Wall,-Wextra,-Werror
     { find csrc/cuda -name '*.cpp' && echo csrc/library.cpp; } | sort |
       compile_all "${gxx[@]}" -DFARMS_FAST_CUDA -DUSE_CUDA "${torch[@]}" "${cuda[@]}"
     ;;
