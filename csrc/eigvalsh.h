@@ -9,7 +9,7 @@
 
 namespace farms_fast {
 
-// gram: (count, order, order), read only, its lower triangle in column-major order is used.
+// gram: (count, order, order), symmetric or Hermitian, read only.
 // evals: (count, order), of type real_dtype(dtype).
 // memory_budget: bytes of workspace over all threads, 0 for no bound.
 void eigvalsh_cpu(const void* gram, int64_t count, int64_t order, DType dtype, int64_t memory_budget, void* evals);

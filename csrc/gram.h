@@ -19,9 +19,12 @@ struct WindowView {
 // gram: (count, order, order), of type gram_dtype(in, precision); both triangles are written.
 void window_gram_cpu(const WindowView* windows, int64_t count, int64_t order, DType in, DType precision, void* gram);
 
-// The same on a stream (a cudaStream_t). `windows` is in host memory and free to go when the call returns;
-// table: workspace in device memory, (count,). Sums are taken in float64 whatever `precision`.
-void window_gram_cuda(const WindowView* windows, int64_t count, int64_t order, DType in, DType precision,
-                      WindowView* table, void* gram, void* stream);
+// Copies `windows`, in host memory and free to go when the call returns, to `table`, in device memory, on a stream (a
+// cudaStream_t). Can be captured in a graph.
+void store_window_views_cuda(const WindowView* windows, int64_t count, WindowView* table, void* stream);
+
+// window_gram_cpu on a stream, for windows in device memory. Sums are taken in float64 whatever `precision`.
+void window_gram_cuda(const WindowView* windows, int64_t count, int64_t order, DType in, DType precision, void* gram,
+                      void* stream);
 
 }  // namespace farms_fast

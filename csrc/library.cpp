@@ -138,8 +138,9 @@ Tensor window_gram(std::vector<Tensor> weights, Tensor windows, int64_t order, S
   if (gram.is_cuda()) {
     const CudaContext context(gram);
     const Tensor table = context.bytes(count * static_cast<int64_t>(sizeof(WindowView)));
-    window_gram_cuda(resolved.views.data(), count, order, resolved.dtype, precision,
-                     static_cast<WindowView*>(table.mutable_data_ptr()), gram.mutable_data_ptr(), context.stream());
+    WindowView* views = static_cast<WindowView*>(table.mutable_data_ptr());
+    store_window_views_cuda(resolved.views.data(), count, views, context.stream());
+    window_gram_cuda(views, count, order, resolved.dtype, precision, gram.mutable_data_ptr(), context.stream());
     return gram;
   }
 #endif

@@ -72,8 +72,8 @@ def eigvalsh(gram: Tensor, solver: str = "auto", memory_budget: int = 0) -> Tens
     """Eigenvalues of a batch of symmetric or Hermitian matrices.
 
     Args:
-        gram: (batch, k, k), contiguous, float32, float64, complex64 or complex128; one triangle
-            is read. It is not written.
+        gram: (batch, k, k), contiguous, float32, float64, complex64 or complex128, symmetric or
+            Hermitian with both triangles filled. It is not written.
         solver: "auto", or a name from `build_info()["solvers"]` for the device.
         memory_budget: bytes of workspace, 0 for the default (on CUDA a quarter of the device).
 

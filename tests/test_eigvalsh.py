@@ -14,6 +14,12 @@ SOLVERS = build_info()["solvers"]
 CASES = [("cpu", solver) for solver in SOLVERS["cpu"]] + [
     pytest.param("cuda", solver, marks=pytest.mark.gpu) for solver in SOLVERS["cuda"] or ["auto"]
 ]
+# The largest real and complex order of the solvers that have one.
+LARGEST = {
+    ("cuda", "one_stage"): (160, 80),
+    ("cuda", "two_stage"): (16384, 0),
+    ("cpu", "two_stage"): (2**31, 0),
+}
 SMALL_ORDERS = (1, 2, 3, 31, 32, 33, 100)
 
 
@@ -28,6 +34,16 @@ def solve(
     )
     order = min(stacks[0].shape[1:])
     return ops.window_eigvalsh(stacks, table, order, dtype, solver, memory).cpu().numpy()
+
+
+def refused(where: str, solver: str, stack: torch.Tensor) -> bool:
+    """Whether the solver does not take such matrices; if so, that it says it clearly."""
+    order = min(stack.shape[1:])
+    if order <= LARGEST.get((where, solver), (2**31, 2**31))[stack.is_complex()]:
+        return False
+    with pytest.raises(RuntimeError, match=r"'solver': expected one that takes order"):
+        solve([stack], solver)
+    return True
 
 
 def assert_within_bound(evals: np.ndarray, weight: np.ndarray, label: str) -> None:
@@ -62,8 +78,9 @@ def test_zoo_of_large_orders(where: str, solver: str, order: int, names: list[st
     rng = np.random.default_rng(order)
     for name in names:
         weight = ZOO[name](order, rng)
-        evals = solve([torch.from_numpy(weight).unsqueeze(0).to(where)], solver)[0]
-        assert_within_bound(evals, weight, f"{name} of order {order}")
+        stack = torch.from_numpy(weight).unsqueeze(0).to(where)
+        if not refused(where, solver, stack):
+            assert_within_bound(solve([stack], solver)[0], weight, f"{name} of order {order}")
 
 
 @pytest.mark.parametrize(("where", "solver"), CASES)
@@ -96,20 +113,22 @@ def test_input_dtypes_and_strides(
 @pytest.mark.parametrize("shape", [(1, 1), (20, 31), (31, 20), (65, 65)], ids=str)
 def test_complex(where: str, solver: str, dtype: torch.dtype, shape: tuple[int, int]) -> None:
     stack = torch.randn(3, *shape, dtype=dtype)
+    if refused(where, solver, stack.to(where)):
+        return
     for evals, weight in zip(solve([stack.to(where)], solver), stack, strict=True):
         assert_within_bound(evals, weight.to(torch.complex128).numpy(), f"{dtype} {shape}")
 
 
 @pytest.mark.parametrize(("where", "solver"), CASES)
 def test_float32_errs_by_its_own_rounding(where: str, solver: str) -> None:
-    weight = np.random.default_rng(0).standard_normal((200, 200))
+    weight = np.random.default_rng(0).standard_normal((150, 150))
     expected = reference.eigenvalues(weight)
     stack = torch.from_numpy(weight).unsqueeze(0).to(where)
     evals = solve([stack], solver, torch.float32)[0]
     assert evals.dtype == np.float32
     error = np.abs(evals - expected).max()
     eps = float(np.finfo(np.float32).eps)
-    assert 1e-3 * eps * expected[-1] < error < 8 * 200 * eps * expected[-1]
+    assert 1e-3 * eps * expected[-1] < error < 8 * 150 * eps * expected[-1]
 
 
 @pytest.mark.parametrize(("where", "solver"), CASES)
@@ -166,5 +185,8 @@ def test_same_bits_again_and_the_same_values_in_chunks(where: str, solver: str) 
 @pytest.mark.parametrize(("where", "solver"), CASES)
 def test_a_budget_below_one_matrix_says_what_is_needed(where: str, solver: str) -> None:
     stack = torch.randn(1, 50, 50, dtype=torch.float64, device=where)
+    if solver == "one_stage":  # takes no memory but the result's
+        assert np.isfinite(solve([stack], solver, memory=1000)).all()
+        return
     with pytest.raises(RuntimeError, match=r"'memory_budget': expected at least the \d+ bytes"):
         solve([stack], solver, memory=1000)

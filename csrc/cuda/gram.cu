@@ -167,19 +167,8 @@ __global__ void __launch_bounds__(kThreads)
       }
 }
 
-// Window views travel as kernel parameters: no host buffer has to outlive the call, nothing synchronises, and the copy
-// can be captured in a graph.
-constexpr int kViewsPerLaunch = 120;
-struct ViewBatch {
-  WindowView views[kViewsPerLaunch];
-};
-__global__ void store_views_kernel(const __grid_constant__ ViewBatch batch, int count, WindowView* table) {
-  const int i = threadIdx.x;
-  if (i < count) table[i] = batch.views[i];
-}
-
 template <typename In, typename Kind>
-void launch(const WindowView* table, int64_t count, int64_t order, bool single, void* gram, cudaStream_t stream) {
+void launch(const WindowView* windows, int64_t count, int64_t order, bool single, void* gram, cudaStream_t stream) {
   const int64_t tiles = (order + kTile - 1) / kTile;
   const int shared_bytes = 2 * Kind::planes * kTile * kPitch * static_cast<int>(sizeof(double));
   FARMS_CUDA_CHECK(
@@ -187,40 +176,33 @@ void launch(const WindowView* table, int64_t count, int64_t order, bool single, 
   const int64_t matrix_bytes = order * order * (single ? 4 : 8) * Kind::planes;
   constexpr int64_t most = 65535;  // of a grid's second dimension
   for (int64_t begin = 0; begin < count; begin += most) {
-    const int64_t windows = count - begin < most ? count - begin : most;
-    const dim3 grid(static_cast<unsigned>(tiles * (tiles + 1) / 2), static_cast<unsigned>(windows));
+    const int64_t part = count - begin < most ? count - begin : most;
+    const dim3 grid(static_cast<unsigned>(tiles * (tiles + 1) / 2), static_cast<unsigned>(part));
     window_gram_kernel<In, Kind><<<grid, kThreads, shared_bytes, stream>>>(
-        table + begin, order, single, static_cast<char*>(gram) + begin * matrix_bytes);
+        windows + begin, order, single, static_cast<char*>(gram) + begin * matrix_bytes);
     FARMS_LAUNCH_CHECK();
   }
 }
 
 }  // namespace
 
-void window_gram_cuda(const WindowView* windows, int64_t count, int64_t order, DType in, DType precision,
-                      WindowView* table, void* gram, void* stream_handle) {
+void window_gram_cuda(const WindowView* windows, int64_t count, int64_t order, DType in, DType precision, void* gram,
+                      void* stream_handle) {
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_handle);
-  for (int64_t begin = 0; begin < count; begin += kViewsPerLaunch) {
-    const int part = static_cast<int>(count - begin < kViewsPerLaunch ? count - begin : kViewsPerLaunch);
-    ViewBatch batch = {};
-    for (int i = 0; i < part; ++i) batch.views[i] = windows[begin + i];
-    store_views_kernel<<<1, kViewsPerLaunch, 0, stream>>>(batch, part, table + begin);
-    FARMS_LAUNCH_CHECK();
-  }
   const bool single = precision == DType::f32;
   switch (in) {
     case DType::f16:
-      return launch<__half, Real>(table, count, order, single, gram, stream);
+      return launch<__half, Real>(windows, count, order, single, gram, stream);
     case DType::bf16:
-      return launch<__nv_bfloat16, Real>(table, count, order, single, gram, stream);
+      return launch<__nv_bfloat16, Real>(windows, count, order, single, gram, stream);
     case DType::f32:
-      return launch<float, Real>(table, count, order, single, gram, stream);
+      return launch<float, Real>(windows, count, order, single, gram, stream);
     case DType::f64:
-      return launch<double, Real>(table, count, order, single, gram, stream);
+      return launch<double, Real>(windows, count, order, single, gram, stream);
     case DType::c64:
-      return launch<float2, Complex>(table, count, order, single, gram, stream);
+      return launch<float2, Complex>(windows, count, order, single, gram, stream);
     case DType::c128:
-      return launch<double2, Complex>(table, count, order, single, gram, stream);
+      return launch<double2, Complex>(windows, count, order, single, gram, stream);
   }
 }
 

@@ -68,6 +68,8 @@ Workspace query(int64_t batch, int64_t order, DType dtype) {
   return bytes;
 }
 
+int64_t max_order(DType) { return 46340; }  // whose square is the last that 32 bits hold
+
 int64_t max_batch(int64_t order, DType) {
   // Element counts are 32-bit inside the routine, and it refuses batches a little above 32,000.
   const int64_t elements = std::numeric_limits<int32_t>::max();
@@ -93,7 +95,8 @@ void solve(void* gram, int64_t batch, int64_t order, DType dtype, void* workspac
 }  // namespace
 
 const CudaSolver& cusolver() {
-  static const CudaSolver solver{"cusolver", max_batch, workspace_bytes, solve};
+  static const InPlaceSolver in_place{max_batch, workspace_bytes, solve};
+  static const CudaSolver solver{"cusolver", max_order, nullptr, &in_place};
   return solver;
 }
 

@@ -4,22 +4,36 @@
 
 #include "../check.h"
 #include "../context.h"
+#include "measured_choice.h"
+#include "one_stage.h"
 #include "scale.h"
 #include "solver.h"
 
 namespace farms_fast {
 namespace {
 
+const CudaSolver& one_stage() {
+  static const DirectSolver direct{one_stage_windows, one_stage_gram};
+  static const CudaSolver solver{"one_stage", one_stage_max_order, &direct, nullptr};
+  return solver;
+}
+
 const std::vector<const CudaSolver*>& solvers() {
-  static const std::vector<const CudaSolver*> all{&cusolver()};
+  static const std::vector<const CudaSolver*> all{&cusolver(), &one_stage(), &two_stage()};
   return all;
 }
 
-const CudaSolver& find_solver(const char* op, const std::string& name) {
-  if (name == "auto") return cusolver();
+// The solver of that name, or for "auto" the one that measured fastest.
+const CudaSolver& find_solver(const char* op, const std::string& name, int64_t count, int64_t order, DType gram) {
+  const std::string wanted = name == "auto" ? measured_choice(count, order, gram) : name;
   std::string known = "auto";
   for (const CudaSolver* solver : solvers()) {
-    if (name == solver->name) return *solver;
+    if (wanted == solver->name) {
+      FARMS_CHECK(order <= solver->max_order(gram), op, "solver", "expected one that takes order ", order,
+                  is_complex(gram) ? " complex" : " real", ", got ", name, ", which takes up to ",
+                  solver->max_order(gram));
+      return *solver;
+    }
     known += std::string(", ") + solver->name;
   }
   fail(op, ": argument 'solver': expected one of ", known, " on CUDA, got ", name);
@@ -41,7 +55,7 @@ struct Chunks {
 };
 
 // The most matrices at once whose copies and workspace fit into the budget, spread evenly over the calls.
-Chunks plan_chunks(const char* op, const CudaSolver& solver, int64_t count, int64_t order, DType dtype,
+Chunks plan_chunks(const char* op, const InPlaceSolver& solver, int64_t count, int64_t order, DType dtype,
                    int64_t memory_budget) {
   const int64_t budget = memory_budget > 0 ? memory_budget : default_budget();
   const int64_t matrix = order * order * static_cast<int64_t>(item_size(dtype));
@@ -60,10 +74,9 @@ Chunks plan_chunks(const char* op, const CudaSolver& solver, int64_t count, int6
 
 // fill(begin, batch, gram): writes the chunk's Gram matrices.
 template <typename Fill>
-void solve_chunks(const char* op, const std::string& name, int64_t count, int64_t order, DType dtype,
+void solve_chunks(const char* op, const InPlaceSolver& solver, int64_t count, int64_t order, DType dtype,
                   int64_t memory_budget, bool clip, const CudaContext& context, torch::stable::Tensor& evals,
                   const Fill& fill) {
-  const CudaSolver& solver = find_solver(op, name);
   const Chunks chunks = plan_chunks(op, solver, count, order, dtype, memory_budget);
   const int64_t matrix = order * order * static_cast<int64_t>(item_size(dtype));
   const DType real = real_dtype(dtype);
@@ -91,13 +104,19 @@ std::vector<std::string> cuda_solver_names() {
   return names;
 }
 
-void eigvalsh_cuda(const torch::stable::Tensor& gram, DType dtype, const std::string& solver, int64_t memory_budget,
+void eigvalsh_cuda(const torch::stable::Tensor& gram, DType dtype, const std::string& name, int64_t memory_budget,
                    torch::stable::Tensor& evals) {
+  const char* op = "eigvalsh";
   const CudaContext context(gram);
   const int64_t count = gram.size(0), order = gram.size(1);
+  const CudaSolver& solver = find_solver(op, name, count, order, dtype);
+  if (solver.direct != nullptr) {
+    solver.direct->solve_gram(gram.const_data_ptr(), count, order, dtype, evals.mutable_data_ptr(), context.stream());
+    return;
+  }
   const int64_t matrix = order * order * static_cast<int64_t>(item_size(dtype));
   const char* data = static_cast<const char*>(gram.const_data_ptr());
-  solve_chunks("eigvalsh", solver, count, order, dtype, memory_budget, /*clip=*/false, context, evals,
+  solve_chunks(op, *solver.in_place, count, order, dtype, memory_budget, /*clip=*/false, context, evals,
                [&](int64_t begin, int64_t batch, void* chunk) {
                  FARMS_CUDA_CHECK(cudaMemcpyAsync(chunk, data + begin * matrix, batch * matrix,
                                                   cudaMemcpyDeviceToDevice, context.stream()));
@@ -105,15 +124,22 @@ void eigvalsh_cuda(const torch::stable::Tensor& gram, DType dtype, const std::st
 }
 
 void window_eigvalsh_cuda(const std::vector<WindowView>& windows, int64_t order, DType in, DType precision,
-                          const std::string& solver, int64_t memory_budget, torch::stable::Tensor& evals) {
+                          const std::string& name, int64_t memory_budget, torch::stable::Tensor& evals) {
+  const char* op = "window_eigvalsh";
   const CudaContext context(evals);
   const int64_t count = static_cast<int64_t>(windows.size());
+  const DType gram = gram_dtype(in, precision);
+  const CudaSolver& solver = find_solver(op, name, count, order, gram);
   const auto table = context.bytes(count * static_cast<int64_t>(sizeof(WindowView)));
   WindowView* views = static_cast<WindowView*>(table.mutable_data_ptr());
-  solve_chunks("window_eigvalsh", solver, count, order, gram_dtype(in, precision), memory_budget, /*clip=*/true,
-               context, evals, [&](int64_t begin, int64_t batch, void* chunk) {
-                 window_gram_cuda(windows.data() + begin, batch, order, in, precision, views + begin, chunk,
-                                  context.stream());
+  store_window_views_cuda(windows.data(), count, views, context.stream());
+  if (solver.direct != nullptr) {
+    solver.direct->solve_windows(views, count, order, in, precision, evals.mutable_data_ptr(), context.stream());
+    return;
+  }
+  solve_chunks(op, *solver.in_place, count, order, gram, memory_budget, /*clip=*/true, context, evals,
+               [&](int64_t begin, int64_t batch, void* chunk) {
+                 window_gram_cuda(views + begin, batch, order, in, precision, chunk, context.stream());
                });
 }
 

@@ -1,0 +1,121 @@
+"""Measures every CUDA solver over orders and batches, and writes the table behind `solver="auto"`.
+
+`python -m benchmarks.solver_table` on the GPU in question rewrites that architecture's rows of
+csrc/cuda/eigvalsh/measured_choice.inc and leaves the others; build again afterwards. A solver is
+timed only where its eigenvalues agree with cuSOLVER's.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from farms_fast import build_info, ops
+from farms_fast.windows import FullMatrix, window_table
+
+TABLE = Path(__file__).parent.parent / "csrc/cuda/eigvalsh/measured_choice.inc"
+ORDERS = (8, 16, 24, 32, 48, 64, 80, 100, 112, 128, 144, 160, 192, 224, 256, 320, 384, 448, 512)
+LARGE_ORDERS = (640, 768, 1000, 1500, 2000, 3000, 4096, 8192, 11008)
+BATCHES = (1, 4, 16, 64, 256, 1024, 4096)
+# Batches above the middle between two measured ones go with the larger.
+NO_LIMIT = 2**62
+MATRIX_BYTES = 4 * 2**30
+Row = tuple[int, int, str]
+
+
+def median_ms(call: Callable[[], object], rounds: int = 3) -> float:
+    """Median over rounds, after one to warm up."""
+    times = []
+    for _ in range(rounds + 1):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times[1:])
+
+
+def fastest(order: int, batch: int, solvers: list[str]) -> tuple[str, dict[str, float]]:
+    """The fastest solver that agrees with cuSOLVER, and every solver's milliseconds."""
+    weight = torch.randn(batch, order, order, dtype=torch.float64, device="cuda")
+    table = window_table(FullMatrix().grid(order, order), batch)
+    expected = ops.window_eigvalsh([weight], table, order, solver="cusolver")
+    bound = 16 * order * torch.finfo(torch.float64).eps * float(expected.max())
+    times = {}
+    for solver in solvers:
+
+        def call(solver: str = solver) -> torch.Tensor:
+            return ops.window_eigvalsh([weight], table, order, solver=solver)
+
+        try:
+            found = call()
+        except RuntimeError as error:
+            if "'solver': expected one that takes order" not in str(error):
+                raise
+            continue
+        if not bool(((found - expected).abs() <= bound).all()):
+            print(f"{solver} is wrong at order {order}, batch {batch}", file=sys.stderr)
+            continue
+        times[solver] = median_ms(call)
+    return min(times, key=times.__getitem__), times
+
+
+def measure(solvers: list[str]) -> list[Row]:
+    """Rows (up_to_order, up_to_batch, solver) in the order in which they are looked up."""
+    rows: list[Row] = []
+    for order in ORDERS + LARGE_ORDERS:
+        batches = [
+            b for b in BATCHES if b * order * order * 8 <= MATRIX_BYTES and order * b < 2**20
+        ]
+        of_order: list[Row] = []
+        for batch, following in zip(batches, [*batches[1:], 0], strict=True):
+            choice, times = fastest(order, batch, solvers)
+            shown = "  ".join(f"{name} {ms / batch * 1e3:.3g}" for name, ms in times.items())
+            print(f"order {order}, batch {batch}, us each: {shown}", flush=True)
+            limit = (batch + following) // 2 if following else NO_LIMIT
+            if of_order and of_order[-1][2] == choice:
+                of_order.pop()
+            of_order.append((order, limit, choice))
+        rows += of_order
+    return merged(rows)
+
+
+def merged(rows: list[Row]) -> list[Row]:
+    """Drops an order's rows where the next order's say the same."""
+    by_order: dict[int, list[tuple[int, str]]] = {}
+    for order, limit, solver in rows:
+        by_order.setdefault(order, []).append((limit, solver))
+    orders = sorted(by_order)
+    kept = [
+        order
+        for order, following in zip(orders, [*orders[1:], 0], strict=True)
+        if not following or by_order[order] != by_order[following]
+    ]
+    return [(order, limit, solver) for order in kept for limit, solver in by_order[order]]
+
+
+def main() -> None:
+    """Measures, prints, and rewrites this architecture's rows."""
+    major, minor = torch.cuda.get_device_capability()
+    architecture = 10 * major + minor
+    solvers = build_info()["solvers"]
+    assert isinstance(solvers, dict)
+    rows = measure(solvers["cuda"])
+    others = [
+        line
+        for line in TABLE.read_text().splitlines()
+        if not re.match(rf"\{{({architecture}|0), ", line)
+    ]
+    mine = [f'{{{architecture}, {order}, {limit}, "{solver}"}},' for order, limit, solver in rows]
+    TABLE.write_text("\n".join(others + mine) + "\n")
+    print("\n".join(mine))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+// Which solver "auto" stands for: a table of measurements for each architecture, and cuSOLVER where there is none.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "../../dtype.h"
+#include "../check.h"
+
+namespace farms_fast {
+
+// The rows of an architecture go by order, then by batch; the first one that holds both counts.
+struct MeasuredChoice {
+  int architecture;  // 10 * major + minor
+  int64_t up_to_order;
+  int64_t up_to_batch;
+  const char* solver;
+};
+
+constexpr MeasuredChoice kMeasuredChoices[] = {
+#include "measured_choice.inc"
+};
+
+inline const char* measured_choice(int64_t count, int64_t order, DType gram) {
+  // Only real matrices were measured.
+  if (is_complex(gram)) return "cusolver";
+  int device = 0, major = 0, minor = 0;
+  FARMS_CUDA_CHECK(cudaGetDevice(&device));
+  FARMS_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  FARMS_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+  for (const MeasuredChoice& row : kMeasuredChoices)
+    if (row.architecture == 10 * major + minor && order <= row.up_to_order && count <= row.up_to_batch)
+      return row.solver;
+  return "cusolver";
+}
+
+}  // namespace farms_fast

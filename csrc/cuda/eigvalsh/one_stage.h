@@ -1,0 +1,28 @@
+// Eigenvalues of small matrices in one launch: a block reads its window, forms the Gram matrix in its registers,
+// reduces it to tridiagonal form there and finds the eigenvalues. Needs no workspace and never waits for the host.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "../../dtype.h"
+#include "../../gram.h"
+
+namespace farms_fast {
+
+// The largest order that the two functions below take, 0 where a type is not supported. `dtype` is the windows' or the
+// Gram matrices' type.
+int64_t one_stage_max_order(DType dtype);
+
+// windows: (count,) in device memory, of `order` vectors of type `in`. evals: (count, order), of type `precision` (f32
+// or f64; found in float64 either way), ascending, negative rounding noise as 0. A window with a value that is not
+// finite, or whose squares overflow, gives NaN.
+void one_stage_windows(const WindowView* windows, int64_t count, int64_t order, DType in, DType precision, void* evals,
+                       cudaStream_t stream);
+
+// gram: (count, order, order) of type `dtype`, its lower triangle read, nothing written. evals: (count, order), of type
+// real_dtype(dtype), ascending; NaN for a matrix with a value that is not finite.
+void one_stage_gram(const void* gram, int64_t count, int64_t order, DType dtype, void* evals, cudaStream_t stream);
+
+}  // namespace farms_fast

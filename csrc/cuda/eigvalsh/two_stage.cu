@@ -1,0 +1,106 @@
+#include "two_stage.h"
+
+#include "../check.h"
+#include "tridiagonal.h"
+
+namespace farms_fast {
+namespace {
+
+// A batch's workspace, laid out one array after the other.
+struct Layout {
+  BandWorkspace panels;
+  double* band;
+  double* spill;
+  int* progress;
+  double* diagonal;
+  double* off_diagonal;
+  double* matrices;  // float32 only: the matrices in float64
+  size_t bytes;
+};
+
+constexpr size_t kAlignment = 256;
+
+Layout lay_out(void* workspace, int64_t batch, int64_t order, DType dtype) {
+  const int64_t padded = padded_order(order), panel = padded * kWideBand, square = kWideBand * kWideBand;
+  char* base = static_cast<char*>(workspace);
+  size_t used = 0;
+  const auto take = [&](int64_t per_matrix) {
+    double* array = reinterpret_cast<double*>(base + used);
+    used += (static_cast<size_t>(batch * per_matrix) * sizeof(double) + kAlignment - 1) / kAlignment * kAlignment;
+    return array;
+  };
+  Layout layout = {};
+  layout.panels.v = take(panel);
+  layout.panels.w = take(panel);
+  layout.panels.product = take(panel);
+  layout.panels.t = take(square);
+  layout.panels.partial = take(padded / kTile * square);
+  layout.panels.middle = take(square);
+  layout.panels.done = reinterpret_cast<unsigned*>(take(1));
+  layout.band = take((order + kWideColumn) * kWideColumn);
+  layout.spill = chase_spills(order) ? take((order + kNarrowColumn) * kNarrowColumn) : nullptr;
+  layout.progress = reinterpret_cast<int*>(take(kProgress / 2));
+  layout.diagonal = take(order);
+  layout.off_diagonal = take(order);
+  if (!is_double(dtype)) layout.matrices = take(order * order);
+  layout.bytes = used;
+  return layout;
+}
+
+__global__ void widen_kernel(const float* __restrict__ in, int64_t count, double* __restrict__ out) {
+  const int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
+  if (i < count) out[i] = in[i];
+}
+unsigned blocks_of(int64_t count) { return static_cast<unsigned>((count + 255) / 256); }
+
+// Devices with thread-block clusters, and with the shared memory that the narrow bands take.
+bool takes_device() {
+  constexpr int least_shared_bytes = 227 * 1024;
+  int device = 0, major = 0, shared_bytes = 0;
+  FARMS_CUDA_CHECK(cudaGetDevice(&device));
+  FARMS_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  FARMS_CUDA_CHECK(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return major >= 9 && shared_bytes >= least_shared_bytes;
+}
+
+int64_t max_order(DType dtype) { return is_complex(dtype) || !takes_device() ? 0 : 16384; }
+
+int64_t max_batch(int64_t, DType) { return 16384; }
+
+size_t workspace_bytes(int64_t batch, int64_t order, DType dtype) {
+  return lay_out(nullptr, batch, order, dtype).bytes;
+}
+
+void solve(void* gram, int64_t batch, int64_t order, DType dtype, void* workspace, void* evals, int* failed,
+           cudaStream_t stream) {
+  FARMS_CHECK(!is_complex(dtype), "eigvalsh", "solver", "expected a real matrix for two_stage, got a complex one");
+  const Layout layout = lay_out(workspace, batch, order, dtype);
+  const int matrices = static_cast<int>(batch), n = static_cast<int>(order);
+  double* matrix = static_cast<double*>(gram);
+  if (!is_double(dtype)) {
+    matrix = layout.matrices;
+    const int64_t count = batch * order * order;
+    widen_kernel<<<blocks_of(count), 256, 0, stream>>>(static_cast<const float*>(gram), count, matrix);
+    FARMS_LAUNCH_CHECK();
+  }
+  FARMS_CUDA_CHECK(cudaMemsetAsync(failed, 0, batch * sizeof(int), stream));
+  FARMS_CUDA_CHECK(cudaMemsetAsync(layout.panels.done, 0, batch * sizeof(unsigned), stream));
+  for (int column = 0; n - column - kWideBand >= 2; column += kWideBand) {
+    panel_qr(matrix, matrices, n, column, layout.panels.v, layout.panels.t, stream);
+    apply_panel(matrix, matrices, n, column + kWideBand, layout.panels, stream);
+  }
+  extract_band(matrix, matrices, n, layout.band, stream);
+  narrow_band(layout.band, matrices, n, layout.progress, stream);
+  chase_bulges(layout.band, matrices, n, layout.spill, layout.diagonal, layout.off_diagonal, stream);
+  tridiagonal_eigvalsh(layout.diagonal, layout.off_diagonal, batch, order, dtype, evals, stream);
+}
+
+}  // namespace
+
+const CudaSolver& two_stage() {
+  static const InPlaceSolver in_place{max_batch, workspace_bytes, solve};
+  static const CudaSolver solver{"two_stage", max_order, nullptr, &in_place};
+  return solver;
+}
+
+}  // namespace farms_fast

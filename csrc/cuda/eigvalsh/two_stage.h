@@ -1,0 +1,59 @@
+// Eigenvalues of a batch of symmetric matrices by reduction to a band, to a narrower band, to tridiagonal form, and
+// bisection. Real float64 and float32; float32 matrices are reduced in float64.
+//
+// Only the lower triangles are kept up to date, in tiles of kTile x kTile; tiles on the diagonal are kept whole.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "solver.h"
+
+namespace farms_fast {
+
+constexpr int kWideBand = 32;   // half-width of the band after the first reduction, and width of its panels
+constexpr int kNarrowBand = 4;  // half-width after the second
+constexpr int kTile = 64;
+
+// Doubles that a stored column of a band takes: from its diagonal element down, bulges included.
+constexpr int kWideColumn = 2 * kWideBand;
+constexpr int kNarrowColumn = 2 * kNarrowBand;
+
+__host__ __device__ constexpr int64_t padded_order(int64_t order) { return (order + kTile - 1) / kTile * kTile; }
+
+// One panel of every matrix: columns [column, column + kWideBand), rows from column + kWideBand on, become an upper
+// triangle (written back) and Householder vectors, I - V T V^T.
+// gram: (batch, order, order). v: (batch, padded_order, kWideBand), written from the tile of the panel's first row on,
+// zero outside of the panel's rows. t: (batch, kWideBand, kWideBand), upper triangular, written.
+void panel_qr(double* gram, int batch, int order, int column, double* v, double* t, cudaStream_t stream);
+
+struct BandWorkspace {
+  double* v;        // (batch, padded_order, kWideBand)
+  double* w;        // (batch, padded_order, kWideBand)
+  double* product;  // (batch, padded_order, kWideBand): A V
+  double* t;        // (batch, kWideBand, kWideBand)
+  double* partial;  // (batch, padded_order / kTile, kWideBand, kWideBand): V^T A V, a tile of rows each
+  double* middle;   // (batch, kWideBand, kWideBand): T^T V^T A V T / 2
+  unsigned* done;   // (batch,), zero
+};
+
+// A <- A - V W^T - W V^T with W = A V T - V (T^T V^T A V T) / 2 for the rows and columns from `begin` on: the matrix
+// seen through the panel's reflectors.
+void apply_panel(double* gram, int batch, int order, int begin, const BandWorkspace& workspace, cudaStream_t stream);
+
+// The band of the reduced matrices. band: (batch, order + kWideColumn, kWideColumn), columns from the diagonal down,
+// zero outside of the band.
+void extract_band(const double* gram, int batch, int order, double* band, cudaStream_t stream);
+
+// Half-width kWideBand to kNarrowBand, in place. progress: (batch, kProgress), scratch.
+constexpr int kProgress = 64;
+void narrow_band(double* band, int batch, int order, int* progress, cudaStream_t stream);
+
+// Half-width kNarrowBand to tridiagonal. spill: (batch, order + kNarrowColumn, kNarrowColumn), used where the band does
+// not fit into shared memory (see chase_spills). diagonal: (batch, order). off_diagonal: (batch, order), the last 0.
+void chase_bulges(const double* band, int batch, int order, double* spill, double* diagonal, double* off_diagonal,
+                  cudaStream_t stream);
+bool chase_spills(int64_t order);
+
+}  // namespace farms_fast
