@@ -3,20 +3,31 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
+#include <vector>
 
 #include "dtype.h"
 #include "gram.h"
 
 namespace farms_fast {
 
+enum class CpuSolver { lapack, two_stage };
+
+std::vector<std::string> cpu_solver_names();
+
+// The solver of that name, or the fastest where the name is auto. `op` is for the error of one that does not exist or
+// does not take such matrices.
+CpuSolver cpu_solver(const char* op, const std::string& name, DType dtype, int64_t order);
+
 // gram: (count, order, order), symmetric or Hermitian, read only.
 // evals: (count, order), of type real_dtype(dtype).
 // memory_budget: bytes of workspace over all threads, 0 for no bound.
-void eigvalsh_cpu(const void* gram, int64_t count, int64_t order, DType dtype, int64_t memory_budget, void* evals);
+void eigvalsh_cpu(const void* gram, int64_t count, int64_t order, DType dtype, CpuSolver solver, int64_t memory_budget,
+                  void* evals);
 
 // Gram and eigenvalues window by window; negative rounding noise becomes 0.
 // evals: (count, order), of type `precision`.
 void window_eigvalsh_cpu(const WindowView* windows, int64_t count, int64_t order, DType in, DType precision,
-                         int64_t memory_budget, void* evals);
+                         CpuSolver solver, int64_t memory_budget, void* evals);
 
 }  // namespace farms_fast

@@ -121,11 +121,6 @@ Windows resolve_windows(const char* op, const std::vector<Tensor>& weights, cons
   return resolved;
 }
 
-void require_cpu_solver(const char* op, const std::string& solver) {
-  FARMS_CHECK(solver == "auto" || solver == "lapack", op, "solver", "expected one of auto, lapack on the CPU, got ",
-              solver);
-}
-
 Tensor window_gram(std::vector<Tensor> weights, Tensor windows, int64_t order, ScalarType dtype) {
   const char* op = "window_gram";
   const DType precision = precision_of(op, dtype);
@@ -166,9 +161,10 @@ Tensor eigvalsh(Tensor gram, std::string solver, int64_t memory_budget) {
     return evals;
   }
 #endif
-  require_cpu_solver(op, solver);
+  const CpuSolver chosen = cpu_solver(op, solver, dtype, gram.size(1));
   if (evals.numel() > 0)
-    eigvalsh_cpu(gram.const_data_ptr(), gram.size(0), gram.size(1), dtype, memory_budget, evals.mutable_data_ptr());
+    eigvalsh_cpu(gram.const_data_ptr(), gram.size(0), gram.size(1), dtype, chosen, memory_budget,
+                 evals.mutable_data_ptr());
   return evals;
 }
 
@@ -186,15 +182,15 @@ Tensor window_eigvalsh(std::vector<Tensor> weights, Tensor windows, int64_t orde
     return evals;
   }
 #endif
-  require_cpu_solver(op, solver);
+  const CpuSolver chosen = cpu_solver(op, solver, gram_dtype(resolved.dtype, precision), order);
   if (count > 0)
-    window_eigvalsh_cpu(resolved.views.data(), count, order, resolved.dtype, precision, memory_budget,
+    window_eigvalsh_cpu(resolved.views.data(), count, order, resolved.dtype, precision, chosen, memory_budget,
                         evals.mutable_data_ptr());
   return evals;
 }
 
 std::vector<std::string> solver_names(std::string device) {
-  if (device == "cpu") return {"lapack"};
+  if (device == "cpu") return cpu_solver_names();
   FARMS_CHECK(device == "cuda", "solver_names", "device", "expected cpu or cuda, got ", device);
 #ifdef FARMS_FAST_CUDA
   return cuda_solver_names();

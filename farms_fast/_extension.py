@@ -29,7 +29,7 @@ def build_info() -> dict[str, object]:
     Example:
         >>> import farms_fast
         >>> farms_fast.build_info()["solvers"]["cpu"]
-        ['lapack']
+        ['lapack', 'two_stage']
     """
     settings = _host.build_settings()
     names = torch.ops.farms_fast.solver_names

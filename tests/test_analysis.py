@@ -538,7 +538,7 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"solver": "abacus", "device": "cpu"},
         ValueError,
-        r"solver: expected one of auto, lapack on cpu, got 'abacus'",
+        r"solver: expected one of auto, lapack, two_stage on cpu, got 'abacus'",
     ),
     (
         {"sampling": 2000},

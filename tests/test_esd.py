@@ -451,7 +451,7 @@ def test_device_that_is_not_there() -> None:
 
 @pytest.mark.parametrize("solver", ["abacus", "LAPACK", "", 3])
 def test_bad_solver(solver: Any) -> None:
-    message = rf"^solver: expected one of auto, lapack on cpu, got {solver!r}$"
+    message = rf"^solver: expected one of auto, lapack, two_stage on cpu, got {solver!r}$"
     with pytest.raises(ValueError, match=message):
         esd(np.eye(3), solver=solver)
 

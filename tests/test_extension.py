@@ -59,7 +59,7 @@ def test_cuda_is_told_consistently() -> None:
 def test_solver_names() -> None:
     solvers = build_info()["solvers"]
     assert list(solvers) == ["cpu", "cuda"]
-    assert solvers["cpu"] == ["lapack"]
+    assert solvers["cpu"] == ["lapack", "two_stage"]
     assert bool(solvers["cuda"]) is build_info()["cuda"]
     for device, names in solvers.items():
         assert "auto" not in names
@@ -71,7 +71,7 @@ def test_solver_names() -> None:
 
 def test_each_call_is_a_new_dict() -> None:
     build_info()["solvers"]["cpu"].append("abacus")
-    assert build_info()["solvers"]["cpu"] == ["lapack"]
+    assert build_info()["solvers"]["cpu"] == ["lapack", "two_stage"]
 
 
 @pytest.mark.parametrize("name", sorted(OPS))

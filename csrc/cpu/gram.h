@@ -85,7 +85,7 @@ void gram_triangle(const WindowView& window, int64_t order, DType in, Scratch<T>
     vectors = packed;
     ld = static_cast<int>(inner);
   }
-  constexpr int64_t block = 256;
+  constexpr int64_t block = 128;
   const T one(1), zero(0);
   const int depth = static_cast<int>(inner), ldc = static_cast<int>(order);
   const char* transposed = std::is_floating_point_v<T> ? "T" : "C";

@@ -22,6 +22,10 @@ __attribute__((weak)) void zgemm_(const char* transa, const char* transb, const 
                                   const std::complex<double>* alpha, const std::complex<double>* a, const int* lda,
                                   const std::complex<double>* b, const int* ldb, const std::complex<double>* beta,
                                   std::complex<double>* c, const int* ldc);
+__attribute__((weak)) void sgeqrf_(const int* m, const int* n, float* a, const int* lda, float* tau, float* work,
+                                   const int* lwork, int* info);
+__attribute__((weak)) void dgeqrf_(const int* m, const int* n, double* a, const int* lda, double* tau, double* work,
+                                   const int* lwork, int* info);
 __attribute__((weak)) void ssyevd_(const char* jobz, const char* uplo, const int* n, float* a, const int* lda, float* w,
                                    float* work, const int* lwork, int* iwork, const int* liwork, int* info);
 __attribute__((weak)) void dsyevd_(const char* jobz, const char* uplo, const int* n, double* a, const int* lda,
@@ -39,7 +43,7 @@ namespace farms_fast {
 
 // To be asked before a parallel region is entered: an error raised inside one loses its message on the way out.
 inline void require_lapack(const char* op) {
-  FARMS_CHECK(zgemm_ != nullptr && zheevd_ != nullptr, op, "device",
+  FARMS_CHECK(zgemm_ != nullptr && zheevd_ != nullptr && dgeqrf_ != nullptr, op, "device",
               "expected a build of torch that exports BLAS and LAPACK for the CPU, got one without");
 }
 
