@@ -149,7 +149,15 @@ EIGEN_PEERS = (
     EigenPeer("numpy svd", ("cpu",), _numpy_svd, _same(FLOAT64), _numpy, one_by_one=True),
     EigenPeer("numpy eigvalsh", ("cpu",), _numpy_eigvalsh, _same(FLOAT64), _numpy, one_by_one=True),
     EigenPeer("torch eigvalsh", BOTH, _torch_eigvalsh, _same(FLOAT64)),
-    EigenPeer("CuPy eigvalsh", ("cuda",), _cupy_batched, _same(FLOAT64), _cupy, needs=("cupy",)),
+    EigenPeer(
+        "CuPy eigvalsh",
+        ("cuda",),
+        _cupy_batched,
+        _same(JACOBI64),
+        _cupy,
+        needs=("cupy",),
+        note="cuSOLVER's batched Jacobi method",
+    ),
     EigenPeer(
         "published FARMS",
         BOTH,
