@@ -39,12 +39,12 @@ lint: $(VENV)/built $(VENV)/linters
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	find csrc -type f -print0 | xargs -0 $(BIN)/clang-format --dry-run -Werror
+	find csrc -type f -not -name '*.inc' -print0 | xargs -0 $(BIN)/clang-format --dry-run -Werror
 
 format: $(VENV)/linters
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	find csrc -type f -print0 | xargs -0 $(BIN)/clang-format -i
+	find csrc -type f -not -name '*.inc' -print0 | xargs -0 $(BIN)/clang-format -i
 
 compile: $(VENV)/needs
 	tools/compile.sh cpp $(BIN)/python
