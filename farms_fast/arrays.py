@@ -49,7 +49,7 @@ def to_tensor(
             raise TypeError(f"{name}: expected an array without a mask, got a MaskedArray")
         if array.dtype.kind not in ("f" if real else "fc") or array.dtype.char in "gG":
             raise TypeError(f"{name}: expected {expected}, got {array.dtype}")
-        return _from_numpy(array), lambda result: result.cpu().numpy()
+        return from_numpy(array), lambda result: result.cpu().numpy()
     if hasattr(array, "__dlpack__") and hasattr(array, "__dlpack_device__"):
         # from_dlpack makes torch's current stream wait for the producer's, and the other way back.
         tensor = _checked(name, torch.utils.dlpack.from_dlpack(array), expected, real)
@@ -69,7 +69,8 @@ def _checked(name: str, tensor: Tensor, expected: str, real: bool) -> Tensor:
     return tensor
 
 
-def _from_numpy(array: np.ndarray[Any, Any]) -> Tensor:
+def from_numpy(array: np.ndarray[Any, Any]) -> Tensor:
+    """The array as a tensor of the same memory where torch allows it; not to be written."""
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
     # torch has no negative strides, and none that cut through elements, as fields of records do.

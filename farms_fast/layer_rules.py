@@ -14,6 +14,8 @@ from functools import cached_property
 
 import torch
 
+from farms_fast.arrays import FLOATING
+
 __all__ = [
     "HeaderIndex",
     "LayerSpec",
@@ -210,7 +212,6 @@ _NOT_WEIGHTS = (
     (re.compile(r"^(cos|sin)_cached$|^freqs_cis$|^inv_freq$"), "a table of rotary positions"),
     (re.compile(r"^(weight_)?scales?(_inv)?$|^q?zeros$"), "the scale of a quantised weight"),
 )
-_FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
 
 def _leaf(name: str) -> str:
@@ -231,7 +232,7 @@ def unusable(header: TensorHeader) -> str:
     dtype = str(header.dtype).removeprefix("torch.")
     if dtype.startswith("float8") or dtype.startswith("float4"):
         return f"dtype {dtype} is quantised: dequantise it with its scale first"
-    if header.dtype not in _FLOATING and not header.dtype.is_complex:
+    if header.dtype not in FLOATING and not header.dtype.is_complex:
         return f"dtype {dtype} is not floating point: indices, flags or quantised weights"
     if math.prod(header.shape) == 0:
         return "empty tensor"

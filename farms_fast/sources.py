@@ -19,6 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from farms_fast.arrays import from_numpy
+
 from .layers import (
     LayerSpec,
     Skipped,
@@ -157,11 +159,7 @@ class MappingSource:
             if value.is_meta:
                 raise ValueError(f"{name}: expected a tensor with data, got one on the meta device")
             return value.detach()
-        native = value.astype(value.dtype.newbyteorder("="), copy=False)
-        # torch has no negative strides, and no tensor that it would promise not to write.
-        if not native.flags.writeable or any(stride < 0 for stride in native.strides):
-            native = native.copy()
-        return torch.from_numpy(native)
+        return from_numpy(value)
 
     def _unwrapped(self, tensors: Mapping[str, Any]) -> Mapping[str, Any]:
         """The innermost state dict; its neighbours on the way are noted as skipped."""

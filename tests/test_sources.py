@@ -602,3 +602,10 @@ def test_minilm_checkpoint() -> None:
         )
     included, _ = source.layers(include="embeddings.word*")
     assert [(e.kind, e.shape) for e in included] == [("embedding", (1, 30522, 384))]
+
+
+def test_fields_of_records_load_as_tensors() -> None:
+    records = np.zeros((4, 3), dtype=[("tag", np.int8), ("value", np.float64)])
+    records["value"] = np.arange(12.0).reshape(4, 3)
+    loaded = open_source({"fc.weight": records["value"]}).load("fc.weight")
+    np.testing.assert_array_equal(loaded.numpy(), records["value"])

@@ -58,10 +58,10 @@ def batch_spectra(
         try:
             stack = layer.spec.to_stack(*(source.load(name) for name in layer.spec.tensors))
             stack = stack.detach().resolve_conj().resolve_neg().to(device, non_blocking=True)
-        # Whatever is wrong with one layer's tensors is that layer's result, not the run's.
+        except torch.OutOfMemoryError:
+            raise
+        # Whatever else is wrong with one layer's tensors is that layer's result, not the run's.
         except Exception as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
             errors[layer.index] = f"{type(error).__name__}: {error}"
             continue
         tables.append(window_table(layer.grid, entries=layer.spec.shape[0], weight=len(stacks)))
