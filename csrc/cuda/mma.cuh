@@ -32,4 +32,19 @@ __device__ __forceinline__ void mma_16x8x4(double (&d)[4], const double (&a)[2],
 #endif
 }
 
+// Twice as deep: a and b of the first four, then of the last four.
+__device__ __forceinline__ void mma_16x8x8(double (&d)[4], const double (&a)[4], const double (&b)[2]) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f64.f64.f64.f64 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};\n"
+      : "+d"(d[0]), "+d"(d[1]), "+d"(d[2]), "+d"(d[3])
+      : "d"(a[0]), "d"(a[1]), "d"(a[2]), "d"(a[3]), "d"(b[0]), "d"(b[1]));
+#else
+  const double first[2] = {a[0], a[1]}, last[2] = {a[2], a[3]};
+  mma_16x8x4(d, first, b[0]);
+  mma_16x8x4(d, last, b[1]);
+#endif
+}
+
 }  // namespace farms_fast
