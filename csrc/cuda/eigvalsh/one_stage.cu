@@ -82,8 +82,16 @@ struct Spectrum {
   }
 };
 
+// What the architecture allows, to keep the compiler from complaining.
+#if __CUDA_ARCH__ >= 900
+constexpr int kMostBlocks = 32;
+#else
+constexpr int kMostBlocks = 16;
+#endif
+
 template <int Warps, int Tiles, int Spilled, int Blocks>
-__global__ void __launch_bounds__(32 * Warps, Blocks) one_stage_kernel(const Problem problem) {
+__global__ void __launch_bounds__(32 * Warps, Blocks < kMostBlocks ? Blocks : kMostBlocks)
+    one_stage_kernel(const Problem problem) {
   using Matrix = one_stage::Tile<Warps, Tiles, Spilled>;
   constexpr int threads = 32 * Warps;
   extern __shared__ double2 spilled[];
@@ -134,24 +142,30 @@ void launch(const Problem& problem, int64_t count, cudaStream_t stream) {
   FARMS_LAUNCH_CHECK();
 }
 
-// Blocks a multiprocessor: as many as the registers for the matrix and some forty more allow.
+// Blocks a multiprocessor, and columns in shared memory so that the registers of that many blocks hold the rest.
 void solve(const Problem& problem, int64_t count, cudaStream_t stream) {
   if (count == 0 || problem.order == 0) return;
   if (problem.order <= 16) return launch<1, 2, 0, 20>(problem, count, stream);
   if (problem.order <= 32) return launch<2, 4, 0, 10>(problem, count, stream);
-  if (problem.order <= 48) return launch<3, 6, 0, 6>(problem, count, stream);
+  if (problem.order <= 48) return launch<3, 6, 2, 6>(problem, count, stream);
   if (problem.order <= 64) return launch<4, 8, 0, 4>(problem, count, stream);
   if (problem.order <= 80) return launch<5, 10, 2, 3>(problem, count, stream);
-  if (problem.order <= 104) return launch<7, 13, 3, 2>(problem, count, stream);
-  if (problem.order <= 128) return launch<8, 16, 6, 2>(problem, count, stream);
-  return launch<10, 20, 6, 1>(problem, count, stream);
+  if (problem.order <= 104) return launch<7, 13, 5, 2>(problem, count, stream);
+  if (problem.order <= 128) return launch<8, 16, 8, 2>(problem, count, stream);
+  return launch<10, 20, 8, 1>(problem, count, stream);
 }
 
-constexpr int kMaxOrder = 160;
+// What the shared memory of a block allows: 110 kB for order 160, 88 for 128, 56 for 104.
+int max_real_order() {
+  int device = 0, bytes = 0;
+  FARMS_CUDA_CHECK(cudaGetDevice(&device));
+  FARMS_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return bytes >= 112 << 10 ? 160 : bytes >= 90 << 10 ? 128 : 104;
+}
 
 }  // namespace
 
-int64_t one_stage_max_order(DType dtype) { return is_complex(dtype) ? kMaxOrder / 2 : kMaxOrder; }
+int64_t one_stage_max_order(DType dtype) { return is_complex(dtype) ? max_real_order() / 2 : max_real_order(); }
 
 void one_stage_windows(const WindowView* windows, int64_t count, int64_t order, DType in, DType precision, void* evals,
                        cudaStream_t stream) {

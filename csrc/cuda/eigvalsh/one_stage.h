@@ -11,8 +11,8 @@
 
 namespace farms_fast {
 
-// The largest order that the two functions below take, 0 where a type is not supported. `dtype` is the windows' or the
-// Gram matrices' type.
+// The largest order that the two functions below take on the current device: 160 or what its shared memory allows, half
+// of that for complex types. `dtype` is the windows' or the Gram matrices' type.
 int64_t one_stage_max_order(DType dtype);
 
 // windows: (count,) in device memory, of `order` vectors of type `in`. evals: (count, order), of type `precision` (f32

@@ -14,6 +14,13 @@ namespace one_stage {
 constexpr int kDepth = 16;          // elements of the vectors per slab
 constexpr int kPitch = kDepth + 4;  // doubles per vector in shared memory: a warp's fragment loads then touch 32 banks
 
+// Products to unroll. Without tensor cores one is many instructions, and unrolling them takes minutes to compile.
+#if __CUDA_ARCH__ >= 800
+constexpr int kUnroll = kDepth / 4;
+#else
+constexpr int kUnroll = 1;
+#endif
+
 // Tiles: eights of columns, of which the first Spilled are in shared memory.
 template <int Warps, int Tiles, int Spilled>
 struct Tile {
@@ -48,14 +55,14 @@ struct Tile {
       for (int c = 0; c < Spilled; ++c) {
         double d[4];
         unspill(c, d);
-#pragma unroll
+#pragma unroll kUnroll
         for (int k = 0; k < kDepth; k += 4) {
           const double rows_of_a[2] = {left[k], left[8 * kPitch + k]};
           mma_16x8x4(d, rows_of_a, right[8 * c * kPitch + k]);
         }
         spill_back(c, d);
       }
-#pragma unroll
+#pragma unroll kUnroll
       for (int k = 0; k < kDepth; k += 4) {
         const double rows_of_a[2] = {left[k], left[8 * kPitch + k]};
 #pragma unroll
@@ -127,11 +134,11 @@ struct Tile {
     }
     __syncthreads();
 
-    double tau = 0.0;  // of the first warp only
+    double divisor = 0.0;  // of the first warp only
     for (int pivot = 0; pivot < order; ++pivot) {
       const double* v = shared.reflector[pivot & 1];
       double* u = shared.reflector[~pivot & 1];
-      if (warp() == 0) tau = reflect(pivot, order, tau, shared, v, u, diagonal, off_diagonal);
+      if (warp() == 0) divisor = reflect(pivot, order, divisor, shared, v, u, diagonal, off_diagonal);
       __syncthreads();
       if (pivot + 1 == order) return;
       if (16 * warp() + 15 > pivot) pass(pivot, shared, v, u);
@@ -178,30 +185,61 @@ struct Tile {
     for (int c = 0; c < Tiles; ++c) change_tile(c, change);
   }
 
+  // Two columns' elements of the vectors.
+  struct Columns {
+    double2 v, w, u;
+  };
+
+  static __device__ __forceinline__ Columns columns(int c, const double* v, const double* w, const double* u) {
+    const int at = 4 * c + lane() % 4;
+    return {reinterpret_cast<const double2*>(v)[at], reinterpret_cast<const double2*>(w)[at],
+            reinterpret_cast<const double2*>(u)[at]};
+  }
+
+  // The next pivot's column, out of the tile that holds it.
+  static __device__ __forceinline__ void hand_on(const double (&d)[4], int next, double* column) {
+    if (lane() % 4 == next % 8 / 2) {
+      column[row()] = next & 1 ? d[1] : d[0];
+      column[row() + 8] = next & 1 ? d[3] : d[2];
+    }
+  }
+
   __device__ __forceinline__ void pass(int pivot, Vectors& shared, const double* v, const double* u) {
     const int g = row(), t = lane() % 4, next = pivot + 1;
     const double v0 = v[g], v1 = v[g + 8], w0 = shared.w[g], w1 = shared.w[g + 8];
     double sum[4] = {};
-    const auto update = [&](double (&d)[4], int c) {
-      const double2 vc = reinterpret_cast<const double2*>(v)[4 * c + t];
-      const double2 wc = reinterpret_cast<const double2*>(shared.w)[4 * c + t];
-      const double2 uc = reinterpret_cast<const double2*>(u)[4 * c + t];
-      d[0] = fma(-w0, vc.x, fma(-v0, wc.x, d[0]));
-      d[1] = fma(-w0, vc.y, fma(-v0, wc.y, d[1]));
-      d[2] = fma(-w1, vc.x, fma(-v1, wc.x, d[2]));
-      d[3] = fma(-w1, vc.y, fma(-v1, wc.y, d[3]));
-      sum[0] = fma(d[0], uc.x, sum[0]);
-      sum[1] = fma(d[1], uc.y, sum[1]);
-      sum[2] = fma(d[2], uc.x, sum[2]);
-      sum[3] = fma(d[3], uc.y, sum[3]);
-      if (c == next / 8 && t == next % 8 / 2) {
-        shared.column[g] = next & 1 ? d[1] : d[0];
-        shared.column[g + 8] = next & 1 ? d[3] : d[2];
-      }
+    const auto work = [&](double (&d)[4], const Columns& at) {
+      d[0] = fma(-w0, at.v.x, fma(-v0, at.w.x, d[0]));
+      d[1] = fma(-w0, at.v.y, fma(-v0, at.w.y, d[1]));
+      d[2] = fma(-w1, at.v.x, fma(-v1, at.w.x, d[2]));
+      d[3] = fma(-w1, at.v.y, fma(-v1, at.w.y, d[3]));
+      sum[0] = fma(d[0], at.u.x, sum[0]);
+      sum[1] = fma(d[1], at.u.y, sum[1]);
+      sum[2] = fma(d[2], at.u.x, sum[2]);
+      sum[3] = fma(d[3], at.u.y, sum[3]);
     };
+    // The tiles before the next pivot's are done. Those in registers go by twos, so that more loads are under way.
+    const int first = next / 8;
 #pragma unroll
-    for (int c = 0; c < Tiles; ++c)
-      if (8 * c + 7 > pivot) change_tile(c, update);
+    for (int c = 0; c < Spilled; ++c)
+      if (c >= first) {
+        const Columns at = columns(c, v, shared.w, u);
+        double d[4];
+        unspill(c, d);
+        work(d, at);
+        spill_back(c, d);
+        if (c == first) hand_on(d, next, shared.column);
+      }
+#pragma unroll
+    for (int c = Spilled; c < Tiles; c += 2)
+      if (c + 1 >= first) {
+        const Columns left = columns(c, v, shared.w, u), right = columns(c + 1 < Tiles ? c + 1 : c, v, shared.w, u);
+        work(a[c - Spilled], left);
+        if (c + 1 < Tiles) work(a[c + 1 - Spilled], right);
+      }
+#pragma unroll
+    for (int c = Spilled; c < Tiles; ++c)
+      if (c == first) hand_on(a[c - Spilled], next, shared.column);
     // Four lanes share a row: the upper two of them end up with the lower row's sum.
     const double upper = sum[0] + sum[1], lower = sum[2] + sum[3];
     double total = t & 2 ? lower : upper;
@@ -217,9 +255,11 @@ struct Tile {
   }
 
   // The first warp: w of the last reflector v from A v, then the pivot's column with both taken out, its diagonal
-  // element, and the reflector u, u[pivot + 1] = 1, that clears it below. Returns u's factor.
-  static __device__ __forceinline__ double reflect(int pivot, int order, double tau, Vectors& shared, const double* v,
-                                                   double* u, double* diagonal, double* off_diagonal) {
+  // element, and the reflector u that clears it below. A reflection is 1 - u u^T / divisor, or 1 where the divisor is
+  // 0; `divisor` is v's, u's is returned.
+  static __device__ __forceinline__ double reflect(int pivot, int order, double divisor, Vectors& shared,
+                                                   const double* v, double* u, double* diagonal, double* off_diagonal) {
+    const double tau = divisor > 0.0 ? 1.0 / divisor : 0.0;
     double x[per_lane], own[per_lane], w[per_lane], dot = 0.0;
 #pragma unroll
     for (int e = 0; e < per_lane; ++e) {
@@ -233,7 +273,7 @@ struct Tile {
     const bool more = pivot + 1 < order;
     const int below = more ? pivot + 1 : pivot;
     const double v_below = v[below], p_below = shared.product[below], c_below = shared.column[below];
-    const double half = 0.5 * tau * tau * warp_sum(dot);
+    const double half = 0.5 * tau * (tau * warp_sum(dot));
     const double w_pivot = fma(tau, p_pivot, -half * v_pivot), w_below = fma(tau, p_below, -half * v_below);
     const double alpha = more ? fma(-w_below, v_pivot, fma(-v_below, w_pivot, c_below)) : 0.0;
     double squares = 0.0;
@@ -246,25 +286,26 @@ struct Tile {
       shared.w[i] = w[e];
     }
     squares = warp_sum(squares);
-    double beta = alpha, factor = 0.0, shrink = 0.0;
+    double beta = alpha, first = 0.0;
+    divisor = 0.0;
     // The largest element is near 1: a column of 1e-100 is zero, and its square would lose its digits.
     const bool any = squares > 1e-200;
     if (any) {
-      const double norm = sqrt(fma(alpha, alpha, squares));
+      const double total = fma(alpha, alpha, squares), norm = total * rsqrt(total);
       beta = alpha > 0.0 ? -norm : norm;
-      factor = (beta - alpha) / beta;
-      shrink = 1.0 / (alpha - beta);
+      first = alpha - beta;
+      divisor = norm * (norm + fabs(alpha));
     }
 #pragma unroll
     for (int e = 0; e < per_lane; ++e) {
       const int i = lane() + 32 * e;
-      u[i] = any && i == pivot + 1 ? 1.0 : x[e] * shrink;
+      u[i] = !any ? 0.0 : i == pivot + 1 ? first : x[e];
     }
     if (lane() == 0) {
       diagonal[pivot] = fma(-2.0 * v_pivot, w_pivot, c_pivot);
       off_diagonal[pivot] = beta;
     }
-    return factor;
+    return divisor;
   }
 };
 
