@@ -112,7 +112,7 @@ def window_eigvalsh(
 
     Returns:
         (windows, k) of `dtype`, ascending, negative rounding noise set to 0; NaN for a window with
-        a value that is not finite.
+        a value that is not finite, infinity or NaN where an eigenvalue is beyond `dtype`'s range.
 
     Raises:
         RuntimeError: as for `window_gram` and `eigvalsh`.

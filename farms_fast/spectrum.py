@@ -84,7 +84,7 @@ def esd(
     table = window_table(grid, entries=stack.shape[0])
     evals = window_eigenvalues([stack], table, grid.order, dtype, solver, budget)
     pooled = evals.reshape(stack.shape[0], -1)
-    if bool(pooled.isnan().any()):
+    if not bool(pooled.isfinite().all()):
         if bool(stack.isfinite().all()):
             name = str(dtype).removeprefix("torch.")
             raise ValueError(f"W: expected eigenvalues within the range of {name}, got an overflow")
