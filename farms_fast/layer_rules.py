@@ -8,22 +8,26 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
 from functools import cached_property
 
-import torch
-
 from farms_fast.arrays import FLOATING
+from farms_fast.model_config import ModelConfig
+from farms_fast.stacks import (
+    AsStored,
+    HeadRows,
+    Part,
+    RealAndImaginary,
+    Rows,
+    TensorHeader,
+    TrailingPositions,
+)
 
 __all__ = [
     "HeaderIndex",
-    "LayerSpec",
-    "Part",
-    "Skipped",
-    "TensorHeader",
     "convolution_part",
     "embedding_part",
+    "expert_parts",
     "linear_parts",
     "matrix_parts",
     "parts_by_name",
@@ -32,143 +36,13 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class LayerSpec:
-    """One layer: which tensors it reads and how they become a stack of matrices.
-
-    Attributes:
-        name: Module name, or tensor name without a trailing ``.weight``; a part of a fused tensor
-            has its role appended (``attn.in_proj.q``, ``lstm.weight_ih_l0.f``).
-        kind: ``linear``, ``attention``, ``conv1d``..``conv3d``, ``conv_transpose1d``..
-            ``conv_transpose3d``, ``lstm``, ``gru``, ``rnn``, ``experts``, ``bilinear``,
-            ``spectral`` or ``embedding``.
-        tensors: Names of the source tensors, in the order in which ``to_stack`` takes them.
-        shape: ``(S, R, C)``: S equal matrices of R rows and C columns.
-        dtype: Of the stored tensor. A ``spectral`` layer of a real dtype (an AFNO block weight,
-            which stores real and imaginary parts apart) gives a complex stack all the same.
-        to_stack: Loaded tensors to the ``(S, R, C)`` stack: a view wherever strides allow one, and
-            never written. Picklable.
-    """
-
-    name: str
-    kind: str
-    tensors: tuple[str, ...]
-    shape: tuple[int, int, int]
-    dtype: torch.dtype
-    to_stack: Callable[..., torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A tensor, or a part of one, that is not analysed, and why.
-
-    Attributes:
-        name: Its layer name.
-        shape: Of the tensor; of the stack when a whole layer was left out.
-        reason: One line for the reader of a report.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    reason: str
-
-
-@dataclass(frozen=True)
-class TensorHeader:
-    """What is known of a tensor before it is loaded.
-
-    Attributes:
-        name: Its name in the checkpoint or module.
-        shape: Its dimensions.
-        dtype: As stored.
-        identity: Equal for two names of one and the same memory, None when that is not known.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    identity: Hashable | None = None
-
-
-@dataclass(frozen=True)
-class Part:
-    """A layer as a rule proposes it.
-
-    Attributes:
-        name: Layer name.
-        kind: As in `LayerSpec`.
-        shape: ``(S, R, C)``.
-        to_stack: As in `LayerSpec`.
-        left_out: Why the layer is analysed only when an include pattern asks for it; empty for a
-            layer that is analysed by default.
-    """
-
-    name: str
-    kind: str
-    shape: tuple[int, int, int]
-    to_stack: Callable[..., torch.Tensor]
-    left_out: str = ""
-
-
-# The callables are classes, not closures, so that a plan can be sent to another process.
-
-
-@dataclass(frozen=True)
-class _RowBlock:
-    """Block ``index`` of ``blocks`` equal blocks of rows of a matrix, transposed first if asked."""
-
-    index: int = 0
-    blocks: int = 1
-    transposed: bool = False
-
-    def __call__(self, weight: torch.Tensor) -> torch.Tensor:
-        matrix = weight.mT if self.transposed else weight
-        rows = matrix.shape[0] // self.blocks
-        return matrix.narrow(0, self.index * rows, rows).unsqueeze(0)
-
-
-@dataclass(frozen=True)
-class _TrailingPositions:
-    """``(a, b, *positions)`` to one matrix per group and position.
-
-    Group-major. Matrices are (a/groups) x b, or b x (a/groups) when ``transposed``.
-    """
-
-    groups: int = 1
-    transposed: bool = False
-
-    def __call__(self, weight: torch.Tensor) -> torch.Tensor:
-        kernels = weight.flatten(2)
-        grouped = kernels.reshape(self.groups, -1, *kernels.shape[1:])  # (g, a/g, b, positions)
-        order = (0, 3, 2, 1) if self.transposed else (0, 3, 1, 2)
-        # With several groups and several positions the two have no common stride: that case copies.
-        return grouped.permute(order).flatten(0, 1)
-
-
-@dataclass(frozen=True)
-class _AsStored:
-    """``(S, R, C)``, or ``(R, C)`` as a stack of one."""
-
-    def __call__(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight if weight.dim() == 3 else weight.unsqueeze(0)
-
-
-@dataclass(frozen=True)
-class _RealAndImaginary:
-    """``(2, S, R, C)`` with real parts first to S complex matrices (always a copy)."""
-
-    def __call__(self, weight: torch.Tensor) -> torch.Tensor:
-        if weight.dtype in (torch.float16, torch.bfloat16):  # torch has no complex type for these
-            weight = weight.float()
-        return torch.complex(weight[0], weight[1])
-
-
 class HeaderIndex:
-    """The headers of a whole model, for rules that need a tensor's neighbours."""
+    """The headers of a whole model and its config, for rules that need a tensor's neighbours."""
 
-    def __init__(self, headers: Iterable[TensorHeader]) -> None:
+    def __init__(self, headers: Iterable[TensorHeader], config: ModelConfig | None = None) -> None:
         """Index ``headers`` by name."""
         self.by_name = {header.name: header for header in headers}
+        self.config = config or ModelConfig()
 
     def layer_name(self, tensor_name: str) -> str:
         """The tensor's name without a trailing ``.weight``, unless another tensor has that name."""
@@ -179,6 +53,15 @@ class HeaderIndex:
         """The tensor ``leaf`` of the same module, if there is one."""
         parent, dot, _ = tensor_name.rpartition(".")
         return self.by_name.get(parent + dot + leaf)
+
+    def sibling(self, tensor_name: str, leaf: str) -> TensorHeader | None:
+        """The weight of the layer ``leaf`` beside that of the tensor.
+
+        ``a.down_proj`` for ``a.up_proj``, and ``a.down_proj.weight`` for ``a.up_proj.weight``.
+        """
+        parent, dot, _ = tensor_name.removesuffix(".weight").rpartition(".")
+        suffix = ".weight" if _is_weight(tensor_name) else ""
+        return self.by_name.get(f"{parent}{dot}{leaf}{suffix}")
 
     def stored_in_by_out(self, header: TensorHeader) -> bool:
         """Whether the bias proves a weight to be stored (in, out, ...), not (out, in, ...)."""
@@ -201,7 +84,7 @@ class HeaderIndex:
 _GPT2_LEAVES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 # Families that store q, k and v one after the other. `query_key_value` (GPT-NeoX, BLOOM) is not
 # among them: its rows go head by head, q, k and v of one head together, so a third of the rows is
-# a mixture of all three, and the head count that would sort them is in no header.
+# a mixture of all three, and the head count that would sort them is in no header but in the config.
 _FUSED_QKV_LEAVES = frozenset({"qkv", "c_attn", "Wqkv", "qkv_proj", "to_qkv"})
 _SEPARATE_QKV = {"q_proj_weight": "q", "k_proj_weight": "k", "v_proj_weight": "v"}
 _RECURRENT = re.compile(r"weight_(ih|hh|hr)(_l\d+(?:_reverse)?)?")
@@ -210,7 +93,11 @@ _NOT_WEIGHTS = (
     (re.compile(r"(^|_)bias(_|$)"), "a bias"),
     (re.compile(r"(^|_)mask$"), "a mask"),
     (re.compile(r"^(cos|sin)_cached$|^freqs_cis$|^inv_freq$"), "a table of rotary positions"),
-    (re.compile(r"^(weight_)?scales?(_inv)?$|^q?zeros$"), "the scale of a quantised weight"),
+    (re.compile(r"^(input|output|k|v)_scale$"), "a scale of activations"),
+    (
+        re.compile(r"(^|weight_|proj_)scales?(_inv|_2)?$|^q?zeros$|^weight_zero_point$|^SCB$"),
+        "the scale of a quantised weight",
+    ),
 )
 
 
@@ -227,11 +114,19 @@ def _is_transposed_c_attn(header: TensorHeader) -> bool:
     return _leaf(header.name.removesuffix(".weight")) == "c_attn" and cols == 3 * rows
 
 
+def _is_gate_and_up(name: str, rows: int, index: HeaderIndex) -> bool:
+    """Whether the rows are as many as two layers give that feed the neighbouring ``down_proj``."""
+    down = index.sibling(f"{name}.weight", "down_proj")
+    if down is None:
+        return rows % 2 == 0
+    return len(down.shape) == 2 and rows == 2 * down.shape[1]
+
+
 def unusable(header: TensorHeader) -> str:
     """Why no rule can take a spectrum of the tensor; empty when one may."""
     dtype = str(header.dtype).removeprefix("torch.")
     if dtype.startswith("float8") or dtype.startswith("float4"):
-        return f"dtype {dtype} is quantised: dequantise it with its scale first"
+        return f"dtype {dtype} is quantised, in a format that is not read"
     if header.dtype not in FLOATING and not header.dtype.is_complex:
         return f"dtype {dtype} is not floating point: indices, flags or quantised weights"
     if math.prod(header.shape) == 0:
@@ -253,25 +148,108 @@ def matrix_parts(
 ) -> list[Part]:
     """A 2-D weight whole, or cut in one equal block of rows for each letter of ``roles``."""
     rows, cols = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
-    blocks = max(1, len(roles))
+    block = rows // max(1, len(roles))
     return [
         Part(
-            f"{name}.{roles[index]}" if roles else name,
+            f"{name}.{role}" if role else name,
             kind,
-            (1, rows // blocks, cols),
-            _RowBlock(index, blocks, transposed),
+            (1, block, cols),
+            Rows(index * block, block, transposed=transposed),
         )
-        for index in range(blocks)
+        for index, role in enumerate(roles or [""])
     ]
 
 
-def linear_parts(name: str, shape: tuple[int, ...], *, transposed: bool = False) -> list[Part]:
-    """A 2-D weight of a linear map; a fused q, k, v projection is cut in three."""
+def linear_parts(
+    name: str, shape: tuple[int, ...], index: HeaderIndex, *, transposed: bool = False
+) -> list[Part]:
+    """A 2-D weight of a linear map; fused q, k, v and fused gate, up projections are cut."""
     rows, cols = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
-    # Fewer key than query heads make rows != 3 * cols; where to cut is then in no header.
-    if _leaf(name) in _FUSED_QKV_LEAVES and rows == 3 * cols:
-        return matrix_parts(name, shape, kind="attention", transposed=transposed, roles="qkv")
+    leaf, config = _leaf(name), index.config
+    groups = config.grouped_heads(leaf)
+    if groups is not None and not transposed:
+        heads = groups[0] * (groups[1] + 2)
+        if rows == heads * config.head_dim:
+            sizes = {"q": groups[0] * groups[1], "k": groups[0], "v": groups[0]}
+            return [
+                Part(
+                    f"{name}.{role}",
+                    "attention",
+                    (1, size * config.head_dim, cols),
+                    HeadRows(role, *groups),
+                )
+                for role, size in sizes.items()
+            ]
+    if leaf in _FUSED_QKV_LEAVES:
+        if rows == 3 * cols:
+            return matrix_parts(name, shape, kind="attention", transposed=transposed, roles="qkv")
+        # Fewer key than query heads, or heads wider than the model: the config tells where to cut.
+        query, key = config.heads * config.head_dim, config.key_heads * config.head_dim
+        if query and rows == query + 2 * key:
+            cuts = (("q", 0, query), ("k", query, key), ("v", query + key, key))
+            return [
+                Part(
+                    f"{name}.{role}",
+                    "attention",
+                    (1, count, cols),
+                    Rows(start, count, transposed=transposed),
+                )
+                for role, start, count in cuts
+            ]
+    if leaf == "gate_up_proj" and _is_gate_and_up(name, rows, index):
+        half = rows // 2
+        return [
+            Part(
+                f"{name}.{role}",
+                "linear",
+                (1, half, cols),
+                Rows(start, half, transposed=transposed),
+            )
+            for role, start in (("gate", 0), ("up", half))
+        ]
     return matrix_parts(name, shape, transposed=transposed)
+
+
+def expert_parts(header: TensorHeader, index: HeaderIndex) -> list[Part]:
+    """A 3-D weight of experts as out x in matrices, gate and up apart where names tell them.
+
+    ``gate_up_proj`` and ``down_proj`` of one module tell by their shapes whether they are stored
+    ``(experts, out, in)`` or ``(experts, in, out)``. Gate comes before up, but for gpt-oss, whose
+    rows alternate: it is the one of these families whose experts have a bias.
+    """
+    name, shape = index.layer_name(header.name), header.shape
+    own, other = _leaf(name), {"gate_up_proj": "down_proj", "down_proj": "gate_up_proj"}
+    neighbour = index.sibling(header.name, other[own]) if own in other else None
+    if neighbour is None or len(neighbour.shape) != 3 or neighbour.shape[0] != shape[0]:
+        return [stacked_part(name, shape, kind="experts")]
+    fused, down = (shape, neighbour.shape) if own == "gate_up_proj" else (neighbour.shape, shape)
+    if (fused[1], fused[2]) == (2 * down[2], down[1]):
+        transposed = False
+    elif (fused[2], fused[1]) == (2 * down[1], down[2]):
+        transposed = True
+    else:
+        return [stacked_part(name, shape, kind="experts")]
+    count = shape[0]
+    rows, cols = (shape[2], shape[1]) if transposed else (shape[1], shape[2])
+    if own == "down_proj":
+        stack = Rows(0, rows, transposed=transposed)
+        return [Part(name, "experts", (count, rows, cols), stack)]
+    half = rows // 2
+    alternate = index.sibling(header.name, "gate_up_proj_bias") is not None
+    return [
+        Part(
+            f"{name}.{role}",
+            "experts",
+            (count, half, cols),
+            Rows(
+                number if alternate else number * half,
+                half,
+                step=2 if alternate else 1,
+                transposed=transposed,
+            ),
+        )
+        for number, role in enumerate(("gate", "up"))
+    ]
 
 
 def convolution_part(
@@ -289,19 +267,19 @@ def convolution_part(
     rows, cols = (second, first) if transposed else (first, second)
     kind = f"conv_transpose{len(shape) - 2}d" if transposed else f"conv{len(shape) - 2}d"
     count = groups * math.prod(shape[2:])
-    return Part(name, kind, (count, rows, cols), _TrailingPositions(groups, transposed))
+    return Part(name, kind, (count, rows, cols), TrailingPositions(groups, transposed))
 
 
 def stacked_part(name: str, shape: tuple[int, ...], *, kind: str) -> Part:
     """A 3-D weight that is a stack already."""
-    return Part(name, kind, (shape[0], shape[1], shape[2]), _AsStored())
+    return Part(name, kind, (shape[0], shape[1], shape[2]), AsStored())
 
 
 def embedding_part(name: str, shape: tuple[int, ...]) -> Part:
     """A table of embeddings, ``(rows, dim)`` or ``(1, rows, dim)``: left out unless asked for."""
     stack = (1, shape[-2], shape[-1])
     hint = f"embedding, left out by default: include={name!r} analyses it"
-    return Part(name, "embedding", stack, _AsStored(), hint)
+    return Part(name, "embedding", stack, AsStored(), hint)
 
 
 def parts_by_name(header: TensorHeader, index: HeaderIndex) -> list[Part] | str:
@@ -316,9 +294,9 @@ def parts_by_name(header: TensorHeader, index: HeaderIndex) -> list[Part] | str:
     if header.dtype.is_complex and rank > 2:
         # (in, out, *modes): as a kernel's positions, with the roles of in and out exchanged.
         modes = math.prod(shape[2:])
-        return [Part(name, "spectral", (modes, shape[0], shape[1]), _TrailingPositions())]
+        return [Part(name, "spectral", (modes, shape[0], shape[1]), TrailingPositions())]
     if _is_afno_weight(header, index):
-        return [Part(name, "spectral", (shape[1], shape[2], shape[3]), _RealAndImaginary())]
+        return [Part(name, "spectral", (shape[1], shape[2], shape[3]), RealAndImaginary())]
     if rank == 3 and _leaf(header.name) in ("b1", "b2"):
         weight = index.beside(header.name, _leaf(header.name).replace("b", "w"))
         if weight is not None and _is_afno_weight(weight, index):
@@ -326,7 +304,7 @@ def parts_by_name(header: TensorHeader, index: HeaderIndex) -> list[Part] | str:
     if rank == 2:
         return _matrix_by_name(header, index, has_bias=bias is not None)
     if rank == 3 and _is_stack_of_experts(name):
-        return [stacked_part(name, shape, kind="experts")]
+        return expert_parts(header, index)
     if rank == 3 and shape[0] == 1 and _is_embedding(name):
         return [embedding_part(name, shape)]
     if rank <= 5:
@@ -358,7 +336,7 @@ def _matrix_by_name(
             or (shape[0] == shape[1] and index.has_transposed_gpt2_layers)
         )
     )
-    return linear_parts(name, shape, transposed=transposed)
+    return linear_parts(name, shape, index, transposed=transposed)
 
 
 def _recurrent_parts(header: TensorHeader, index: HeaderIndex) -> list[Part]:
@@ -396,6 +374,9 @@ def _is_afno_weight(header: TensorHeader, index: HeaderIndex) -> bool:
 def _is_stack_of_experts(name: str) -> bool:
     """Whether the name speaks of experts together, not of one expert by its number."""
     parts = name.lower().split(".")
+    # Granite's and JetMoe's experts say so in the name of their block only.
+    if parts[-1] in ("input_linear", "output_linear") and any("moe" in part for part in parts):
+        return True
     return any(
         "expert" in part and not (following.isdigit() or part[-1].isdigit())
         for part, following in zip(parts, [*parts[1:], ""], strict=True)

@@ -7,29 +7,28 @@ list of skipped ones, with its reason.
 
 from __future__ import annotations
 
-import copy
-import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
-from .layer_rules import (
+from farms_fast.layer_rules import (
     HeaderIndex,
-    LayerSpec,
-    Part,
-    Skipped,
-    TensorHeader,
     convolution_part,
     embedding_part,
+    expert_parts,
     linear_parts,
     parts_by_name,
     stacked_part,
     unusable,
 )
+from farms_fast.lora_modules import Wrapper, module_wrappers, visible_name
+from farms_fast.model_config import ModelConfig
+from farms_fast.module_tensors import module_tensor, own_tensors, sparse_layout, tensor_identity
+from farms_fast.quantised import restore
+from farms_fast.stacks import Combined, Found, LayerSpec, Part, Skipped, TensorHeader
 
 __all__ = [
     "LayerSpec",
@@ -43,26 +42,34 @@ __all__ = [
 ]
 
 Patterns = str | Sequence[str] | None
+# What an adapter makes of the weights of its base.
+Change = Callable[[Sequence[Found]], list[Found]]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 # RMSNorm came to torch later than the rest; LayerNorm alone can have a weight of several dims.
 _NORMALISATIONS = tuple(getattr(nn, n) for n in ("LayerNorm", "RMSNorm") if hasattr(nn, n))
-# What weight_norm, spectral_norm and pruning put in the place of a parameter, as forward hooks.
-_HOOKED = re.compile(r"(.+)_(?:orig|g|v)")
 
 
 @dataclass(frozen=True)
 class _Owned:
-    """A header and the module that owns the tensor."""
+    """A tensor of a module, under the name that it has when nothing is wrapped.
+
+    ``reason`` says why it is no weight of its own, and is empty when it may be one.
+    """
 
     header: TensorHeader
     owner: nn.Module
-    leaf: str
+    reason: str
 
 
 def layers_from_headers(
-    headers: Sequence[TensorHeader], include: Patterns = None, exclude: Patterns = None
+    headers: Sequence[TensorHeader],
+    include: Patterns = None,
+    exclude: Patterns = None,
+    *,
+    config: ModelConfig | None = None,
+    change: Change | None = None,
 ) -> tuple[list[LayerSpec], list[Skipped]]:
     """Layers of a checkpoint, from the names, shapes and dtypes of its tensors.
 
@@ -74,6 +81,9 @@ def layers_from_headers(
         include: None, a glob or several, matched with case against layer names. A layer that it
             matches is analysed even when it is left out by default, as embeddings are.
         exclude: As ``include``; it has the last word.
+        config: The model's, for what headers do not tell: how many key heads a fused projection
+            has, how a weight is quantised.
+        change: What an adapter makes of the weights, after quantised ones have been restored.
 
     Returns:
         The layers to analyse and the tensors that are not analysed, both in order.
@@ -94,30 +104,40 @@ def layers_from_headers(
         >>> skipped[0].name, skipped[0].reason
         ('conv.bias', 'vector, not a matrix')
     """
-    index = HeaderIndex(headers)
-    if len(index.by_name) != len(headers):
-        names = [header.name for header in headers]
+    names = [header.name for header in headers]
+    if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"headers: expected each name once, got {twice!r} more than once")
+    found = restore(headers, config)
+    if change is not None:
+        found = change(found)
+    index = HeaderIndex((header for header, _ in found), config)
     proposals = [
-        (header, _checked(header, unusable(header) or parts_by_name(header, index)))
-        for header in headers
+        (header, _checked(reason or unusable(header) or parts_by_name(header, index)))
+        for header, reason in found
     ]
     return _select(proposals, index, include, exclude)
 
 
 def layers_from_module(
-    module: nn.Module, include: Patterns = None, exclude: Patterns = None
+    module: nn.Module,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    *,
+    change: Change | None = None,
 ) -> tuple[list[LayerSpec], list[Skipped]]:
     """Layers of a module, from the types of its submodules and the shapes of their parameters.
 
-    Buffers are not analysed. A parametrised, pruned or normalised weight is taken as the module
-    uses it. Of tied weights the first that is analysed counts, the others are skipped.
+    Buffers are not analysed, but for those that hold a quantised weight. A parametrised, pruned or
+    normalised weight, and one in a LoRA layer as PEFT makes it, is taken as the module uses it. A
+    ``config`` attribute as Hugging Face's models have it is read. Of tied weights the first that is
+    analysed counts, the others are skipped.
 
     Args:
         module: Any module; it is neither run nor changed.
         include: As in `layers_from_headers`.
         exclude: As in `layers_from_headers`.
+        change: As in `layers_from_headers`.
 
     Returns:
         The layers to analyse and the tensors that are not analysed, both in module order.
@@ -136,131 +156,77 @@ def layers_from_module(
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
+    wrappers = module_wrappers(module)
     owned: list[_Owned] = []
-    early: dict[str, str] = {}
     for prefix, owner in module.named_modules(remove_duplicate=False):
-        for leaf, tensor, reason in _own_tensors(owner, prefix):
+        for leaf, tensor, reason in own_tensors(owner, prefix):
             name = f"{prefix}.{leaf}" if prefix else leaf
-            header = _header(name, tensor)
-            if reason or sparse_layout(tensor):
-                early[name] = reason or sparse_layout(tensor)
-            owned.append(_Owned(header, owner, leaf))
-    index = HeaderIndex(item.header for item in owned if item.header.name not in early)
-    proposals = []
-    for item in owned:
-        header = item.header
-        found = early.get(header.name) or unusable(header) or _parts_by_module(item, index)
-        proposals.append((header, _checked(header, found)))
-    return _select(proposals, index, include, exclude)
+            visible, elsewhere = visible_name(name, wrappers)
+            header = _header(visible, name, tensor)
+            owned.append(_Owned(header, owner, reason or sparse_layout(tensor) or elsewhere))
+    config = _config_of(module)
+    # Which stored tensor is where: what is made of several takes the place of the first.
+    places = {name: n for n, item in enumerate(owned) for name in item.header.stored}
+    found = [
+        item if item.reason else _as_wrapped(item.header, wrappers)
+        for item in restore([item.header for item in owned if not item.reason], config)
+    ]
+    if change is not None:
+        found = change(found)
+    index = HeaderIndex((header for header, _ in found), config)
+    proposals: list[tuple[int, TensorHeader, list[Part] | str]] = [
+        (number, item.header, item.reason) for number, item in enumerate(owned) if item.reason
+    ]
+    for header, reason in found:
+        number = min((places[n] for n in header.stored if n in places), default=len(owned))
+        parts: list[Part] | str = reason or unusable(header)
+        if not parts and number < len(owned):
+            parts = _parts_by_module(header, owned[number].owner, index)
+        proposals.append((number, header, _checked(parts or parts_by_name(header, index))))
+    proposals.sort(key=lambda proposal: proposal[0])
+    return _select([(header, parts) for _, header, parts in proposals], index, include, exclude)
 
 
-def module_tensor(module: nn.Module, name: str) -> torch.Tensor:
-    """The tensor behind one of a layer's ``tensors`` names, detached and not copied.
-
-    Args:
-        module: The module that the layers were made from.
-        name: As in `LayerSpec.tensors`.
-
-    Raises:
-        ValueError: The module has no such tensor, or the tensor has no data.
-
-    Example:
-        >>> from torch import nn
-        >>> module_tensor(nn.Sequential(nn.Linear(8, 4)), "0.weight").shape
-        torch.Size([4, 8])
-    """
-    prefix, _, leaf = name.rpartition(".")
-    try:
-        tensor = _effective(module.get_submodule(prefix), leaf)
-    except AttributeError:
-        tensor = None
-    if not isinstance(tensor, torch.Tensor):
-        raise ValueError(f"name: expected a tensor of {type(module).__name__}, got {name!r}")
-    if tensor.is_meta:
-        raise ValueError(f"{name}: expected a tensor with data, got one on the meta device")
-    return tensor.detach()
-
-
-def tensor_identity(tensor: torch.Tensor) -> Hashable | None:
-    """A key that is equal for two tensors of the same memory, shape, strides and dtype."""
-    if tensor.layout is not torch.strided or tensor.numel() == 0:
-        return None
-    storage = tensor.untyped_storage()
-    try:
-        # All meta tensors have address 0, so there the storage object itself has to tell.
-        where = storage._cdata if tensor.is_meta else storage.data_ptr()
-    except RuntimeError:  # subclasses that wrap other tensors have no address of their own
-        return None
-    return (
-        str(tensor.device),
-        where,
-        tensor.storage_offset(),
-        tuple(tensor.shape),
-        tensor.stride(),
-        tensor.dtype,
-    )
-
-
-def sparse_layout(tensor: torch.Tensor) -> str:
-    """Why a tensor that is not dense cannot be analysed; empty for a dense one."""
-    if tensor.layout is torch.strided:
-        return ""
-    return f"layout {str(tensor.layout).removeprefix('torch.')}: make it dense first"
-
-
-def _effective(owner: nn.Module, leaf: str) -> torch.Tensor:
-    """A module's tensor as its forward pass uses it, without changing the module."""
-    if parametrize.is_parametrized(owner, leaf):
-        # Spectral norm in training mode writes its buffers at each evaluation: take a copy's.
-        with torch.no_grad():
-            found = copy.deepcopy(owner.parametrizations[leaf]).eval()()  # type: ignore[index, union-attr]
-    else:
-        found = getattr(owner, leaf)
-    return found  # type: ignore[no-any-return]
-
-
-def _own_tensors(owner: nn.Module, prefix: str) -> list[tuple[str, torch.Tensor, str]]:
-    """A module's own parameters: leaf name, tensor, and why it is not analysed (or nothing)."""
-    rows: list[tuple[str, torch.Tensor, str]] = []
-    if "parametrizations" in prefix.split("."):
-        reason = "original of a parametrised weight, which is analysed as the module uses it"
-        return [(leaf, p, reason) for leaf, p in owner.named_parameters(recurse=False)]
-    seen: set[str] = set()
-    for leaf, parameter in owner.named_parameters(recurse=False, remove_duplicate=False):
-        match = _HOOKED.fullmatch(leaf)
-        used = owner.__dict__.get(match[1]) if match else None
-        if match is None or not isinstance(used, torch.Tensor):
-            lazy = isinstance(parameter, nn.parameter.UninitializedParameter)
-            rows.append((leaf, parameter, "not initialised: run the module once" if lazy else ""))
-            continue
-        if match[1] not in seen:
-            seen.add(match[1])
-            rows.append((match[1], used, ""))
-        rows.append((leaf, parameter, f"part of {match[1]}, analysed as the module uses it"))
-    if parametrize.is_parametrized(owner):
-        names = owner.parametrizations.keys()  # type: ignore[operator, union-attr]
-        rows.extend((leaf, _effective(owner, leaf), "") for leaf in names)
-    return rows
-
-
-def _header(name: str, tensor: torch.Tensor) -> TensorHeader:
+def _header(visible: str, name: str, tensor: torch.Tensor) -> TensorHeader:
+    tensors = () if visible == name else (name,)
     if isinstance(tensor, nn.parameter.UninitializedParameter):
-        return TensorHeader(name, (), tensor.dtype)
-    return TensorHeader(name, tuple(tensor.shape), tensor.dtype, tensor_identity(tensor))
+        return TensorHeader(visible, (), tensor.dtype, None, tensors)
+    identity = tensor_identity(tensor)
+    return TensorHeader(visible, tuple(tensor.shape), tensor.dtype, identity, tensors)
 
 
-def _parts_by_module(item: _Owned, index: HeaderIndex) -> list[Part] | str:
+def _as_wrapped(header: TensorHeader, wrappers: Mapping[str, Wrapper]) -> Found:
+    """A weight with the updates of all LoRA layers around the module that has it."""
+    found = Found(header)
+    path = header.stored[0].rpartition(".")[0]
+    while not found.reason and path.rpartition(".")[2] == "base_layer":
+        path = path.rpartition(".")[0]
+        if path not in wrappers:
+            break
+        found = wrappers[path].updated(found.header)
+    return found
+
+
+def _config_of(module: nn.Module) -> ModelConfig | None:
+    """What a Hugging Face model knows of itself."""
+    to_dict = getattr(getattr(module, "config", None), "to_dict", None)
+    entries = to_dict() if callable(to_dict) else None
+    return ModelConfig.of(entries) if isinstance(entries, Mapping) else None
+
+
+def _parts_by_module(
+    header: TensorHeader, owner: nn.Module, index: HeaderIndex
+) -> list[Part] | str:
     """Parts by the type of the owner, or by name where its type says nothing."""
-    owner, header = item.owner, item.header
-    name, shape = index.layer_name(header.name), header.shape
+    name, shape, leaf = index.layer_name(header.name), header.shape, header.name.rpartition(".")[2]
     if isinstance(owner, _NORMALISATIONS):
         return "elementwise scale of a normalisation, not a matrix"
-    if item.leaf == "weight":
+    if leaf == "weight":
         if isinstance(owner, nn.Linear):
-            return linear_parts(name, shape)
+            return linear_parts(name, shape, index)
         # Hugging Face's Conv1D is a linear layer that stores its weight (in, out).
         if type(owner).__name__ == "Conv1D" and hasattr(owner, "nf") and len(shape) == 2:
-            return linear_parts(name, shape, transposed=True)
+            return linear_parts(name, shape, index, transposed=True)
         if isinstance(owner, _CONVOLUTIONS):
             return [convolution_part(name, shape, groups=owner.groups)]
         if isinstance(owner, _TRANSPOSED_CONVOLUTIONS):
@@ -269,12 +235,12 @@ def _parts_by_module(item: _Owned, index: HeaderIndex) -> list[Part] | str:
             return [embedding_part(name, shape)]
         if isinstance(owner, nn.Bilinear):
             return [stacked_part(name, shape, kind="bilinear")]
-    if len(shape) == 3 and "expert" in type(owner).__name__.lower() and "bias" not in item.leaf:
-        return [stacked_part(name, shape, kind="experts")]
+    if len(shape) == 3 and "expert" in type(owner).__name__.lower() and "bias" not in leaf:
+        return expert_parts(header, index)
     return parts_by_name(header, index)
 
 
-def _checked(header: TensorHeader, found: list[Part] | str) -> list[Part] | str:
+def _checked(found: list[Part] | str) -> list[Part] | str:
     """The parts, unless their matrices are vectors: one singular value is no spectrum."""
     if isinstance(found, str):
         return found
@@ -317,7 +283,14 @@ def _select(
                 first_use[key] = part.name
             layers.append(
                 LayerSpec(
-                    part.name, part.kind, (header.name,), part.shape, header.dtype, part.to_stack
+                    part.name,
+                    part.kind,
+                    header.stored,
+                    part.shape,
+                    header.dtype,
+                    part.to_stack
+                    if header.combine is None
+                    else Combined(header.combine, part.to_stack),
                 )
             )
     for argument, patterns in (("include", included), ("exclude", excluded)):
