@@ -6,11 +6,9 @@ before :func:`farms_fast.results.printable`, and nothing is printed through rich
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
 import shutil
-import sys
 import time
 import unicodedata
 from collections import defaultdict
@@ -20,6 +18,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from farms_fast.commands.console import (
+    EXIT_LAYERS_FAILED,
+    check_writable,
+    echo,
+    one_line_errors,
+)
 from farms_fast.records import LayerRecord
 from farms_fast.results import Analysis, printable
 
@@ -36,10 +40,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-
-_EXIT_LAYERS_FAILED = 1
-_EXIT_BAD_INPUT = 2
-_EXIT_INTERRUPTED = 130
 
 _UNITS = {
     "": 1,
@@ -187,17 +187,6 @@ def _skipped_lines(analysis: Analysis, names: bool) -> Iterator[str]:
             yield from (f"       {tensor}" for tensor in tensors)
 
 
-def _echo(text: str) -> None:
-    """Prints also where the output's encoding has only ASCII."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    try:
-        text.encode(encoding)
-    except UnicodeEncodeError:
-        text = text.translate({ord("…"): "~", ord("±"): "s", ord("λ"): "l"})
-        text = text.encode(encoding, "backslashreplace").decode(encoding)
-    typer.echo(text)
-
-
 # ------------------------------------------------------------------------------ options and errors
 
 
@@ -234,34 +223,6 @@ def _parse_dtype(text: str) -> torch.dtype:
     return known[text]
 
 
-def _check_writable(option: str, path: Path | None) -> None:
-    """Fails before the work, not after it."""
-    if path is None:
-        return
-    if path.is_dir():
-        raise IsADirectoryError(f"{option}: {str(path)!r} is a directory, expected a file")
-    if not path.resolve().parent.is_dir():
-        raise FileNotFoundError(f"{option}: the directory of {str(path)!r} does not exist")
-
-
-@contextlib.contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """Turns bad input into one line and exit code 2, and an interruption into 130."""
-    try:
-        yield
-    except BrokenPipeError:
-        raise  # the reader of the table has left, as `head` does: typer ends without a word
-    except (ValueError, TypeError, OSError, KeyError) as error:
-        # str of a KeyError is the repr of its argument.
-        text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-        line = " ".join(text.split()) or type(error).__name__
-        typer.echo(f"error: {printable(line)}", err=True)
-        raise typer.Exit(_EXIT_BAD_INPUT) from None
-    except KeyboardInterrupt:
-        typer.echo("error: interrupted", err=True)
-        raise typer.Exit(_EXIT_INTERRUPTED) from None
-
-
 # ---------------------------------------------------------------------------------------- commands
 
 
@@ -291,7 +252,7 @@ def info() -> None:
     import farms_fast
 
     for key, value in farms_fast.build_info().items():
-        _echo(f"{key}: {value}")
+        echo(f"{key}: {value}")
 
 
 @app.command()
@@ -375,7 +336,7 @@ def analyze(
     Exit codes: 0 every layer is ok, 1 some layers failed, 2 bad usage or bad input,
     130 interrupted.
     """
-    with _one_line_errors():
+    with one_line_errors():
         from farms_fast.analysis import analyze as analyze_model
         from farms_fast.windows import FixedAspectSampling, FullMatrix
 
@@ -393,8 +354,8 @@ def analyze(
                 q=default.q if q is None else q,
                 per_dim=default.per_dim if per_dim is None else per_dim,
             )
-        _check_writable("csv", csv)
-        _check_writable("json", json)
+        check_writable("csv", csv)
+        check_writable("json", json)
 
         start = time.perf_counter()
         analysis = analyze_model(
@@ -426,20 +387,20 @@ def analyze(
                 f"all of its {len(analysis.skipped)} tensors were skipped"
             )
     if analysis.failed:
-        raise typer.Exit(_EXIT_LAYERS_FAILED)
+        raise typer.Exit(EXIT_LAYERS_FAILED)
 
 
 def _report(analysis: Analysis, seconds: float, show_skipped: bool) -> None:
     # COLUMNS if set, the terminal's width if there is one, else 100.
     width = shutil.get_terminal_size(fallback=(100, 24)).columns
     if len(analysis):
-        _echo(format_table(analysis.layers, width))
-        _echo("")
+        echo(format_table(analysis.layers, width))
+        echo("")
     for record in analysis.failed:
-        _echo(f"failed: {printable(record.name)}: {record.status}: {printable(record.message)}")
-    _echo(_summary(analysis, seconds))
+        echo(f"failed: {printable(record.name)}: {record.status}: {printable(record.message)}")
+    echo(_summary(analysis, seconds))
     for line in _skipped_lines(analysis, show_skipped):
-        _echo(line)
+        echo(line)
 
 
 def main() -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -80,9 +81,9 @@ class LayerRecord:
         window_alpha_mean: Mean of the finite ``window_alphas``.
         window_alpha_std: Their sample standard deviation (n - 1).
         split_half: |alpha_even - alpha_odd|.
-        evals: float64 (num_evals,), ascending, the eigenvalues of all windows pooled.
         window_alphas: float64 (windows,), the alpha of each window alone.
-        window_evals: float64 (windows, k), ascending, the eigenvalues of each window.
+        window_evals: float64 (windows, k), ascending, the eigenvalues of each window. Those of a
+            record from a results store are read when first asked for, and kept from then on.
 
     Example:
         >>> import numpy as np
@@ -132,7 +133,6 @@ class LayerRecord:
     alpha_even: float = _NAN
     alpha_odd: float = _NAN
     split_half: float = _NAN
-    evals: Array = field(default_factory=_no_values, repr=False)
     window_alphas: Array = field(default_factory=_no_values, repr=False)
     window_evals: Array = field(default_factory=_no_windows, repr=False)
 
@@ -164,7 +164,8 @@ class LayerRecord:
             window_cols: Columns of one window.
             uncertainty: The spread over the windows; None where it was not asked for. Ignored when
                 there is one window, which has no spread.
-            evals: The pooled eigenvalues in ascending order, if the caller has them already.
+            evals: The pooled eigenvalues in ascending order, if the caller has them already. The
+                metrics are computed from them; they are not kept.
             eps: Unit roundoff of the arithmetic that gave the eigenvalues.
             message: What went wrong; by default the fit's status in words.
 
@@ -204,7 +205,6 @@ class LayerRecord:
             alpha_even=spread.alpha_even,
             alpha_odd=spread.alpha_odd,
             split_half=spread.split_half,
-            evals=pooled,
             window_alphas=alphas,
             window_evals=per_window,
             **metrics,
@@ -231,6 +231,53 @@ class LayerRecord:
         """
         return cls(name=name, kind=kind, shape=shape, status=status, message=message)
 
+    @property
+    def evals(self) -> Array:
+        """The eigenvalues of all windows pooled, float64 (num_evals,), ascending.
+
+        Sorted anew each time, for holding them would double what a record takes.
+        """
+        return np.sort(self.read_window_evals(), axis=None)
+
+    def defer_window_evals(self, load: Callable[[], Array]) -> None:
+        """Drops ``window_evals`` and has them loaded when they are next asked for.
+
+        A copy or a pickle of the record has the values themselves.
+
+        Args:
+            load: Returns float64 (windows, k).
+
+        Example:
+            >>> record = LayerRecord("fc", "linear", (1, 2, 2), "ok")
+            >>> record.defer_window_evals(lambda: np.array([[2.0, 3.0], [1.0, 4.0]]))
+            >>> record.evals.tolist()
+            [1.0, 2.0, 3.0, 4.0]
+        """
+        self.__dict__.pop("window_evals", None)
+        self.__dict__["_load_window_evals"] = load
+
+    def read_window_evals(self) -> Array:
+        """``window_evals``, not kept in the record where they have to be loaded."""
+        if "window_evals" in self.__dict__:
+            return self.window_evals
+        load: Callable[[], Array] = self.__dict__["_load_window_evals"]
+        return load()
+
+    if not TYPE_CHECKING:  # a type checker would take it for any attribute's
+
+        def __getattr__(self, name: str) -> Any:
+            """Loads ``window_evals``: Python asks here for what the instance does not have."""
+            if name == "window_evals" and "_load_window_evals" in self.__dict__:
+                self.window_evals = self.read_window_evals()
+                return self.window_evals
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle takes: values instead of a way to load them."""
+        state = {**self.__dict__, "window_evals": self.read_window_evals()}
+        state.pop("_load_window_evals", None)
+        return state
+
     def scalars(self) -> dict[str, str | int | float]:
         """The record without its arrays; the shape as ``stack``, ``rows`` and ``cols``."""
         row: dict[str, str | int | float] = {}
@@ -243,7 +290,8 @@ class LayerRecord:
 
 
 # What the files of an analysis are made of, in the order of the fields.
-ARRAY_FIELDS = ("evals", "window_alphas", "window_evals")
+ARRAY_FIELDS = ("window_alphas", "window_evals")
+TEXT_FIELDS = frozenset(("name", "kind", "status", "message"))
 SCALAR_FIELDS = tuple(f.name for f in dataclasses.fields(LayerRecord) if f.name not in ARRAY_FIELDS)
 INT_FIELDS = frozenset(
     ("windows", "window_rows", "window_cols", "num_pl_spikes", "M", "N", "num_evals", "dropped")

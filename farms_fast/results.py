@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
-import csv
-import dataclasses
 import difflib
-import io
-import json
 import math
 import os
-import secrets
-import stat
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
-
+from farms_fast.exports import (
+    read_json,
+    write_csv,
+    write_json,
+    write_npz,
+    write_parquet,
+    write_safetensors,
+)
 from farms_fast.layers import Skipped
-from farms_fast.records import CSV_COLUMNS, INT_FIELDS, SCALAR_FIELDS, LayerRecord
+from farms_fast.records import CSV_COLUMNS, LayerRecord
 
 if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = ["Analysis"]
-
-_FORMAT = "farms_fast.analysis"
-_FORMAT_VERSION = 1
 
 
 class Analysis:
@@ -145,11 +140,7 @@ class Analysis:
         Raises:
             OSError: If it cannot be written.
         """
-        text = io.StringIO(newline="")
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(CSV_COLUMNS)
-        writer.writerows(layer.scalars().values() for layer in self.layers)
-        _write_whole(Path(path), text.getvalue())
+        write_csv(path, self.layers)
 
     def to_json(self, path: str | os.PathLike[str], spectra: bool = False) -> None:
         """Writes everything that :meth:`from_json` reads back; NaN as null.
@@ -164,15 +155,7 @@ class Analysis:
         Raises:
             OSError: If it cannot be written.
         """
-        document = {
-            "format": _FORMAT,
-            "version": _FORMAT_VERSION,
-            "settings": _plain(self.settings),
-            "layers": [_layer_to_plain(layer, spectra) for layer in self.layers],
-            "skipped": [_plain(dataclasses.asdict(tensor)) for tensor in self.skipped],
-        }
-        indent = None if spectra else 1
-        _write_whole(Path(path), json.dumps(document, allow_nan=False, indent=indent) + "\n")
+        write_json(path, self.layers, self.skipped, self.settings, spectra)
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> Analysis:
@@ -186,33 +169,85 @@ class Analysis:
             FileNotFoundError: If there is no such file.
             ValueError: If it is not such a file.
         """
-        try:
-            document = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"path: {os.fspath(path)!r} is not a JSON file ({error})") from error
-        if not isinstance(document, dict) or document.get("format") != _FORMAT:
-            raise ValueError(
-                f"path: {os.fspath(path)!r} was not written by Analysis.to_json "
-                f'(no "format": "{_FORMAT}")'
-            )
-        if document.get("version") != _FORMAT_VERSION:
-            raise ValueError(
-                f"path: {os.fspath(path)!r} has format version {document.get('version')!r}, "
-                f"this release reads version {_FORMAT_VERSION}"
-            )
-        try:
-            return cls(
-                [_layer_from_plain(layer) for layer in document["layers"]],
-                [
-                    Skipped(name=s["name"], shape=tuple(s["shape"]), reason=s["reason"])
-                    for s in document["skipped"]
-                ],
-                document["settings"],
-            )
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(
-                f"path: {os.fspath(path)!r} has a damaged record ({type(error).__name__}: {error})"
-            ) from error
+        return cls(*read_json(path))
+
+    def to_parquet(self, path: str | os.PathLike[str]) -> None:
+        """Writes one row per layer with the columns of :meth:`to_pandas`.
+
+        Floats keep their bits and NaN stays NaN; ``matrix_rank`` is a float. The settings are in
+        the schema's metadata as JSON, ``farms_fast.settings``. The file appears whole or not at
+        all.
+
+        Args:
+            path: The file, replaced if it exists.
+
+        Raises:
+            ImportError: If pyarrow is not installed.
+            OSError: If it cannot be written.
+        """
+        write_parquet(path, self.layers, self.settings)
+
+    def spectra_to_npz(self, path: str | os.PathLike[str]) -> None:
+        """Writes the eigenvalues of every layer for ``numpy.load``.
+
+        Each array is named after its layer (:func:`farms_fast.exports.array_name`), float64
+        (windows, k), ascending in each window; (0, 0) for a layer that failed. One layer at a time
+        is held in memory, and the file appears whole or not at all.
+
+        Args:
+            path: The file, replaced if it exists; nothing is appended to its name.
+
+        Raises:
+            OSError: If it cannot be written.
+            ValueError: If the analysis was read from a JSON file without spectra.
+
+        Example:
+            >>> import tempfile
+            >>> import numpy as np
+            >>> record = LayerRecord(
+            ...     "fc", "linear", (1, 4, 4), "ok", window_evals=np.array([[1.0, 2.0]]))
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     Analysis([record]).spectra_to_npz(folder + "/spectra.npz")
+            ...     with np.load(folder + "/spectra.npz") as spectra:
+            ...         spectra["fc"].tolist()
+            [[1.0, 2.0]]
+        """
+        write_npz(path, self.layers)
+
+    def spectra_to_safetensors(self, path: str | os.PathLike[str]) -> None:
+        """Writes the eigenvalues of every layer for ``safetensors``.
+
+        The tensors are those of :meth:`spectra_to_npz`; the settings are in the metadata as JSON,
+        ``settings``.
+
+        Args:
+            path: The file, replaced if it exists.
+
+        Raises:
+            OSError: If it cannot be written.
+            ValueError: If the analysis was read from a JSON file without spectra.
+        """
+        write_safetensors(path, self.layers, self.settings)
+
+    @classmethod
+    def from_store(cls, path: str | os.PathLike[str], run: int | None = None) -> Analysis:
+        """Reads a run of a results store (:class:`farms_fast.store.ResultsStore`).
+
+        Spectra are read from the file when a record is first asked for them.
+
+        Args:
+            path: The store.
+            run: The run's number; None is the newest.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it is not a results store or has no such run.
+        """
+        # The store gives back analyses, so it imports this module.
+        from farms_fast.store import ResultsStore
+
+        with ResultsStore(path, create=False) as store:
+            return store.load(run)
 
 
 def printable(text: str) -> str:
@@ -225,84 +260,3 @@ def printable(text: str) -> str:
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
     )
-
-
-def _plain(value: object) -> Any:
-    """The value as JSON has it, with null for NaN and strings for the infinities."""
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, (float, np.floating)):
-        number = float(value)
-        if math.isnan(number):
-            return None
-        return number if math.isfinite(number) else str(number)
-    if isinstance(value, np.integer):
-        return int(value)
-    if isinstance(value, np.ndarray):
-        return [_plain(item) for item in value.tolist()]
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [_plain(item) for item in value]
-    return str(value)
-
-
-def _number(value: float | str | None) -> float:
-    return math.nan if value is None else float(value)
-
-
-def _layer_to_plain(layer: LayerRecord, spectra: bool) -> dict[str, Any]:
-    plain = {name: _plain(getattr(layer, name)) for name in SCALAR_FIELDS}
-    plain["window_alphas"] = _plain(layer.window_alphas)
-    if spectra:
-        plain["evals"] = _plain(layer.evals)
-        plain["window_evals"] = _plain(layer.window_evals)
-    return plain
-
-
-def _layer_from_plain(plain: Mapping[str, Any]) -> LayerRecord:
-    values: dict[str, Any] = {}
-    for name in SCALAR_FIELDS:
-        value = plain[name]
-        if name == "shape":
-            stack, rows, cols = value
-            values[name] = (int(stack), int(rows), int(cols))
-        elif name in ("name", "kind", "status", "message"):
-            values[name] = str(value)
-        elif name in INT_FIELDS or (name == "matrix_rank" and value is not None):
-            values[name] = int(value)
-        else:
-            values[name] = _number(value)
-    values["window_alphas"] = np.array([_number(x) for x in plain["window_alphas"]], np.float64)
-    if "evals" in plain:
-        values["evals"] = np.array([_number(x) for x in plain["evals"]], np.float64)
-        per_window = [[_number(x) for x in row] for row in plain["window_evals"]]
-        # The shape is given because an empty list says nothing of its second dimension.
-        shape = (len(per_window), len(per_window[0]) if per_window else 0)
-        values["window_evals"] = np.array(per_window, np.float64).reshape(shape)
-    return LayerRecord(**values)
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Writes beside the target and renames, so that no reader ever sees half a file."""
-    data = text.encode("utf-8", errors="backslashreplace")
-    with contextlib.suppress(FileNotFoundError):
-        mode = path.stat().st_mode
-        if not stat.S_ISREG(mode):
-            # A directory is an error of open; a pipe or a device cannot be replaced by a file.
-            with path.open("wb") as stream:
-                stream.write(data)
-            return
-    # Replacing a link would cut it off from the file that it stands for.
-    target = path.resolve()
-    partial = target.with_name(f".{target.name[:100]}.{secrets.token_hex(6)}.tmp")
-    try:
-        with partial.open("xb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import dataclasses
 import json
 import math
 import os
+import pickle
 import stat
 import subprocess
 import sys
@@ -25,7 +27,19 @@ from farms_fast.records import LayerRecord, Uncertainty
 from farms_fast.results import Analysis, printable
 
 WINDOWS = np.array([[0.5, 1.0, 3.0], [0.1, 2.0, 7.0]])
-ARRAYS = ("evals", "window_alphas", "window_evals")
+ARRAYS = ("window_alphas", "window_evals")
+
+# A whole file of this version of the format.
+VERSION_1 = """{"format": "farms_fast.analysis", "version": 1, "settings": {"xmin": "median"},
+"layers": [{"name": "fc", "kind": "linear", "shape": [1, 2, 2], "status": "ok", "message": "",
+"windows": 2, "window_rows": 2, "window_cols": 2, "alpha": 2.5, "D": 0.1, "sigma": 0.5, "xmin": 1.0,
+"xmax": 3.0, "num_pl_spikes": 3, "norm": 6.5, "log_norm": 0.8, "spectral_norm": 3.0,
+"log_spectral_norm": 0.5, "alpha_weighted": 1.2, "log_alpha_norm": 1.3, "stable_rank": 2.2,
+"matrix_rank": 4, "entropy": 0.9, "mp_softrank": null, "Q": 1.0, "M": 2, "N": 2, "num_evals": 4,
+"dropped": 0, "window_alpha_mean": 2.0, "window_alpha_std": null, "alpha_se": 0.1, "alpha_low": 2.0,
+"alpha_high": 3.0, "alpha_even": 2.0, "alpha_odd": null, "split_half": null,
+"window_alphas": [2.0, null], "evals": [0.5, 1.0, 2.0, 3.0],
+"window_evals": [[0.5, 3.0], [1.0, 2.0]]}], "skipped": []}"""
 
 
 def a_fit(status: str = "ok", alpha: float = 2.5) -> PowerLawFit:
@@ -153,12 +167,83 @@ def test_records_do_not_share_arrays() -> None:
     assert first.evals is not LayerRecord("b", "linear", (1, 2, 3), "ok").evals
 
 
-def test_given_evals_are_taken() -> None:
-    pooled = np.sort(WINDOWS.ravel())
+def test_given_evals_are_taken_for_the_metrics() -> None:
+    pooled = 2 * np.sort(WINDOWS.ravel())
     record = LayerRecord.from_spectra(
         "a", "linear", (1, 4, 3), WINDOWS, a_fit(), 4, 3, evals=pooled
     )
-    assert record.evals is pooled
+    assert record.norm == pooled.sum()
+    np.testing.assert_array_equal(record.evals, pooled / 2)
+
+
+class TestDeferredSpectra:
+    def deferred(self) -> tuple[LayerRecord, list[int]]:
+        record, loads = a_record(), list[int]()
+
+        def load() -> np.ndarray:
+            loads.append(len(loads))
+            return WINDOWS.copy()
+
+        record.defer_window_evals(load)
+        return record, loads
+
+    def test_loaded_once_when_asked_for(self) -> None:
+        record, loads = self.deferred()
+        assert record.alpha == 2.5
+        assert "window_evals" not in repr(record)
+        assert loads == []
+        np.testing.assert_array_equal(record.window_evals, WINDOWS)
+        assert record.window_evals is record.window_evals
+        assert same(record, a_record())
+        assert loads == [0]
+
+    def test_reading_and_pooling_keep_nothing(self) -> None:
+        record, loads = self.deferred()
+        np.testing.assert_array_equal(record.read_window_evals(), WINDOWS)
+        np.testing.assert_array_equal(record.evals, np.sort(WINDOWS.ravel()))
+        assert loads == [0, 1]
+        assert "window_evals" not in vars(record)
+
+    def test_assignment_wins(self) -> None:
+        record, loads = self.deferred()
+        record.window_evals = WINDOWS[:1]
+        assert record.window_evals.shape == (1, 3)
+        assert loads == []
+
+    @pytest.mark.parametrize(
+        "duplicate",
+        [
+            copy.copy,
+            copy.deepcopy,
+            dataclasses.replace,
+            # The loader, a local function, could not be pickled.
+            lambda record: pickle.loads(pickle.dumps(record)),
+        ],
+    )
+    def test_duplicates_have_the_values(self, duplicate) -> None:
+        record, loads = self.deferred()
+        other = duplicate(record)
+        loaded = list(loads)
+        assert same(other, a_record())
+        assert loads == loaded == [0]
+
+    def test_loader_that_fails_is_asked_again(self) -> None:
+        record, answers = a_record(), [OSError("gone"), WINDOWS]
+
+        def load() -> np.ndarray:
+            answer = answers.pop(0)
+            if isinstance(answer, OSError):
+                raise answer
+            return answer
+
+        record.defer_window_evals(load)
+        with pytest.raises(OSError, match="gone"):
+            _ = record.window_evals
+        np.testing.assert_array_equal(record.window_evals, WINDOWS)
+
+    def test_other_attributes_are_still_missing(self) -> None:
+        with pytest.raises(AttributeError, match="'LayerRecord' object has no attribute 'alhpa'"):
+            _ = self.deferred()[0].alhpa  # type: ignore[attr-defined]
 
 
 def test_bad_spectra() -> None:
@@ -315,6 +400,19 @@ def test_from_json_refuses_other_files(tmp_path: Path, text: str, message: str) 
     with pytest.raises(ValueError, match=message) as caught:
         Analysis.from_json(path)
     assert str(path) in str(caught.value)
+
+
+def test_version_1_of_the_format_stays_readable(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(VERSION_1)
+    record = Analysis.from_json(tmp_path / "a.json")["fc"]
+    np.testing.assert_array_equal(record.window_evals, [[0.5, 3.0], [1.0, 2.0]], strict=True)
+    np.testing.assert_array_equal(record.evals, [0.5, 1.0, 2.0, 3.0], strict=True)
+    np.testing.assert_array_equal(record.window_alphas, [2.0, math.nan], strict=True)
+    assert (record.alpha, record.matrix_rank, record.shape) == (2.5, 4, (1, 2, 2))
+    # Pooled eigenvalues that are not those of the windows come from no analysis.
+    (tmp_path / "a.json").write_text(VERSION_1.replace("[0.5, 1.0, 2.0, 3.0]", "[0.5, 1.0, 2.0]"))
+    with pytest.raises(ValueError, match="evals of 'fc' are not its window_evals in order"):
+        Analysis.from_json(tmp_path / "a.json")
 
 
 def test_from_json_missing_file(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""The commands of ``farms-fast`` besides ``analyze``, and what all of them share."""

@@ -1,0 +1,64 @@
+"""What the commands share: exit codes, errors on one line, and text that any terminal can show."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import typer
+
+from farms_fast.results import printable
+
+__all__ = [
+    "EXIT_BAD_INPUT",
+    "EXIT_INTERRUPTED",
+    "EXIT_LAYERS_FAILED",
+    "check_writable",
+    "echo",
+    "one_line_errors",
+]
+
+EXIT_LAYERS_FAILED = 1
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+
+def echo(text: str) -> None:
+    """Prints also where the output's encoding has only ASCII."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        text = text.translate({ord("…"): "~", ord("±"): "s", ord("λ"): "l"})
+        text = text.encode(encoding, "backslashreplace").decode(encoding)
+    typer.echo(text)
+
+
+def check_writable(option: str, path: Path | None) -> None:
+    """Fails before the work, not after it."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise IsADirectoryError(f"{option}: {str(path)!r} is a directory, expected a file")
+    if not path.resolve().parent.is_dir():
+        raise FileNotFoundError(f"{option}: the directory of {str(path)!r} does not exist")
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turns bad input into one line and exit code 2, and an interruption into 130."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise  # the reader of the table has left, as `head` does: typer ends without a word
+    except (ValueError, TypeError, OSError, KeyError, ImportError) as error:
+        # str of a KeyError is the repr of its argument.
+        text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+        line = " ".join(text.split()) or type(error).__name__
+        typer.echo(f"error: {printable(line)}", err=True)
+        raise typer.Exit(EXIT_BAD_INPUT) from None
+    except KeyboardInterrupt:
+        typer.echo("error: interrupted", err=True)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
