@@ -13,27 +13,27 @@
 #include <cuda_runtime.h>
 
 #include "../power_law_common.h"
+#include "power_law_scan.cuh"
 #include "power_law_search.cuh"
 
 namespace farms_fast {
 namespace {
 
-using power_law::CompensatedSum;
+using power_law::ChunkSummary;
 using power_law::DistanceSearch;
 using power_law::IndexRange;
+using power_law::kChunk;
 using power_law::kFullMask;
 using power_law::kWarp;
 using power_law::lane_id;
 using power_law::LogHistogram;
+using power_law::ScanPass;
+using power_law::SpectrumState;
 using power_law::ValidRange;
 using power_law::warp_max;
 
 constexpr int kThreads = 256;
 constexpr int kWarpsPerBlock = kThreads / kWarp;
-constexpr int kScanThreads = 512;
-constexpr int kScanWarps = kScanThreads / kWarp;
-constexpr int kScanItems = 4;
-constexpr int kScanTile = kScanThreads * kScanItems;
 
 // At stride 1 a warp looks at this many neighbours: most are settled by 32 samples.
 constexpr int kGroup = 8;
@@ -42,22 +42,13 @@ constexpr int64_t kStrides[] = {4096, 256, 16, 1};
 constexpr unsigned long long kInfinityBits = 0x7ff0000000000000ull;
 constexpr unsigned long long kNoIndex = ~0ull;
 
-struct SpectrumState {
-  int64_t begin;  // values that enter the fit, as indices into evals
-  int64_t end;
-  int64_t candidates_begin;
-  int64_t candidates_end;
-  unsigned long long best_bits;   // of D; distances are not negative, so bits order as values do
-  unsigned long long best_index;  // lowest index with that D
-  int64_t failure;                // FitStatus when known before the search, ok otherwise
-};
-
 struct Workspace {
   SpectrumState* states;  // (n_spectra)
   double* logs;           // (total)
   double* excess;         // (total)
   double* distances;      // (total) of candidates; a lower bound above the best where dropped
   int32_t* owner;         // (total) spectrum of each value, -1 where there is none
+  ChunkSummary* chunks;   // (2 a slot, see power_law_scan.cuh)
 };
 
 size_t aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
@@ -77,6 +68,7 @@ Workspace carve(void* memory, int64_t total, int64_t n_spectra, size_t* bytes) {
   workspace.excess = static_cast<double*>(take(n, sizeof(double)));
   workspace.distances = static_cast<double*>(take(n, sizeof(double)));
   workspace.owner = static_cast<int32_t*>(take(n, sizeof(int32_t)));
+  workspace.chunks = static_cast<ChunkSummary*>(take(2 * (n / kChunk + 1), sizeof(ChunkSummary)));
   if (bytes != nullptr) *bytes = used;
   return workspace;
 }
@@ -159,109 +151,24 @@ __global__ void __launch_bounds__(kThreads)
   dropped[s] = (given.end - given.begin) - size;
 }
 
-__global__ void __launch_bounds__(kThreads) logs_kernel(const double* __restrict__ evals, int64_t total,
-                                                        double* __restrict__ logs, int32_t* __restrict__ owner) {
+__global__ void __launch_bounds__(kThreads)
+    logs_kernel(const double* __restrict__ evals, const int64_t* __restrict__ offsets, int64_t total, int64_t n_spectra,
+                double* __restrict__ logs, int32_t* __restrict__ owner) {
   const int64_t j = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (j >= total) return;
   const double value = evals[j];
   logs[j] = power_law::enters_fit(value) ? log(value) : 0.0;
-  owner[j] = -1;
-}
-
-__device__ __forceinline__ CompensatedSum shuffle_up(const CompensatedSum& sum, int offset) {
-  return {__shfl_up_sync(kFullMask, sum.value, offset), __shfl_up_sync(kFullMask, sum.error, offset)};
-}
-
-// A block for each spectrum walks tiles from the largest value down, with two scans in each: the
-// smallest logarithm so far (ordered_log) and the sum of excess_term. The order of additions depends
-// only on the distance from the top, so a spectrum gives the same bits alone and packed.
-__global__ void __launch_bounds__(kScanThreads)
-    excess_kernel(const int64_t* __restrict__ offsets, int64_t total, int64_t n_spectra,
-                  const SpectrumState* __restrict__ states, double* __restrict__ logs, double* __restrict__ excess,
-                  int32_t* __restrict__ owner) {
-  __shared__ double warp_logs[kScanWarps];
-  __shared__ CompensatedSum warp_sums[kScanWarps];
-  const int lane = lane_id();
-  const int warp = threadIdx.x / kWarp;
-  for (int64_t s = blockIdx.x; s < n_spectra; s += gridDim.x) {
-    const IndexRange given = spectrum_range(offsets, s, total);
-    for (int64_t j = given.begin + threadIdx.x; j < given.end; j += kScanThreads) {
-      owner[j] = static_cast<int32_t>(s);
-    }
-    const int64_t top = states[s].end - 1;
-    const int64_t size = states[s].end - states[s].begin;
-    double carried_log = INFINITY;
-    CompensatedSum carried{0.0, 0.0};
-    for (int64_t tile = 0; tile < size; tile += kScanTile) {
-      // Depth d counts down from the top: value top - d has d values above it.
-      const int64_t depth = tile + static_cast<int64_t>(threadIdx.x) * kScanItems;
-      double here[kScanItems];
-      double smallest = INFINITY;
-#pragma unroll
-      for (int k = 0; k < kScanItems; ++k) {
-        here[k] = depth + k < size ? logs[top - depth - k] : INFINITY;
-        smallest = power_law::ordered_log(here[k], smallest);
-        here[k] = smallest;
-      }
-      double scanned = smallest;
-      for (int offset = 1; offset < kWarp; offset *= 2) {
-        const double other = __shfl_up_sync(kFullMask, scanned, offset);
-        if (lane >= offset) scanned = power_law::ordered_log(other, scanned);
-      }
-      if (lane == kWarp - 1) warp_logs[warp] = scanned;
-      __syncthreads();
-      double next = __shfl_up_sync(kFullMask, scanned, 1);
-      if (lane == 0) next = INFINITY;
-      double tile_log = carried_log;
-      for (int w = 0; w < kScanWarps; ++w) {
-        if (w == warp) next = power_law::ordered_log(next, tile_log);
-        tile_log = power_law::ordered_log(warp_logs[w], tile_log);
-      }
-      carried_log = tile_log;
-
-      CompensatedSum sum{0.0, 0.0};
-      CompensatedSum partial[kScanItems];
-#pragma unroll
-      for (int k = 0; k < kScanItems; ++k) {
-        here[k] = power_law::ordered_log(here[k], next);
-        if (depth + k < size) {
-          if (depth + k > 0) sum.accumulate(power_law::excess_term(depth + k, here[k], next));
-          logs[top - depth - k] = here[k];
-        }
-        partial[k] = sum;
-        next = here[k];
-      }
-      CompensatedSum scanned_sum = sum;
-      for (int offset = 1; offset < kWarp; offset *= 2) {
-        CompensatedSum other = shuffle_up(scanned_sum, offset);
-        if (lane >= offset) {
-          other.accumulate(scanned_sum);
-          scanned_sum = other;
-        }
-      }
-      if (lane == kWarp - 1) warp_sums[warp] = scanned_sum;
-      CompensatedSum before = shuffle_up(scanned_sum, 1);
-      if (lane == 0) before = CompensatedSum{0.0, 0.0};
-      __syncthreads();
-      for (int w = 0; w < kScanWarps; ++w) {
-        if (w == warp) {
-          CompensatedSum from_top = carried;
-          from_top.accumulate(before);
-          before = from_top;
-        }
-        carried.accumulate(warp_sums[w]);
-      }
-#pragma unroll
-      for (int k = 0; k < kScanItems; ++k) {
-        if (depth + k < size) {
-          CompensatedSum from_top = before;
-          from_top.accumulate(partial[k]);
-          excess[top - depth - k] = from_top.rounded();
-        }
-      }
-      __syncthreads();
-    }
+  // The last spectrum that begins at or before j: of those that begin there, the one that is not empty.
+  int64_t low = 0, high = n_spectra;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (offsets[middle] <= j)
+      low = middle + 1;
+    else
+      high = middle;
   }
+  const IndexRange range = spectrum_range(offsets, low > 0 ? low - 1 : 0, total);
+  owner[j] = low > 0 && j < range.end ? static_cast<int32_t>(low - 1) : -1;
 }
 
 __device__ void evaluate_candidate(int64_t candidate, SpectrumState* state, const double* logs, const double* excess,
@@ -369,10 +276,19 @@ int fit_power_law_cuda(const double* evals, const int64_t* offsets, int64_t tota
                                                           outputs.dropped);
   if (total > 0) {
     const unsigned value_threads = blocks_for(total, kThreads);
-    logs_kernel<<<value_threads, kThreads, 0, stream>>>(evals, total, work.logs, work.owner);
-    const unsigned scan_blocks = static_cast<unsigned>(n_spectra < (1 << 20) ? n_spectra : 1 << 20);
-    excess_kernel<<<scan_blocks, kScanThreads, 0, stream>>>(offsets, total, n_spectra, work.states, work.logs,
-                                                            work.excess, work.owner);
+    logs_kernel<<<value_threads, kThreads, 0, stream>>>(evals, offsets, total, n_spectra, work.logs, work.owner);
+    const unsigned spectra_blocks = static_cast<unsigned>(n_spectra < (1 << 20) ? n_spectra : 1 << 20);
+    power_law::scan_short_kernel<<<spectra_blocks, power_law::kScanThreads, 0, stream>>>(n_spectra, work.states,
+                                                                                         work.logs, work.excess);
+    if (total > kChunk) {
+      const unsigned slots = blocks_for(total, kChunk);
+      power_law::scan_long_kernel<ScanPass::smallest_log><<<slots, power_law::kScanThreads, 0, stream>>>(
+          total, work.owner, work.states, work.logs, work.excess, work.chunks);
+      power_law::scan_long_kernel<ScanPass::sum><<<slots, power_law::kScanThreads, 0, stream>>>(
+          total, work.owner, work.states, work.logs, work.excess, work.chunks);
+      power_law::scan_long_kernel<ScanPass::store><<<slots, power_law::kScanThreads, 0, stream>>>(
+          total, work.owner, work.states, work.logs, work.excess, work.chunks);
+    }
     if (settings.rule == XminRule::median) {
       median_kernel<<<spectrum_warps, kThreads, 0, stream>>>(n_spectra, work.logs, work.excess, work.states,
                                                              work.distances);

@@ -37,6 +37,8 @@ Types types_of(DType dtype) {
 struct Context {
   cusolverDnHandle_t handle = nullptr;
   cusolverDnParams_t params = nullptr;
+  // The end of the handle's last work: what a handle keeps for itself must not serve two streams at once.
+  cudaEvent_t end = nullptr;
 };
 
 // One handle per thread and device, made on first use and kept until the process ends: destroying one in a static
@@ -49,6 +51,7 @@ const Context& context() {
   if (found.handle == nullptr) {
     FARMS_CUSOLVER_CHECK(cusolverDnCreate(&found.handle));
     FARMS_CUSOLVER_CHECK(cusolverDnCreateParams(&found.params));
+    FARMS_CUDA_CHECK(cudaEventCreateWithFlags(&found.end, cudaEventDisableTiming));
   }
   return found;
 }
@@ -86,10 +89,12 @@ void solve(void* gram, int64_t batch, int64_t order, DType dtype, void* workspac
   const Workspace bytes = query(batch, order, dtype);
   // The routine has returned from the host's part of its work when the call does.
   std::unique_ptr<char[]> host(bytes.host > 0 ? new char[bytes.host] : nullptr);
+  FARMS_CUDA_CHECK(cudaStreamWaitEvent(stream, ctx.end));
   FARMS_CUSOLVER_CHECK(cusolverDnSetStream(ctx.handle, stream));
   FARMS_CUSOLVER_CHECK(cusolverDnXsyevBatched(
       ctx.handle, ctx.params, CUSOLVER_EIG_MODE_NOVECTOR, CUBLAS_FILL_MODE_LOWER, order, types.matrix, gram, order,
       types.values, evals, types.matrix, workspace, bytes.device, host.get(), bytes.host, failed, batch));
+  FARMS_CUDA_CHECK(cudaEventRecord(ctx.end, stream));
 }
 
 }  // namespace
