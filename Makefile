@@ -52,13 +52,15 @@ compile: $(VENV)/needs
 compile-cuda: $(VENV)/needs
 	tools/compile.sh cuda $(BIN)/python
 
-# What is measured is saved in benchmarks/saved; RESULTS.md and README's table are written from there.
+# What is measured is saved in benchmarks/saved; RESULTS.md, README's table and what costs are predicted from are written
+# from there.
 bench bench-cuda: $(VENV)/built $(VENV)/model $(VENV)/peers
 	@mkdir -p build
 	$(BIN)/python -m pytest benchmarks --device $(BENCH_DEVICE) \
 	  --benchmark-columns=median,iqr,rounds --benchmark-json=build/bench.json
 	$(BIN)/python -m benchmarks.roofline --device $(BENCH_DEVICE) --json build/roofline.json
 	$(BIN)/python -m benchmarks.report save $(BENCH_DEVICE) build/bench.json --roofline build/roofline.json
+	$(BIN)/python -m benchmarks.cost_table
 
 bench: BENCH_DEVICE := cpu
 bench-cuda: BENCH_DEVICE := cuda

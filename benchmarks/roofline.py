@@ -26,20 +26,8 @@ from benchmarks.inputs import gaussian_windows, sets_past_cache, spectrum, weigh
 from benchmarks.machine import describe
 from benchmarks.peers import GRAM_PEERS, contender
 from farms_fast import fit_power_law
+from farms_fast.engine.cost import Stage, eigenvalue_stages, fit_stages, gram_flops
 from farms_fast.windows import WindowGrid
-
-# Bisection to full precision: steps for each eigenvalue, operations a step and row.
-_BISECTION_STEPS, _STURM_OPERATIONS = 53, 4
-# An exponential or a logarithm in float64.
-_TRANSCENDENTAL = 20
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Work that has to be done before the next begins."""
-
-    flops: float
-    bytes: float
 
 
 @dataclass(frozen=True)
@@ -52,20 +40,6 @@ class Ceilings:
 
     def limit(self, stages: list[Stage]) -> float:
         return sum(max(s.flops / self.gemm_float64, s.bytes / self.copy) for s in stages)
-
-
-def eigen_stages(case: EigenCase) -> list[Stage]:
-    """Gram matrix (k^3, by symmetry), tridiagonal form (4/3 k^3), its eigenvalues by bisection.
-
-    The windows are read once and the eigenvalues written once; what lies between may stay on chip.
-    """
-    k = case.order
-    bisection = _BISECTION_STEPS * _STURM_OPERATIONS * k**2
-    return [
-        Stage(case.batch * k**3, case.batch * 8 * k**2),
-        Stage(case.batch * 4 / 3 * k**3, 0),
-        Stage(case.batch * bisection, case.batch * 8 * k),
-    ]
 
 
 def gram_stages(case: GramCase) -> list[Stage]:
@@ -87,7 +61,7 @@ def gram_stages(case: GramCase) -> list[Stage]:
 
 def separate_gram_flops(grid: WindowGrid) -> float:
     """The same without sharing."""
-    return float(grid.count * grid.order * (grid.order + 1) * max(grid.rows, grid.columns))
+    return float(grid.count * gram_flops(grid.order, max(grid.rows, grid.columns)))
 
 
 def length_covered(starts: list[int], window: int) -> int:
@@ -107,17 +81,6 @@ def _union(starts: list[int], window: int, size: Callable[[int], int]) -> int:
         # What consecutive windows share was counted twice.
         total -= size(max(0, before + window - after))
     return total
-
-
-def fit_stages(case: FitCase) -> list[Stage]:
-    """A logarithm a value and one distance; what a scan visits besides is not needed work."""
-    values = case.size
-    return [Stage(values * (2 * _TRANSCENDENTAL + 10), 8 * values)]
-
-
-def scan_flops(case: FitCase) -> float:
-    """Operations of the exhaustive scan of the ks rule."""
-    return case.size**2 / 2 * (_TRANSCENDENTAL + 4)
 
 
 def measure_ceilings(device: torch.device, quick: bool = False) -> Ceilings:
@@ -157,7 +120,8 @@ def measure_case(
     sets: list[torch.Tensor]
     if isinstance(case, EigenCase):
         sets = gaussian_windows(case.batch, case.order, device, quick)
-        run, stages = contender(solver).prepare(case.order, case.batch), eigen_stages(case)
+        run = contender(solver).prepare(case.order, case.batch)
+        stages = eigenvalue_stages(case.order, case.order, case.batch)
     elif isinstance(case, GramCase):
         sets = weights(case.rows, case.columns, torch.float32, device, quick)
         run = GRAM_PEERS[0].prepare(case.sampling.grid(case.rows, case.columns))
@@ -165,7 +129,7 @@ def measure_case(
     else:
         count = min(20, sets_past_cache(case.size * 8, device, quick))
         sets = [spectrum(case.size, seed, device) for seed in range(count)]
-        stages = fit_stages(case)
+        stages = fit_stages(case.size)
 
         def run(evals: torch.Tensor) -> object:
             return fit_power_law(evals, case.rule)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,15 +20,21 @@ from farms_fast.arguments import (
     natural,
     resolve_device,
 )
-from farms_fast.engine.execute import LayerSpectrum, batch_spectra
+from farms_fast.engine.distributed import Ranks, share
+from farms_fast.engine.execute import BatchStages, LayerState, Settings
+from farms_fast.engine.machine import machine_of
+from farms_fast.engine.pipeline import run
 from farms_fast.engine.plan import plan
+from farms_fast.keeping import Kept, keeping
 from farms_fast.power_law import xmin_rule
 from farms_fast.progress import Progress, reporter
-from farms_fast.records import LayerRecord, Uncertainty
 from farms_fast.results import Analysis
 from farms_fast.sources import open_source
-from farms_fast.uncertainty import FitRule, fit_layers
+from farms_fast.uncertainty import FitRule
 from farms_fast.windows import FixedAspectSampling, Sampling
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _DEFAULT_SAMPLING = FixedAspectSampling()
 
@@ -43,6 +51,10 @@ def analyze(
     dtype: torch.dtype = torch.float64,
     solver: str | None = None,
     memory: int | None = None,
+    base: nn.Module | Mapping[str, Any] | str | os.PathLike[str] | None = None,
+    store: str | os.PathLike[str] | None = None,
+    force: bool = False,
+    process_group: ProcessGroup | None = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     progress: bool | Progress = True,
@@ -64,7 +76,16 @@ def analyze(
             ops, else the CPU.
         dtype: torch.float64 or torch.float32 (see `esd` for what the latter costs).
         solver: a name from `build_info()["solvers"]`; None chooses.
-        memory: bytes that the run may take on its device; None is no more than half of it.
+        memory: bytes that the run may take on its device; None is half of the device's.
+        base: the model that a LoRA adapter changes, where the first argument is the adapter's
+            folder (see `farms_fast.sources.open_source`).
+        store: an SQLite file that every layer is written to when it is finished, made if there is
+            none. A run with the same settings, source and release goes on where one has ended:
+            layers whose weights are the same are not computed again (see `farms_fast.store`).
+        force: compute every layer anew; older results stay in the store beside the new ones.
+        process_group: share the layers out over the processes of a torch.distributed group, each
+            of which makes this call. The first of them gets all layers, the others those that they
+            took. `torchrun -m farms_fast analyze` does so by itself.
         include: glob or globs of the layers to analyse; None is all but embeddings.
         exclude: glob or globs of the layers to leave out.
         progress: True for a bar on stderr when it is a terminal, False for none, or a function
@@ -78,7 +99,9 @@ def analyze(
         FileNotFoundError: the path does not exist.
         TypeError: an argument of another kind.
         ValueError: an unknown rule, device, dtype or solver, a pattern that matches nothing, no
-            weights to read.
+            weights to read, a layer that does not fit into the memory, force without a store, or
+            a store that is no results store.
+        OSError: the store cannot be read or written. The layers before are in it.
 
     Example:
         >>> import torch
@@ -96,21 +119,15 @@ def analyze(
     check_sampling(sampling)
     where = resolve_device(device, _default_device())
     check_solver(solver, where)
+    if force and store is None:
+        raise ValueError("force: computes anew what a store holds, so it needs store=")
     # A spectrum without values: the rule's own settings are checked before any weight is read.
     rule.fit(torch.empty(0, dtype=torch.float64), [0])
-    source = open_source(model_or_state_dict_or_path)
+    source = open_source(model_or_state_dict_or_path, base=base)
     specs, skipped = source.layers(include, exclude)
-    planned = plan(specs, sampling, budget)
-    records: dict[int, LayerRecord] = {}
-    total = sum(len(batch.layers) for batch in planned.batches)
-    with reporter(progress) as report:
-        for batch in planned.batches:
-            spectra = batch_spectra(source, batch, where, dtype, solver, budget)
-            for index, record in _records(spectra, rule, resamples, dtype):
-                records[index] = record
-                report(len(records), total, record.name)
     settings: dict[str, object] = {
-        "source": source.description,
+        "source": _absolute(model_or_state_dict_or_path) or source.description,
+        "base": _absolute(base) or (None if base is None else open_source(base).description),
         "sampling": str(sampling),
         "xmin": rule.xmin,
         "xmin_pos": float(xmin_pos),
@@ -123,55 +140,52 @@ def analyze(
         "torch": str(torch.__version__),
         "numpy": np.__version__,
     }
-    ordered = [records[index] for index in sorted(records)]
-    return Analysis(ordered, [*skipped, *planned.skipped], settings)
-
-
-def _records(
-    spectra: Sequence[LayerSpectrum], rule: FitRule, bootstrap: int, dtype: torch.dtype
-) -> Iterator[tuple[int, LayerRecord]]:
-    """The records of a batch's layers, each with its position in the model."""
-    usable: list[tuple[LayerSpectrum, torch.Tensor]] = []
-    for spectrum in spectra:
-        spec = spectrum.layer.spec
-        if spectrum.evals is None:
-            status, message = "error", spectrum.error
-        elif bad := int(spectrum.evals.isnan().any(dim=1).sum()):
-            status = "nonfinite"
-            message = f"NaN, infinity or overflow in {bad} of {len(spectrum.evals)} windows"
-        else:
-            usable.append((spectrum, spectrum.evals.to(torch.float64)))
-            continue
-        yield (
-            spectrum.layer.index,
-            LayerRecord.without_spectrum(spec.name, spec.kind, spec.shape, status, message),
-        )
-    layers = [spectrum.layer for spectrum, _ in usable]
-    fits = fit_layers(
-        [evals for _, evals in usable],
-        [layer.spec.shape[0] for layer in layers],
-        [layer.grid for layer in layers],
-        rule,
-        bootstrap,
+    planned = partial(
+        plan,
+        sampling=sampling,
+        memory=budget,
+        xmin=rule.xmin,
+        bootstrap=resamples,
+        dtype=dtype,
+        machine=machine_of(where),
     )
-    for (_, evals), layer, fit in zip(usable, layers, fits, strict=True):
-        low, high = fit.interval()
-        spread = Uncertainty(fit.window_alphas, fit.standard_error, low, high, *fit.halves)
-        yield (
-            layer.index,
-            LayerRecord.from_spectra(
-                layer.spec.name,
-                layer.spec.kind,
-                layer.spec.shape,
-                evals.cpu().numpy(),
-                fit.pooled,
-                layer.grid.rows,
-                layer.grid.columns,
-                spread,
-                evals=fit.pooled_evals.cpu().numpy(),
-                eps=torch.finfo(dtype).eps,
-            ),
-        )
+    whole = mine = planned(specs)
+    ranks = Ranks.of(process_group)
+    positions: Sequence[int] = range(len(specs))
+    if ranks.size > 1:
+        owners = share([cost.seconds for _, cost in whole.layers], ranks.size)
+        positions = [
+            layer.index
+            for (layer, _), owner in zip(whole.layers, owners, strict=True)
+            if owner == ranks.rank
+        ]
+        mine = planned([specs[position] for position in positions])
+    with keeping(store, settings, ranks, len(whole.names), force) as kept:
+        with reporter(progress, len(mine.names), mine.windows) as report:
+
+            def keep(layers: Sequence[LayerState]) -> None:
+                done = [
+                    Kept(positions[state.layer.index], state.record, state.digest, state.known)
+                    for state in layers
+                    if state.record is not None
+                ]
+                kept.keep(done)
+                for state in layers:
+                    report(state.layer.spec.name, state.layer.windows, not state.known)
+
+            known = kept.known if kept.needs_digests else None
+            stages = BatchStages(
+                source, Settings(where, dtype, solver, rule, resamples), keep, known
+            )
+            run(mine.batches, stages, where, mine.overlapping)
+        return kept.analysis(whole.names, [*skipped, *whole.skipped], settings)
+
+
+def _absolute(model: object) -> str:
+    """The path of a checkpoint wherever the process is; empty for what is no path."""
+    if not isinstance(model, (str, os.PathLike)):
+        return ""
+    return os.path.abspath(Path(os.fsdecode(model)).expanduser())
 
 
 def _default_device() -> torch.device:

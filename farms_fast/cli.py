@@ -6,15 +6,13 @@ before :func:`farms_fast.results.printable`, and nothing is printed through rich
 
 from __future__ import annotations
 
+import contextlib
 import math
-import re
 import shutil
 import time
-import unicodedata
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -24,11 +22,28 @@ from farms_fast.commands.console import (
     echo,
     one_line_errors,
 )
+from farms_fast.commands.export import register as register_exports
+from farms_fast.commands.options import (
+    AspectRatio,
+    Base,
+    Bootstrap,
+    CheckpointPath,
+    Dtype,
+    Exclude,
+    Full,
+    Include,
+    PerDim,
+    Rows,
+    ShowSkipped,
+    Xmin,
+    parse_dtype,
+    parse_memory,
+    sampling_of,
+)
+from farms_fast.commands.plan import plan
+from farms_fast.commands.tables import cells, pad, skipped_lines
 from farms_fast.records import LayerRecord
 from farms_fast.results import Analysis, printable
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["app", "format_table", "main", "parse_memory"]
 
@@ -41,22 +56,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-_UNITS = {
-    "": 1,
-    **{unit: 1000**i for i, unit in enumerate(("b", "kb", "mb", "gb", "tb"))},
-    **{unit: 1024**i for i, unit in enumerate(("kib", "mib", "gib", "tib"), start=1)},
-}
-
 
 # ---------------------------------------------------------------------------------------- the table
-
-
-def _cells(text: str) -> int:
-    """Columns on a terminal: two for wide characters, none for combining ones."""
-    return sum(
-        0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1
-        for c in text
-    )
 
 
 def _shorten(text: str, width: int) -> str:
@@ -64,21 +65,16 @@ def _shorten(text: str, width: int) -> str:
 
     Three quarters of what stays come from the end, where the names of a model's layers differ.
     """
-    if _cells(text) <= width:
+    if cells(text) <= width:
         return text
     left, right = list(text), list[str]()
-    while left and _cells("".join(left)) > (width - 1) // 4:
+    while left and cells("".join(left)) > (width - 1) // 4:
         left.pop()
     for c in reversed(text):
-        if _cells("".join(right)) + _cells(c) > width - 1 - _cells("".join(left)):
+        if cells("".join(right)) + cells(c) > width - 1 - cells("".join(left)):
             break
         right.insert(0, c)
     return "".join(left) + "…" + "".join(right)
-
-
-def _pad(text: str, width: int, *, right: bool) -> str:
-    fill = " " * (width - _cells(text))
-    return fill + text if right else text + fill
 
 
 def _fixed(value: float, digits: int = 3) -> str:
@@ -133,11 +129,11 @@ def format_table(records: Sequence[LayerRecord], width: int) -> str:
         fc        2.500  -  ok
     """
     names = [printable(record.name) for record in records]
-    longest = max((_cells(name) for name in names), default=0)
+    longest = max((cells(name) for name in names), default=0)
     columns = [(head, rank, [text(r) for r in records]) for head, rank, text in _COLUMNS]
 
     def width_of(column: tuple[str, int, list[str]]) -> int:
-        return max(map(_cells, (column[0], *column[2])))
+        return max(map(cells, (column[0], *column[2])))
 
     def room_for_names() -> int:
         return width - sum(_GAP + width_of(column) for column in columns)
@@ -151,12 +147,10 @@ def format_table(records: Sequence[LayerRecord], width: int) -> str:
 
     lines = []
     for row in range(-1, len(records)):
-        line = _pad(
-            "name" if row < 0 else _shorten(names[row], name_width), name_width, right=False
-        )
+        line = pad("name" if row < 0 else _shorten(names[row], name_width), name_width, right=False)
         for column in columns:
             text = column[0] if row < 0 else column[2][row]
-            line += " " * _GAP + _pad(text, width_of(column), right=column[0] != "status")
+            line += " " * _GAP + pad(text, width_of(column), right=column[0] != "status")
         lines.append(line.rstrip())
     return "\n".join(lines)
 
@@ -171,56 +165,6 @@ def _summary(analysis: Analysis, seconds: float) -> str:
         f"{seconds:.1f} s",
     ]
     return ", ".join(parts)
-
-
-def _skipped_lines(analysis: Analysis, names: bool) -> Iterator[str]:
-    """The skipped tensors by reason, the commonest first."""
-    by_reason: defaultdict[str, list[str]] = defaultdict(list)
-    for tensor in analysis.skipped:
-        shape = "x".join(map(str, tensor.shape)) or "scalar"
-        by_reason[tensor.reason].append(f"{printable(tensor.name)}  {shape}")
-    if by_reason:
-        yield "skipped:" if names else "skipped (--show-skipped lists the names):"
-    for reason, tensors in sorted(by_reason.items(), key=lambda item: -len(item[1])):
-        yield f"  {len(tensors)}  {printable(reason)}"
-        if names:
-            yield from (f"       {tensor}" for tensor in tensors)
-
-
-# ------------------------------------------------------------------------------ options and errors
-
-
-def parse_memory(text: str) -> int:
-    """Bytes of a size such as ``40GiB``, ``500 MB`` or ``1073741824``.
-
-    Args:
-        text: A positive number and optionally B, kB, MB, GB, TB (powers of 1000) or KiB, MiB, GiB,
-            TiB (powers of 1024), in any case.
-
-    Raises:
-        ValueError: If it is nothing of that kind or less than one byte.
-
-    Example:
-        >>> parse_memory("1.5KiB"), parse_memory("2 MB")
-        (1536, 2000000)
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text, re.IGNORECASE | re.ASCII)
-    unit = _UNITS.get(match[2].lower()) if match else None
-    size = int(float(match[1]) * unit) if match and unit else 0
-    if size < 1:
-        raise ValueError(
-            f"memory: expected a size such as 40GiB, 500MB or a number of bytes, got {text!r}"
-        )
-    return size
-
-
-def _parse_dtype(text: str) -> torch.dtype:
-    import torch
-
-    known = {"float64": torch.float64, "float32": torch.float32}
-    if text not in known:
-        raise ValueError(f"dtype: expected one of {', '.join(known)}, got {text!r}")
-    return known[text]
 
 
 # ---------------------------------------------------------------------------------------- commands
@@ -257,43 +201,22 @@ def info() -> None:
 
 @app.command()
 def analyze(
-    path: Annotated[
-        Path,
-        typer.Argument(
-            help="A checkpoint: a folder, a .safetensors file, or a .pt, .pth, .bin or .ckpt file.",
-            show_default=False,
-        ),
-    ],
-    rows: Annotated[int | None, typer.Option(help="Rows of a window.", show_default="2000")] = None,
-    q: Annotated[
-        float | None,
-        typer.Option(help="Aspect ratio of a window, columns / rows.", show_default="1"),
-    ] = None,
-    per_dim: Annotated[
-        int | None,
-        typer.Option(help="Windows along each dimension, at least.", show_default="15"),
-    ] = None,
-    full: Annotated[
-        bool,
-        typer.Option("--full", help="Take whole matrices instead of windows (biased by shape)."),
-    ] = False,
-    xmin: Annotated[
-        str, typer.Option(help="Rule for the start of the tail: median, ks or peak.")
-    ] = "median",
+    path: CheckpointPath,
+    rows: Rows = None,
+    q: AspectRatio = None,
+    per_dim: PerDim = None,
+    full: Full = False,
+    xmin: Xmin = "median",
     xmin_pos: Annotated[
         float, typer.Option(help="median: the tail starts at the N / this-th eigenvalue of N.")
     ] = 2.0,
     bins: Annotated[int, typer.Option(help="peak: bins of the histogram.")] = 100,
-    bootstrap: Annotated[
-        int, typer.Option(help="Resamplings for the standard error of alpha; 0 for none.")
-    ] = 100,
+    bootstrap: Bootstrap = 100,
     device: Annotated[
         str | None,
         typer.Option(help="cpu, cuda or cuda:N.", show_default="cuda if there is one, else cpu"),
     ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="Arithmetic: float64, or float32 (less accurate).")
-    ] = "float64",
+    dtype: Dtype = "float64",
     solver: Annotated[
         str | None, typer.Option(help="Eigensolver by name.", show_default="by window size")
     ] = None,
@@ -304,14 +227,8 @@ def analyze(
             show_default="by what is free",
         ),
     ] = None,
-    include: Annotated[
-        list[str] | None,
-        typer.Option(help="Only layers whose name matches this glob; may be repeated."),
-    ] = None,
-    exclude: Annotated[
-        list[str] | None,
-        typer.Option(help="Not the layers whose name matches this glob; may be repeated."),
-    ] = None,
+    include: Include = None,
+    exclude: Exclude = None,
     csv: Annotated[
         Path | None, typer.Option(help="Write the metrics of every layer to this CSV file.")
     ] = None,
@@ -319,9 +236,18 @@ def analyze(
         Path | None,
         typer.Option(help="Write layers, settings and skipped tensors to this JSON file."),
     ] = None,
-    show_skipped: Annotated[
-        bool, typer.Option("--show-skipped", help="List the skipped tensors by name.")
+    base: Base = None,
+    store: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write every layer to this SQLite file when it is finished. The same command goes "
+            "on where a run with it has ended."
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="With --store: compute all layers anew.")
     ] = False,
+    show_skipped: ShowSkipped = False,
     quiet: Annotated[
         bool, typer.Option("--quiet", help="No progress bar and no table, only errors.")
     ] = False,
@@ -333,29 +259,23 @@ def analyze(
     the power law, the tail's start xmin, the stable rank, and log10 of the largest eigenvalue. A
     narrow terminal gets fewer columns; --csv and --json have everything.
 
+    Under torchrun the layers are shared out over its processes, one for each GPU of each machine:
+    torchrun --nproc-per-node=4 -m farms_fast analyze PATH. The first one prints.
+
     Exit codes: 0 every layer is ok, 1 some layers failed, 2 bad usage or bad input,
     130 interrupted.
     """
-    with one_line_errors():
+    with one_line_errors(), contextlib.ExitStack() as context:
         from farms_fast.analysis import analyze as analyze_model
-        from farms_fast.windows import FixedAspectSampling, FullMatrix
+        from farms_fast.engine.distributed import Ranks, local_device, torchrun_group
 
-        sampling: FixedAspectSampling | FullMatrix
-        if full:
-            given = {"--rows": rows, "--q": q, "--per-dim": per_dim}
-            clashing = ", ".join(option for option, value in given.items() if value is not None)
-            if clashing:
-                raise ValueError(f"full: takes whole matrices, so it cannot go with {clashing}")
-            sampling = FullMatrix()
-        else:
-            default = FixedAspectSampling()
-            sampling = FixedAspectSampling(
-                rows=default.rows if rows is None else rows,
-                q=default.q if q is None else q,
-                per_dim=default.per_dim if per_dim is None else per_dim,
-            )
+        sampling = sampling_of(rows, q, per_dim, full)
         check_writable("csv", csv)
         check_writable("json", json)
+        check_writable("store", store)
+        group = context.enter_context(torchrun_group())
+        leads = Ranks.of(group).leads
+        where = device if device is not None else local_device()
 
         start = time.perf_counter()
         analysis = analyze_model(
@@ -365,15 +285,21 @@ def analyze(
             xmin_pos=xmin_pos,
             bins=bins,
             bootstrap=bootstrap,
-            device=device,
-            dtype=_parse_dtype(dtype),
+            device=where,
+            dtype=parse_dtype(dtype),
             solver=solver,
             memory=None if memory is None else parse_memory(memory),
             include=include or None,
             exclude=exclude or None,
-            progress=not quiet,
+            base=base,
+            store=store,
+            force=force,
+            process_group=group,
+            progress=not quiet and leads,
         )
         seconds = time.perf_counter() - start
+        if not leads:
+            return
 
         if csv is not None:
             analysis.to_csv(csv)
@@ -399,8 +325,12 @@ def _report(analysis: Analysis, seconds: float, show_skipped: bool) -> None:
     for record in analysis.failed:
         echo(f"failed: {printable(record.name)}: {record.status}: {printable(record.message)}")
     echo(_summary(analysis, seconds))
-    for line in _skipped_lines(analysis, show_skipped):
+    for line in skipped_lines(analysis.skipped, show_skipped):
         echo(line)
+
+
+app.command()(plan)
+register_exports(app)
 
 
 def main() -> None:

@@ -128,12 +128,13 @@ class PowerLawFits:
         )
 
     def to_list(self) -> list[PowerLawFit]:
-        """All fits on the host; waits for the device once per field."""
-        columns = (self.alpha, self.D, self.xmin, self.n_tail, self.n, self.dropped, self.status)
+        """All fits on the host; waits for the device once."""
+        reals = torch.stack((self.alpha, self.D, self.xmin))
+        integers = torch.stack((self.n_tail, self.n, self.dropped, self.status))
         return [
             PowerLawFit(alpha, distance, xmin, n_tail, n, dropped, STATUSES[status], self.xmin_rule)
             for alpha, distance, xmin, n_tail, n, dropped, status in zip(
-                *(column.tolist() for column in columns), strict=True
+                *reals.tolist(), *integers.tolist(), strict=True
             )
         ]
 

@@ -13,8 +13,9 @@ true spread on random matrices, the standard error was 1.7 times too large for w
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor
 from farms_fast.power_law import PowerLawFit, PowerLawFits, fit_power_laws
 from farms_fast.windows import WindowGrid
 
-# Resampled values in one call of the fit, so that a layer's bootstrap takes bounded memory.
+# Values in one call of the fit where the caller does not say; it works on 48 bytes for each.
 _VALUES_PER_CALL = 2**24
 _SEED = 20250628
 
@@ -60,14 +61,14 @@ class LayerFits:
 
     Attributes:
         pooled: the layer's fit.
-        pooled_evals: all eigenvalues, ascending.
+        pooled_evals: (windows · k,), all eigenvalues, ascending.
         window_alphas: (windows,), each window fitted alone.
         halves: alphas of the even and of the odd windows; NaN for a single window.
         resampled: alphas of the bootstrap's resamples, of those that could be fitted.
     """
 
     pooled: PowerLawFit
-    pooled_evals: Tensor
+    pooled_evals: NDArray[np.float64]
     window_alphas: NDArray[np.float64]
     halves: tuple[float, float]
     resampled: NDArray[np.float64]
@@ -91,8 +92,12 @@ def fit_layers(
     grids: Sequence[WindowGrid],
     rule: FitRule,
     bootstrap: int = 0,
+    values_per_call: int = _VALUES_PER_CALL,
 ) -> list[LayerFits]:
     """Fits the pooled spectra of layers, and how they vary over windows.
+
+    Layers that are sampled alike are sorted and resampled together, and all of them fitted in one
+    call, so that the many small layers of a network take hardly more launches than one.
 
     Args:
         spectra: one tensor a layer, (windows, k), float64, each row ascending, on one device.
@@ -100,33 +105,137 @@ def fit_layers(
         grids: each layer's windows of one matrix.
         rule: how to fit.
         bootstrap: resamples a layer, 0 for none. The draws depend on nothing but the grid.
+        values_per_call: values that are fitted in one call at most, which bounds the memory; a
+            layer with more is fitted by itself, and resample by resample.
 
     Returns:
         One entry a layer.
     """
-    if not spectra:
-        return []
-    several = [len(windows) > 1 for windows in spectra]
-    pooled = [windows.flatten().sort() for windows in spectra]
-    parts: list[Tensor] = [order.values for order in pooled]
-    for windows, varied in zip(spectra, several, strict=True):
-        if varied:
-            parts += [windows[half::2].flatten().sort().values for half in (0, 1)]
-            parts += list(windows)
-    fits = rule.fit(torch.cat(parts), [len(part) for part in parts]).to_list()
-    at = len(spectra)
-    results: list[LayerFits] = []
-    for layer, windows in enumerate(spectra):
-        alphas = np.empty(0)
-        halves, resampled = (math.nan, math.nan), np.empty(0)
-        if several[layer]:
-            halves = (fits[at].alpha, fits[at + 1].alpha)
-            alphas = np.array([fit.alpha for fit in fits[at + 2 : at + 2 + len(windows)]])
-            at += 2 + len(windows)
-            counts = resampled_counts(entries[layer], grids[layer], bootstrap)
-            resampled = _resampled_alphas(pooled[layer], windows.shape[1], counts, rule)
-        results.append(LayerFits(fits[layer], parts[layer], alphas, halves, resampled))
-    return results
+    alike: dict[tuple[object, ...], list[int]] = {}
+    for layer, (count, grid) in enumerate(zip(entries, grids, strict=True)):
+        starts = tuple(grid.row_starts), tuple(grid.column_starts)
+        key = (*spectra[layer].shape, count, grid.rows, grid.columns, *starts)
+        alike.setdefault(key, []).append(layer)
+    groups: list[_Group] = []
+    for layers in alike.values():
+        # So that one resample of all of them fits into a call.
+        most = max(1, values_per_call // spectra[layers[0]].numel())
+        for begin in range(0, len(layers), most):
+            groups.append(_Group(layers[begin : begin + most], spectra))
+    parts = [part for group in groups for part in group.parts()]
+    fits = iter(_fit_rows(parts, rule, values_per_call))
+    found: dict[int, LayerFits] = {}
+    for group in groups:
+        first = group.layers[0]
+        counts = resampled_counts(entries[first], grids[first], bootstrap)
+        results = group.results(fits, counts, rule, values_per_call)
+        found.update(zip(group.layers, results, strict=True))
+    return [found[layer] for layer in range(len(spectra))]
+
+
+def _fit_rows(parts: Sequence[Tensor], rule: FitRule, values_per_call: int) -> list[PowerLawFit]:
+    """Fits of every row of every part, as many in one call as it takes."""
+    calls: list[list[Tensor]] = [[]]
+    room = values_per_call
+    for part in parts:
+        begin, length = 0, part.shape[1]
+        while begin < len(part):
+            rows = min(len(part) - begin, room // length)
+            if rows < 1 and calls[-1]:
+                calls.append([])
+                room = values_per_call
+                continue
+            rows = max(rows, 1)
+            calls[-1].append(part[begin : begin + rows])
+            room -= rows * length
+            begin += rows
+    fits: list[PowerLawFit] = []
+    for call in calls:
+        lengths = [length for part in call for length in part.shape[1:] * part.shape[0]]
+        if lengths:
+            fits += rule.fit(torch.cat([part.flatten() for part in call]), lengths).to_list()
+    return fits
+
+
+class _Group:
+    """Layers of equally many windows of one order, sampled alike.
+
+    Attributes:
+        layers: their positions in the caller's sequence.
+    """
+
+    def __init__(self, layers: list[int], spectra: Sequence[Tensor]) -> None:
+        self.layers = layers
+        self._windows = torch.stack([spectra[layer] for layer in layers])
+        self._values, indices = self._windows.flatten(1).sort(dim=1)
+        # Where each sorted value comes from.
+        self._window_of = indices.floor_divide_(self._windows.shape[2]).to(torch.int32)
+
+    def parts(self) -> list[Tensor]:
+        """What is fitted, a row a spectrum: pooled, even windows, odd windows, every window."""
+        values = self._values
+        layers, windows, order = self._windows.shape
+        if windows == 1:
+            return [values]
+        # What is drawn from sorted values is sorted.
+        odd = self._window_of % 2
+        halves = [((windows + 1) // 2, 1 - odd), (windows // 2, odd)]
+        drawn = [
+            values.flatten()
+            .repeat_interleave(chosen.flatten(), output_size=layers * half * order)
+            .view(layers, half * order)
+            for half, chosen in halves
+        ]
+        return [values, *drawn, self._windows.flatten(0, 1)]
+
+    def results(
+        self,
+        fits: Iterator[PowerLawFit],
+        counts: NDArray[np.int64],
+        rule: FitRule,
+        values_per_call: int,
+    ) -> list[LayerFits]:
+        """Takes the fits of the parts, in their order, and resamples; one entry a layer."""
+        layers, windows, _ = self._windows.shape
+        pooled = list(islice(fits, layers))
+        several = windows > 1
+        even, odd, single = (
+            np.array([fit.alpha for fit in islice(fits, number * several)])
+            for number in (layers, layers, layers * windows)
+        )
+        pooled_evals = self._values.cpu().numpy()
+        resampled = self._resampled_alphas(counts if several else counts[:0], rule, values_per_call)
+        return [
+            LayerFits(
+                pooled[i],
+                pooled_evals[i],
+                single[i * windows : (i + 1) * windows],
+                (float(even[i]), float(odd[i])) if several else (math.nan, math.nan),
+                resampled[i][np.isfinite(resampled[i])],
+            )
+            for i in range(layers)
+        ]
+
+    def _resampled_alphas(
+        self, counts: NDArray[np.int64], rule: FitRule, values_per_call: int
+    ) -> NDArray[np.float64]:
+        """Alphas (layers, resamples); repeating sorted values keeps them sorted."""
+        layers, values = self._values.shape
+        alphas = torch.empty(0, layers, dtype=torch.float64)
+        per_call = max(1, values_per_call // (layers * values))
+        for begin in range(0, len(counts), per_call):
+            part = torch.from_numpy(counts[begin : begin + per_call])
+            repeats = part.to(self._window_of.device)[:, self._window_of]
+            packed = (
+                self._values.expand_as(repeats)
+                .flatten()
+                .repeat_interleave(repeats.flatten(), output_size=repeats.numel())
+            )
+            found = rule.fit(packed, [values] * (len(part) * layers)).alpha
+            alphas = torch.cat([alphas, found.view(len(part), layers).cpu()])
+            # Before the next resamples are made beside them.
+            del packed, repeats
+        return alphas.T.numpy()
 
 
 def resampled_counts(entries: int, grid: WindowGrid, resamples: int) -> NDArray[np.int64]:
@@ -178,25 +287,3 @@ def _block_counts(
     counts = np.zeros((resamples, size), dtype=np.int64)
     np.add.at(counts, (np.arange(resamples)[:, None], drawn), 1)
     return counts
-
-
-def _resampled_alphas(
-    pooled: torch.return_types.sort, order: int, counts: NDArray[np.int64], rule: FitRule
-) -> NDArray[np.float64]:
-    """Alphas of resampled spectra; repeating sorted values keeps them sorted."""
-    if len(counts) == 0:
-        return np.empty(0)
-    window_of = pooled.indices // order
-    device = pooled.values.device
-    alphas: list[Tensor] = []
-    per_call = max(1, _VALUES_PER_CALL // pooled.values.numel())
-    for begin in range(0, len(counts), per_call):
-        part = torch.from_numpy(counts[begin : begin + per_call]).to(device)
-        repeats = part[:, window_of]
-        spectra = pooled.values.expand_as(repeats).flatten()
-        packed = spectra.repeat_interleave(
-            repeats.flatten(), output_size=len(part) * pooled.values.numel()
-        )
-        alphas.append(rule.fit(packed, [pooled.values.numel()] * len(part)).alpha)
-    found = torch.cat(alphas).cpu().numpy()
-    return np.asarray(found[np.isfinite(found)])

@@ -20,14 +20,14 @@ from farms_fast.records import LayerRecord
 from farms_fast.store import ResultsStore, StoredRun
 from tests.records import assert_same, made_up
 
-LAYERS = 160
+LAYERS = 240
 
 
 # Made before the forks, so that what is killed is mostly writing.
 @functools.cache
 def record(index: int, weights: int = 0) -> LayerRecord:
     # Every tenth is larger than SQLite's cache, so that the file grows before the commit.
-    windows, k = (40, 10_000) if index % 40 == 5 else (6, 64)
+    windows, k = (40, 10_000) if index % 20 == 5 else (6, 64)
     return made_up(index, weights, windows, k)
 
 
@@ -93,28 +93,23 @@ def kill_again_and_again(path: Path, seed: int) -> dict[str, object]:
         left = LAYERS - len(before)
 
         def work() -> None:
-            def computed(name: str) -> None:
-                print(name, file=names)
-                # As computing takes its time: a fast disk must not finish before the last kill.
-                time.sleep(0.002)
-
-            with ResultsStore(path) as store, log.open("a", buffering=1) as names:
-                analyse(store.run({"seed": 0}), computed, LAYERS)
+            with ResultsStore(path) as store, log.open("a", buffering=1) as computed:
+                analyse(store.run({"seed": 0}), lambda name: print(name, file=computed), LAYERS)
 
         pid = child(work)
         if len(kills) < 25:
             # The first ones while the file is being made, the others some layers later.
-            layers = 0 if len(kills) < 5 else min(left, draw.randint(1, 4))
+            layers = 0 if len(kills) < 5 else min(left, draw.randint(1, 8))
             while log.read_text().count("\n") < layers and not ended(pid):
                 time.sleep(0.001)
-            time.sleep(draw.uniform(0, 0.01))
+            time.sleep(draw.uniform(0, 0.02))
             os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
         killed = os.WIFSIGNALED(status)
         assert killed or os.WEXITSTATUS(status) == 0, status
-        after, computed_now = stored(path), log.read_text().split()
+        after, computed = stored(path), log.read_text().split()
         assert before.items() <= after.items(), "a finished layer was lost or written again"
-        assert not before.keys() & set(computed_now), "a finished layer was computed again"
+        assert not before.keys() & set(computed), "a finished layer was computed again"
         before = after
         if not killed:
             break
@@ -129,7 +124,7 @@ def kill_again_and_again(path: Path, seed: int) -> dict[str, object]:
 
 def at_once(path: Path, same_run: bool) -> dict[str, object]:
     """Three writers on one store, with one run or with one each."""
-    layers = 48
+    layers = 80
 
     def work(number: int) -> None:
         with ResultsStore(path) as store:

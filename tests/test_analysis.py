@@ -228,7 +228,7 @@ def test_any_batching_gives_the_same(device: torch.device) -> None:
     sampling = FixedAspectSampling(rows=20, per_dim=4)
     expected = analyze(weights, sampling, device=device)
     batches = {len(plan(specs, sampling).batches)}
-    for memory in (2**30, 100_000, 60_000, 30_000):
+    for memory in (2**30, 600_000, 300_000, 150_000):
         batches.add(len(plan(specs, sampling, memory).batches))
         # A solver's workspace for one matrix may be more than all of these weights together.
         enough = memory if device.type == "cpu" else memory + 2**22
@@ -405,19 +405,32 @@ class Terminal(io.StringIO):
 
 def run_reporter(monkeypatch: pytest.MonkeyPatch, stream: io.StringIO, progress: Any) -> str:
     monkeypatch.setattr(sys, "stderr", stream)
-    with reporter(progress) as report:
-        report(1, 2, "layer.0")
-        report(2, 2, "layer.\x1b[31m1[bold]")
+    with reporter(progress, layers=3, windows=1600) as report:
+        report("layer.0", 400, False)
+        report("layer.1", 1000, True)
+        report("layer.\x1b[31m2[bold]", 200, True)
     return stream.getvalue()
 
 
 def test_bar_is_for_terminals_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "200")
     assert run_reporter(monkeypatch, io.StringIO(), True) == ""
     assert run_reporter(monkeypatch, Terminal(), False) == ""
     shown = run_reporter(monkeypatch, Terminal(), True)
-    assert "2/2" in shown
-    assert r"layer.\x1b[31m1[bold]" in shown
+    assert "3/3 layers" in shown
+    # The windows of the layer that was there already are not among those to compute.
+    assert "1,200/1,200 windows" in shown
+    assert re.search(r"\d/s", shown)
+    assert r"layer.\x1b[31m2[bold]" in shown
+
+
+def test_progress_is_told_layer_by_layer(model: Model) -> None:
+    told: list[tuple[int, int, str]] = []
+    analysis = analyze(model, SAMPLING, progress=lambda *given: told.append(given))
+    assert [done for done, _, _ in told] == list(range(1, len(analysis) + 1))
+    assert {total for _, total, _ in told} == {len(analysis)}
+    assert sorted(name for _, _, name in told) == sorted(layer.name for layer in analysis)
 
 
 def test_an_error_in_the_callers_progress_is_the_callers(model: Model) -> None:
@@ -434,6 +447,7 @@ def test_an_error_in_the_callers_progress_is_the_callers(model: Model) -> None:
 def test_settings_are_recorded(model: Model, tmp_path: Path) -> None:
     assert analyze(model, SAMPLING, include="fc", device="cpu").settings == {
         "source": "Model",
+        "base": None,
         "sampling": "FixedAspectSampling(rows=10, q=1.0, per_dim=3, compat=None)",
         "xmin": "median",
         "xmin_pos": 2.0,

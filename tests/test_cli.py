@@ -267,7 +267,7 @@ def test_options_reach_the_analysis(analysed: dict[str, Any]) -> None:
     options = (
         "--rows 64 --q 0.5 --per-dim 4 --xmin peak --xmin-pos 3 --bins 50 --bootstrap 7 "
         "--device cpu --dtype float32 --solver lapack --memory 2KiB --include a* --include b "
-        "--exclude c"
+        "--exclude c --base d --store e.sqlite --force"
     )
     result = run("m.pt", *options.split())
     assert result.exit_code == 0, result.output
@@ -285,6 +285,10 @@ def test_options_reach_the_analysis(analysed: dict[str, Any]) -> None:
         "memory": 2048,
         "include": ["a*", "b"],
         "exclude": ["c"],
+        "base": Path("d"),
+        "store": Path("e.sqlite"),
+        "force": True,
+        "process_group": None,
         "progress": True,
     }
 
@@ -294,7 +298,7 @@ def test_defaults(analysed: dict[str, Any]) -> None:
     assert analysed["sampling"] == FixedAspectSampling()
     assert analysed["xmin"] == "median"
     assert analysed["dtype"] is torch.float64
-    for name in ("device", "solver", "memory", "include", "exclude"):
+    for name in ("device", "solver", "memory", "include", "exclude", "base", "store"):
         assert analysed[name] is None, name
     run("m", "--full")
     assert analysed["sampling"] == FullMatrix()
@@ -498,10 +502,10 @@ def test_progress_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("TERM", "xterm")
-    with reporter(True) as report:
-        report(1, 4, "[bold]b\x1b]0;x\x07[/bold]")
-        report(4, 4, "[bold]b\x1b]0;x\x07[/bold]")
-    assert "4/4" in terminal.text
+    with reporter(True, layers=2, windows=30) as report:
+        report("[bold]b\x1b]0;x\x07[/bold]", 10, True)
+        report("[bold]b\x1b]0;x\x07[/bold]", 20, True)
+    assert "2/2" in terminal.text
     assert r"[bold]b\x1b]0;x\x07[/bold]" in terminal.text
     assert "\x07" not in terminal.text
 

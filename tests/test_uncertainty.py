@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from farms_fast import FixedAspectSampling, FullMatrix, reference, uncertainty
+from farms_fast import FixedAspectSampling, FullMatrix, reference
 from farms_fast.uncertainty import FitRule, LayerFits, fit_layers, resampled_counts
 from farms_fast.windows import WindowGrid
 from tests.caller import left_as_it_was
@@ -164,7 +164,7 @@ def test_against_the_slow_scheme(device: torch.device, layout: str, rule: FitRul
 
     assert fits.pooled.alpha == pytest.approx(slow_alpha(spectra, rule), rel=1e-11)
     assert fits.pooled.n == spectra.size
-    np.testing.assert_array_equal(fits.pooled_evals.cpu().numpy(), np.sort(spectra, axis=None))
+    np.testing.assert_array_equal(fits.pooled_evals, np.sort(spectra, axis=None))
     alone = [slow_alpha(window, rule) for window in spectra]
     np.testing.assert_allclose(fits.window_alphas, alone, rtol=1e-11)
     halves = [slow_alpha(spectra[0::2], rule), slow_alpha(spectra[1::2], rule)]
@@ -200,7 +200,7 @@ def test_layers_do_not_mix(device: torch.device) -> None:
         np.testing.assert_array_equal(found.window_alphas, alone.window_alphas)
         np.testing.assert_array_equal(found.halves, alone.halves)
         np.testing.assert_array_equal(found.resampled, alone.resampled)
-        assert torch.equal(found.pooled_evals, alone.pooled_evals)
+        np.testing.assert_array_equal(found.pooled_evals, alone.pooled_evals)
 
 
 def test_no_layers() -> None:
@@ -214,26 +214,42 @@ def test_same_bits_every_time(device: torch.device) -> None:
 
 
 def test_bounded_calls_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = fit_one(*LAYOUTS["stack"], FitRule(), 23)
+    entries, grid = LAYOUTS["stack"]
+    spectra = torch.from_numpy(spectra_of(entries, grid))
+    size = spectra.numel()
+
+    def fitted(values_per_call: int) -> tuple[LayerFits, list[int]]:
+        calls.clear()
+        (fits,) = fit_layers([spectra], [entries], [grid], FitRule(), 23, values_per_call)
+        return fits, list(calls)
+
     calls: list[int] = []
     fit = FitRule.fit
 
     def counted(self: FitRule, packed: torch.Tensor, lengths: list[int]) -> object:
         calls.append(packed.numel())
+        assert packed.numel() == sum(lengths)
         return fit(self, packed, lengths)
 
     monkeypatch.setattr(FitRule, "fit", counted)
-    values = spectra_of(*LAYOUTS["stack"]).size
-    monkeypatch.setattr(uncertainty, "_VALUES_PER_CALL", 5 * values)
-    np.testing.assert_array_equal(
-        fit_one(*LAYOUTS["stack"], FitRule(), 23).resampled, whole.resampled
-    )
-    assert calls[1:] == [5 * values] * 4 + [3 * values]
-    # A layer larger than a call's bound goes resample by resample.
-    monkeypatch.setattr(uncertainty, "_VALUES_PER_CALL", 1)
-    np.testing.assert_array_equal(
-        fit_one(*LAYOUTS["stack"], FitRule(), 23).resampled, whole.resampled
-    )
+    whole, sizes = fitted(2**24)
+    assert sizes == [3 * size, 23 * size]
+    for values, expected in {
+        # Pooled, halves and windows; then resamples.
+        5 * size: [3 * size] + [5 * size] * 4 + [3 * size],
+        2 * size: [2 * size, size] + [2 * size] * 11 + [size],
+        # A layer larger than a call's bound goes resample by resample.
+        1: [size, size // 2, size // 2] + [grid_order(spectra)] * len(spectra) + [size] * 23,
+    }.items():
+        fits, sizes = fitted(values)
+        assert sizes == expected
+        assert (fits.pooled, fits.halves) == (whole.pooled, whole.halves)
+        np.testing.assert_array_equal(fits.window_alphas, whole.window_alphas)
+        np.testing.assert_array_equal(fits.resampled, whole.resampled)
+
+
+def grid_order(spectra: torch.Tensor) -> int:
+    return spectra.shape[1]
 
 
 @pytest.mark.parametrize("bootstrap", [0, 10])

@@ -1,102 +1,239 @@
-"""Runs a batch: weights to the device, windows to eigenvalues."""
+"""What is done with a batch: weights to the device, to eigenvalues, to records."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from farms_fast.digests import layer_digest_of
 from farms_fast.engine.plan import Batch, LayerWindows
+from farms_fast.records import LayerRecord, Uncertainty
 from farms_fast.sources import Source
 from farms_fast.spectrum import window_eigenvalues
+from farms_fast.uncertainty import FitRule, fit_layers
 from farms_fast.windows import window_table
+
+# The record that is there already for a layer of that name and content.
+Known = Callable[[str, str], LayerRecord | None]
 
 
 @dataclass(frozen=True)
-class LayerSpectrum:
-    """The eigenvalues of a layer's windows, or why there are none.
+class Settings:
+    """How a batch is computed.
+
+    Attributes:
+        device: where.
+        dtype: precision, float64 or float32.
+        solver: a solver's name, None to choose.
+        rule: how spectra are fitted.
+        bootstrap: resamples a layer.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    solver: str | None
+    rule: FitRule
+    bootstrap: int
+
+
+@dataclass
+class LayerState:
+    """A layer on its way from weights to record.
 
     Attributes:
         layer: the layer.
-        evals: (windows, k), ascending by row, on the device; None where the layer could not be
-            read.
-        error: why, empty when it could.
+        digest: of its content; empty where there is no store.
+        stack: (S, R, C) on the device, until it is solved.
+        record: what came of it, once it is there.
+        known: whether that record was there before this run.
     """
 
     layer: LayerWindows
-    evals: Tensor | None
-    error: str = ""
+    digest: str = ""
+    stack: Tensor | None = None
+    record: LayerRecord | None = None
+    known: bool = False
+
+    def fail(self, status: str, message: str) -> None:
+        """Records a layer that has no spectrum, with the reason."""
+        spec = self.layer.spec
+        self.record = LayerRecord.without_spectrum(
+            spec.name, spec.kind, spec.shape, status, message
+        )
 
 
-def batch_spectra(
-    source: Source,
-    batch: Batch,
-    device: torch.device,
-    dtype: torch.dtype,
-    solver: str | None,
-    memory: int | None,
-) -> list[LayerSpectrum]:
-    """Eigenvalues of every window of a batch, layer by layer.
+# What is done with the layers of a batch that is finished.
+Keep = Callable[[Sequence[LayerState]], None]
+
+
+@dataclass
+class SolvedBatch:
+    """A batch whose eigenvalues are under way.
+
+    Attributes:
+        batch: the batch.
+        layers: its layers, without their weights.
+        evals: (windows, k), the windows of those without a record one layer after the other, each
+            row ascending, on the device; None where there are none.
+    """
+
+    batch: Batch
+    layers: list[LayerState]
+    evals: Tensor | None = None
+
+
+class BatchStages:
+    """The stages of `farms_fast.engine.pipeline.run` for an analysis.
 
     Args:
         source: where the weights are.
-        batch: the layers.
-        device: where to compute.
-        dtype: precision, float64 or float32.
-        solver: a solver's name, None to choose.
-        memory: bytes that the run may take on its device; half of it is workspace here.
-
-    Returns:
-        One entry a layer, in the batch's order. A layer that cannot be read has an error instead of
-        eigenvalues and does not stop the others.
+        settings: how they are computed.
+        keep: is called with the layers of each batch when they have their records.
+        known: asked for the record of a layer before it is computed; None where none can be known,
+            and no digest is needed.
     """
-    stacks: list[Tensor] = []
-    tables: list[Tensor] = []
-    errors: dict[int, str] = {}
-    for layer in batch.layers:
+
+    def __init__(
+        self, source: Source, settings: Settings, keep: Keep, known: Known | None = None
+    ) -> None:
+        """Nothing is read yet."""
+        self._source = source
+        self._settings = settings
+        self._keep = keep
+        self._known = known
+        # The tensors read last: those of a fused weight serve the layers of all of its parts.
+        self._last: tuple[tuple[str, ...], list[Tensor]] = ((), [])
+
+    def read(self, batch: Batch) -> SolvedBatch:
+        """Weights of the layers that are not known yet.
+
+        A layer that cannot be read gets a record that says so and does not stop the others.
+        """
+        layers = [self._load(layer) for layer in batch.layers]
+        self._last = ((), [])
+        return SolvedBatch(batch, layers)
+
+    def _load(self, layer: LayerWindows) -> LayerState:
+        spec, state = layer.spec, LayerState(layer)
         try:
-            stack = layer.spec.to_stack(*(source.load(name) for name in layer.spec.tensors))
-            stack = stack.detach().resolve_conj().resolve_neg().to(device, non_blocking=True)
-        except torch.OutOfMemoryError:
-            raise
-        # Whatever else is wrong with one layer's tensors is that layer's result, not the run's.
+            if self._last[0] != spec.tensors:
+                self._last = spec.tensors, [self._source.load(name) for name in spec.tensors]
+            tensors = self._last[1]
+            if self._known is not None:
+                state.digest = layer_digest_of(spec, tensors)
+        # Whatever is wrong with one layer's tensors is that layer's result, not the run's.
         except Exception as error:
-            errors[layer.index] = f"{type(error).__name__}: {error}"
-            continue
-        tables.append(window_table(layer.grid, entries=layer.spec.shape[0], weight=len(stacks)))
-        stacks.append(stack)
-    if stacks:
-        workspace = None if memory is None else memory // 2
-        evals = _solve(stacks, torch.cat(tables), batch.order, dtype, solver, workspace)
-        parts = iter(evals.split([len(table) for table in tables]))
-    return [
-        LayerSpectrum(layer, None, errors[layer.index])
-        if layer.index in errors
-        else LayerSpectrum(layer, next(parts))
-        for layer in batch.layers
-    ]
+            state.fail("error", f"{type(error).__name__}: {error}")
+            return state
+        if self._known is not None:
+            state.record = self._known(spec.name, state.digest)
+            state.known = state.record is not None
+        if state.record is None:
+            try:
+                stack = spec.to_stack(*tensors).detach().resolve_conj().resolve_neg()
+                state.stack = stack.to(self._settings.device, non_blocking=True)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                state.fail("error", f"{type(error).__name__}: {error}")
+        return state
+
+    def solve(self, loaded: SolvedBatch) -> SolvedBatch:
+        """Launches one call of the solver for all windows of the batch."""
+        stacks: list[Tensor] = []
+        tables: list[Tensor] = []
+        for state in loaded.layers:
+            if state.stack is not None:
+                grid, entries = state.layer.grid, state.layer.spec.shape[0]
+                _used_on_current_stream(state.stack)
+                tables.append(window_table(grid, entries, weight=len(stacks)))
+                stacks.append(state.stack)
+        if stacks:
+            loaded.evals = self._eigenvalues(stacks, torch.cat(tables), loaded.batch)
+            # The launched work holds on to the weights' memory; nobody else needs them any more.
+            for state in loaded.layers:
+                state.stack = None
+        return loaded
+
+    def _eigenvalues(self, stacks: list[Tensor], table: Tensor, batch: Batch) -> Tensor:
+        """The fused op; when the device runs out of memory, again with half of the workspace."""
+        settings = self._settings
+        order, budget = batch.order, batch.workspace
+        while True:
+            try:
+                return window_eigenvalues(
+                    stacks, table, order, settings.dtype, settings.solver, budget
+                )
+            except torch.OutOfMemoryError:
+                if settings.device.type != "cuda":
+                    raise
+                torch.cuda.empty_cache()
+                budget //= 2
+                # One matrix and its workspace must fit; below that the op names what it needs.
+                if budget < order * order * settings.dtype.itemsize:
+                    raise
+
+    def finish(self, solved: SolvedBatch) -> None:
+        """Fits the spectra and hands over the records of the batch."""
+        if solved.evals is not None:
+            _used_on_current_stream(solved.evals)
+            self._fit(solved, solved.evals.to(torch.float64))
+        self._keep(solved.layers)
+
+    def _fit(self, solved: SolvedBatch, evals: Tensor) -> None:
+        settings = self._settings
+        # One transfer for all layers, and the only one before the fits.
+        values = evals.cpu().numpy()
+        usable: list[tuple[LayerState, slice]] = []
+        end = 0
+        for state in solved.layers:
+            if state.record is not None:
+                continue
+            rows = slice(end, end := end + state.layer.windows)
+            if bad := int((~np.isfinite(values[rows, -1])).sum()):
+                count = state.layer.windows
+                state.fail("nonfinite", f"NaN, infinity or overflow in {bad} of {count} windows")
+            else:
+                usable.append((state, rows))
+        fits = fit_layers(
+            [evals[rows] for _, rows in usable],
+            [state.layer.spec.shape[0] for state, _ in usable],
+            [state.layer.grid for state, _ in usable],
+            settings.rule,
+            settings.bootstrap,
+            solved.batch.fit_values,
+        )
+        for (state, rows), fit in zip(usable, fits, strict=True):
+            spec, grid = state.layer.spec, state.layer.grid
+            low, high = fit.interval()
+            spread = Uncertainty(fit.window_alphas, fit.standard_error, low, high, *fit.halves)
+            state.record = LayerRecord.from_spectra(
+                spec.name,
+                spec.kind,
+                spec.shape,
+                # Not a part of the batch's array, which would live as long as any of its layers.
+                values[rows].copy(),
+                fit.pooled,
+                grid.rows,
+                grid.columns,
+                spread,
+                evals=fit.pooled_evals,
+                eps=torch.finfo(settings.dtype).eps,
+            )
+
+    def give_up(self, batch: Batch, error: str) -> None:
+        """The records of layers that do not fit into the device's memory."""
+        layers = [LayerState(layer) for layer in batch.layers]
+        for state in layers:
+            state.fail("error", f"out of memory: {error}")
+        self._keep(layers)
 
 
-def _solve(
-    stacks: list[Tensor],
-    table: Tensor,
-    order: int,
-    dtype: torch.dtype,
-    solver: str | None,
-    workspace: int | None,
-) -> Tensor:
-    """The fused op; when the device runs out of memory, again with half of the workspace."""
-    budget = workspace or 0
-    while True:
-        try:
-            return window_eigenvalues(stacks, table, order, dtype, solver, budget)
-        except torch.OutOfMemoryError:
-            if stacks[0].device.type != "cuda":
-                raise
-            torch.cuda.empty_cache()
-            free, _ = torch.cuda.mem_get_info(stacks[0].device)
-            budget = (budget or free) // 2
-            # One matrix and its workspace must fit; below that the op names what it needs.
-            if budget < order * order * dtype.itemsize:
-                raise
+def _used_on_current_stream(tensor: Tensor) -> None:
+    """Keeps the allocator from reusing memory of another thread's stream too early."""
+    if tensor.is_cuda:
+        tensor.record_stream(torch.cuda.current_stream(tensor.device))

@@ -1,25 +1,43 @@
-"""Which windows are solved together: buckets of equal order across layers.
+"""Which windows are solved together, and what it costs: buckets of equal order across layers.
 
-A solver's cost per matrix falls steeply with the batch (9 windows of 512 cost thirteen times as
-much each as 512 of them), so windows of one order meet in one batch whatever layers they come from.
-The plan is a pure function of shapes: it reads no weight.
+A solver's cost per matrix falls steeply with the batch (9 windows of 512 cost twelve times as much
+each as 512 of them), so windows of one order meet in one batch whatever layers they come from. The
+plan is a pure function of shapes: it reads no weight and asks no device.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 
 import torch
 
+from farms_fast.engine.cost import (
+    Cost,
+    Machine,
+    eigenvalues_cost,
+    fit_cost,
+    total,
+    weights_cost,
+)
+from farms_fast.engine.memory import (
+    MAX_EIGENVALUES,
+    MAX_FIT_VALUES,
+    Limits,
+    MemoryBudget,
+    Need,
+    limits,
+    matrix_bytes,
+)
 from farms_fast.layers import LayerSpec, Skipped
+from farms_fast.power_law import xmin_rule
 from farms_fast.windows import Sampling, WindowGrid
 
-# Weights that a batch holds on the device at once when no budget is set.
-DEFAULT_WEIGHT_BYTES = 4 * 2**30
-# Eigenvalues that a batch yields at most, so that sorting and resampling them stays bounded too.
-MAX_EIGENVALUES = 2**24
+_H200 = Machine()
+# Batches that a run has on the device at a time.
+UNDER_WAY = 3
 
 
 @dataclass(frozen=True)
@@ -42,10 +60,20 @@ class LayerWindows:
         return self.spec.shape[0] * self.grid.count
 
     @property
+    def is_complex(self) -> bool:
+        """Whether its stack is complex, as stored or made of two reals."""
+        return self.spec.dtype.is_complex or _stores_two_reals(self.spec)
+
+    @property
+    def item(self) -> int:
+        """Bytes of a number of its stack; there are no complex numbers of two half reals."""
+        stored = int(self.spec.dtype.itemsize)
+        return 2 * max(stored, 4) if _stores_two_reals(self.spec) else stored
+
+    @property
     def weight_bytes(self) -> int:
-        """Bytes of the layer's weights as stored."""
-        numbers = math.prod(self.spec.shape) * (2 if _stores_two_reals(self.spec) else 1)
-        return numbers * int(self.spec.dtype.itemsize)
+        """Bytes of the layer's stack."""
+        return math.prod(self.spec.shape) * self.item
 
 
 @dataclass(frozen=True)
@@ -55,15 +83,48 @@ class Batch:
     Attributes:
         order: k of every window.
         layers: one or more, of one dtype.
+        workspace: bytes that its Gram matrices and the solver's workspace may take; 0 for the
+            op's default.
+        fit_values: values that one call of the fit may take.
+        peak: bytes of the device that it takes at most, predicted.
+        price: what its layers cost, asked when somebody wants to know.
     """
 
     order: int
     layers: tuple[LayerWindows, ...]
+    workspace: int = 0
+    fit_values: int = MAX_FIT_VALUES
+    peak: int = 0
+    price: Callable[[Sequence[LayerWindows]], tuple[Cost, ...]] | None = field(
+        default=None, compare=False, repr=False
+    )
+
+    @cached_property
+    def costs(self) -> tuple[Cost, ...]:
+        """Of each layer, its part of the batch's; the memory is that of the layer alone."""
+        return () if self.price is None else self.price(self.layers)
+
+    @property
+    def cost(self) -> Cost:
+        """Predicted, with the memory that it takes at most."""
+        return total([*self.costs, Cost(memory=self.peak)])
 
     @property
     def windows(self) -> int:
         """Windows of all layers."""
         return sum(layer.windows for layer in self.layers)
+
+    def halves(self) -> tuple[Batch, Batch]:
+        """The first and the second half of the layers, of which there must be several."""
+        middle = len(self.layers) // 2
+        return replace(self, layers=self.layers[:middle]), replace(
+            self, layers=self.layers[middle:]
+        )
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all layers' stacks."""
+        return sum(layer.weight_bytes for layer in self.layers)
 
 
 @dataclass(frozen=True)
@@ -73,23 +134,78 @@ class Plan:
     Attributes:
         batches: in the order of their first layers.
         skipped: layers on which no window fits, with the reason.
+        memory: bytes of the device that the run may take.
+        overlapping: whether that holds three batches at a time, so that one can be read and one be
+            finished while another is solved.
     """
 
     batches: tuple[Batch, ...]
     skipped: tuple[Skipped, ...]
+    memory: int = 0
+    overlapping: bool = False
+
+    @property
+    def cost(self) -> Cost:
+        """Of all batches: their seconds one after the other, the memory of those under way."""
+        cost = total([batch.cost for batch in self.batches])
+        together = UNDER_WAY if self.overlapping else 1
+        peaks = [batch.peak for batch in self.batches]
+        sums = [sum(peaks[i : i + together]) for i in range(len(peaks))]
+        return replace(cost, memory=max(sums, default=0))
+
+    @property
+    def windows(self) -> int:
+        """Of all layers."""
+        return sum(batch.windows for batch in self.batches)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the layers, in the model's order."""
+        layers = [layer for batch in self.batches for layer in batch.layers]
+        return [layer.spec.name for layer in sorted(layers, key=lambda layer: layer.index)]
+
+    @property
+    def layers(self) -> tuple[tuple[LayerWindows, Cost], ...]:
+        """Every layer with its cost, in the model's order."""
+        pairs = [
+            pair for batch in self.batches for pair in zip(batch.layers, batch.costs, strict=True)
+        ]
+        return tuple(sorted(pairs, key=lambda pair: pair[0].index))
 
 
-def plan(specs: Sequence[LayerSpec], sampling: Sampling, memory: int | None = None) -> Plan:
+def plan(
+    specs: Sequence[LayerSpec],
+    sampling: Sampling,
+    memory: int | None = None,
+    *,
+    xmin: str = "median",
+    bootstrap: int = 100,
+    dtype: torch.dtype = torch.float64,
+    machine: Machine = _H200,
+) -> Plan:
     """Groups the layers' windows into batches of equal order and dtype.
+
+    Three batches share the memory, one that is read, one that is solved and one that is finished;
+    where a layer needs more than a third of it, each batch has all of it and runs alone. A batch is
+    closed where the next layer would take it beyond its shares (see `MemoryBudget`), or beyond 2^21
+    eigenvalues. A layer larger than that is a batch of its own, and what it leaves of the memory is
+    the solver's.
 
     Args:
         specs: the layers, in the model's order.
         sampling: the windows of each.
-        memory: bytes that the run may take on its device; a quarter of it is for weights. None for
-            4 GiB of weights. A layer larger than that is a batch of its own.
+        memory: bytes that the run may take on its device; None is half of the machine's.
+        xmin: the rule of the fits, for their cost.
+        bootstrap: resamples of each layer with several windows.
+        dtype: precision of the computation, float64 or float32.
+        machine: what the seconds are predicted for.
 
     Returns:
-        The plan.
+        The plan. Its cost's memory is at most `memory`.
+
+    Raises:
+        ValueError: a layer does not fit into the memory even with one window solved at a time, or
+            the rule is unknown.
 
     Example:
         >>> import torch
@@ -98,10 +214,14 @@ def plan(specs: Sequence[LayerSpec], sampling: Sampling, memory: int | None = No
         >>> shapes = {"a": (8, 4), "b": (6, 6), "c": (4, 9)}
         >>> headers = [TensorHeader(n, s, torch.float32) for n, s in shapes.items()]
         >>> specs, _ = layers_from_headers(headers)
-        >>> [(b.order, [x.spec.name for x in b.layers]) for b in plan(specs, FullMatrix()).batches]
+        >>> planned = plan(specs, FullMatrix())
+        >>> [(b.order, [x.spec.name for x in b.layers]) for b in planned.batches]
         [(4, ['a', 'c']), (6, ['b'])]
+        >>> max(planned.layers, key=lambda pair: pair[1].seconds)[0].spec.name
+        'b'
     """
-    limit = DEFAULT_WEIGHT_BYTES if memory is None else memory // 4
+    rule = xmin_rule(xmin)
+    whole = machine.memory // 2 if memory is None else memory
     skipped: list[Skipped] = []
     buckets: dict[tuple[int, torch.dtype, bool], list[LayerWindows]] = {}
     for index, spec in enumerate(specs):
@@ -114,27 +234,129 @@ def plan(specs: Sequence[LayerSpec], sampling: Sampling, memory: int | None = No
         # Weights stored as two reals become complex stacks: never beside real ones.
         key = (grid.order, spec.dtype, _stores_two_reals(spec))
         buckets.setdefault(key, []).append(LayerWindows(index, spec, grid))
-    batches = [
-        Batch(order, tuple(part))
-        for (order, *_), layers in buckets.items()
-        for part in _split(layers, order, limit)
-    ]
+    need = partial(_need, machine=machine, dtype=dtype)
+    layers = [layer for bucket in buckets.values() for layer in bucket]
+    overlapping = all(need([layer]).least <= whole // UNDER_WAY for layer in layers)
+    budget = MemoryBudget.of(whole // UNDER_WAY if overlapping else whole)
+    for layer in layers:
+        _check_fits(layer, need([layer]), budget, memory is None)
+    finish = partial(
+        _batch, budget=budget, machine=machine, dtype=dtype, rule=rule, bootstrap=bootstrap
+    )
+    batches = [finish(part) for bucket in buckets.values() for part in _split(bucket, need, budget)]
     batches.sort(key=lambda batch: batch.layers[0].index)
-    return Plan(tuple(batches), tuple(skipped))
+    return Plan(tuple(batches), tuple(skipped), whole, overlapping)
 
 
 def _stores_two_reals(spec: LayerSpec) -> bool:
     return spec.kind == "spectral" and not spec.dtype.is_complex
 
 
-def _split(layers: list[LayerWindows], order: int, limit: int) -> list[list[LayerWindows]]:
+def _inner(layer: LayerWindows) -> int:
+    return max(layer.grid.rows, layer.grid.columns)
+
+
+def _need(layers: Sequence[LayerWindows], machine: Machine, dtype: torch.dtype) -> Need:
+    order, item = layers[0].grid.order, int(dtype.itemsize)
+    inner = max(map(_inner, layers))
+    return Need(
+        weights=sum(layer.weight_bytes for layer in layers),
+        windows=sum(layer.windows for layer in layers),
+        order=order,
+        longest=order * max(layer.windows for layer in layers),
+        matrix=matrix_bytes(machine.kind, order, inner, item, layers[0].is_complex),
+        item=item,
+    )
+
+
+def _check_fits(layer: LayerWindows, need: Need, budget: MemoryBudget, default: bool) -> None:
+    if need.least > budget.total:
+        name, grid = layer.spec.name, layer.grid
+        raise ValueError(
+            f"memory: expected at least the {need.least} bytes that layer {name!r} takes with one "
+            f"of its {layer.windows} windows of {grid.rows} x {grid.columns} solved at a time, "
+            f"got {budget.total}" + (", half of the device's" if default else "")
+        )
+
+
+def _split(
+    layers: Sequence[LayerWindows], need: partial[Need], budget: MemoryBudget
+) -> list[list[LayerWindows]]:
     parts: list[list[LayerWindows]] = []
-    weight_bytes = evals = 0
+    weights = spectra = evals = 0
     for layer in layers:
-        weight_bytes += layer.weight_bytes
-        evals += layer.windows * order
-        if not parts or weight_bytes > limit or evals > MAX_EIGENVALUES:
+        alone = need([layer])
+        weights += alone.weights
+        spectra += alone.spectra
+        evals += alone.eigenvalues
+        if (
+            not parts
+            or weights > budget.weights
+            or spectra > budget.spectra
+            or evals > MAX_EIGENVALUES
+            or need([*parts[-1], layer]).least > budget.total
+        ):
             parts.append([])
-            weight_bytes, evals = layer.weight_bytes, layer.windows * order
+            weights, spectra, evals = alone.weights, alone.spectra, alone.eigenvalues
         parts[-1].append(layer)
     return parts
+
+
+def _batch(
+    layers: Sequence[LayerWindows],
+    budget: MemoryBudget,
+    machine: Machine,
+    dtype: torch.dtype,
+    rule: str,
+    bootstrap: int,
+) -> Batch:
+    bounds = _limits(layers, budget, machine, dtype, bootstrap)
+    price = partial(
+        _costs,
+        bounds=bounds,
+        alone=partial(_limits, budget=budget, machine=machine, dtype=dtype, bootstrap=bootstrap),
+        machine=machine,
+        rule=rule,
+        bootstrap=bootstrap,
+    )
+    order = layers[0].grid.order
+    return Batch(order, tuple(layers), bounds.workspace, bounds.fit_values, bounds.peak, price)
+
+
+def _costs(
+    layers: Sequence[LayerWindows],
+    bounds: Limits,
+    alone: Callable[[Sequence[LayerWindows]], Limits],
+    machine: Machine,
+    rule: str,
+    bootstrap: int,
+) -> tuple[Cost, ...]:
+    order = layers[0].grid.order
+    windows = sum(layer.windows for layer in layers)
+    calls = math.ceil(windows / bounds.chunk)
+    costs = []
+    for layer in layers:
+        solved = eigenvalues_cost(
+            machine,
+            order,
+            _inner(layer),
+            layer.windows,
+            item=layer.item,
+            is_complex=layer.is_complex,
+            calls=calls * layer.windows / windows,
+        )
+        fitted = fit_cost(machine, order, layer.windows, rule, bootstrap, bounds.fit_values)
+        loaded = weights_cost(machine, layer.weight_bytes)
+        costs.append(total([loaded, solved, fitted, Cost(memory=alone([layer]).peak)]))
+    return tuple(costs)
+
+
+def _limits(
+    layers: Sequence[LayerWindows],
+    budget: MemoryBudget,
+    machine: Machine,
+    dtype: torch.dtype,
+    bootstrap: int,
+) -> Limits:
+    parallel = machine.cores if machine.kind == "cpu" else None
+    return limits(_need(layers, machine, dtype), budget, bootstrap, parallel)

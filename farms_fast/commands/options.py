@@ -1,0 +1,122 @@
+"""Options that several commands take, and what their texts mean."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+
+    from farms_fast.windows import FixedAspectSampling, FullMatrix
+
+CheckpointPath = Annotated[
+    Path,
+    typer.Argument(
+        help="A checkpoint: a folder, a .safetensors file, or a .pt, .pth, .bin or .ckpt file.",
+        show_default=False,
+    ),
+]
+Base = Annotated[
+    Path | None,
+    typer.Option(
+        help="The model that a LoRA adapter changes, where PATH is the adapter's folder.",
+        show_default="what its config names",
+    ),
+]
+Rows = Annotated[int | None, typer.Option(help="Rows of a window.", show_default="2000")]
+AspectRatio = Annotated[
+    float | None,
+    typer.Option(help="Aspect ratio of a window, columns / rows.", show_default="1"),
+]
+PerDim = Annotated[
+    int | None,
+    typer.Option(help="Windows along each dimension, at least.", show_default="15"),
+]
+Full = Annotated[
+    bool,
+    typer.Option("--full", help="Take whole matrices instead of windows (biased by shape)."),
+]
+Xmin = Annotated[str, typer.Option(help="Rule for the start of the tail: median, ks or peak.")]
+Bootstrap = Annotated[
+    int, typer.Option(help="Resamplings for the standard error of alpha; 0 for none.")
+]
+Dtype = Annotated[str, typer.Option(help="Arithmetic: float64, or float32 (less accurate).")]
+Include = Annotated[
+    list[str] | None,
+    typer.Option(help="Only layers whose name matches this glob; may be repeated."),
+]
+Exclude = Annotated[
+    list[str] | None,
+    typer.Option(help="Not the layers whose name matches this glob; may be repeated."),
+]
+ShowSkipped = Annotated[
+    bool, typer.Option("--show-skipped", help="List the skipped tensors by name.")
+]
+
+_UNITS = {
+    "": 1,
+    **{unit: 1000**i for i, unit in enumerate(("b", "kb", "mb", "gb", "tb"))},
+    **{unit: 1024**i for i, unit in enumerate(("kib", "mib", "gib", "tib"), start=1)},
+}
+
+
+def sampling_of(
+    rows: int | None, q: float | None, per_dim: int | None, full: bool
+) -> FixedAspectSampling | FullMatrix:
+    """The windows that were asked for; None is a default.
+
+    Raises:
+        ValueError: Whole matrices, and a setting of windows.
+    """
+    from farms_fast.windows import FixedAspectSampling, FullMatrix
+
+    if full:
+        given = {"--rows": rows, "--q": q, "--per-dim": per_dim}
+        clashing = ", ".join(option for option, value in given.items() if value is not None)
+        if clashing:
+            raise ValueError(f"full: takes whole matrices, so it cannot go with {clashing}")
+        return FullMatrix()
+    default = FixedAspectSampling()
+    return FixedAspectSampling(
+        rows=default.rows if rows is None else rows,
+        q=default.q if q is None else q,
+        per_dim=default.per_dim if per_dim is None else per_dim,
+    )
+
+
+def parse_memory(text: str) -> int:
+    """Bytes of a size such as ``40GiB``, ``500 MB`` or ``1073741824``.
+
+    Args:
+        text: A positive number and optionally B, kB, MB, GB, TB (powers of 1000) or KiB, MiB, GiB,
+            TiB (powers of 1024), in any case.
+
+    Raises:
+        ValueError: If it is nothing of that kind or less than one byte.
+
+    Example:
+        >>> parse_memory("1.5KiB"), parse_memory("2 MB")
+        (1536, 2000000)
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text, re.IGNORECASE | re.ASCII)
+    unit = _UNITS.get(match[2].lower()) if match else None
+    size = int(float(match[1]) * unit) if match and unit else 0
+    if size < 1:
+        raise ValueError(
+            f"memory: expected a size such as 40GiB, 500MB or a number of bytes, got {text!r}"
+        )
+    return size
+
+
+def parse_dtype(text: str) -> torch.dtype:
+    """The precision of that name."""
+    import torch
+
+    known = {"float64": torch.float64, "float32": torch.float32}
+    if text not in known:
+        raise ValueError(f"dtype: expected one of {', '.join(known)}, got {text!r}")
+    return known[text]

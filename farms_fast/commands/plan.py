@@ -1,0 +1,243 @@
+"""``farms-fast plan``: what an analysis would take, from the headers of a checkpoint."""
+
+from __future__ import annotations
+
+import json as json_format
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from farms_fast.commands.console import check_writable, echo, one_line_errors
+from farms_fast.commands.options import (
+    AspectRatio,
+    Base,
+    Bootstrap,
+    CheckpointPath,
+    Dtype,
+    Exclude,
+    Full,
+    Include,
+    PerDim,
+    Rows,
+    ShowSkipped,
+    Xmin,
+    parse_dtype,
+    parse_memory,
+    sampling_of,
+)
+from farms_fast.commands.tables import cells, pad, skipped_lines
+
+if TYPE_CHECKING:
+    from farms_fast.engine.cost import Cost, Machine
+    from farms_fast.engine.plan import Batch, Plan
+    from farms_fast.layers import Skipped
+
+__all__ = ["plan"]
+
+_GAP = "  "
+
+
+def plan(
+    path: CheckpointPath,
+    rows: Rows = None,
+    q: AspectRatio = None,
+    per_dim: PerDim = None,
+    full: Full = False,
+    xmin: Xmin = "median",
+    bootstrap: Bootstrap = 100,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="cpu, cuda or cuda:N; without such a GPU, cuda stands for an H200.",
+            show_default="cuda if there is one, else cpu",
+        ),
+    ] = None,
+    dtype: Dtype = "float64",
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Most device memory to use, such as 40GiB or 500MB.",
+            show_default="half of the device's",
+        ),
+    ] = None,
+    base: Base = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    json: Annotated[
+        Path | None, typer.Option(help="Write batches and layers with their costs to this file.")
+    ] = None,
+    show_skipped: ShowSkipped = False,
+) -> None:
+    """Print what an analysis would take, without reading the weights.
+
+    Windows of one order are solved together, whatever layers they come from; the table has a line
+    for each order and dtype: layers, batches that the memory makes of them, windows, gigabytes
+    (10^9 bytes) of weights, operations, predicted time, and the most device memory at any time.
+    Times are predicted from measurements of an NVIDIA H200 or of an AMD EPYC's cores, fits and
+    copies included, reading from disk not.
+
+    Exit codes: 0 the plan is there, 2 bad usage or bad input.
+    """
+    with one_line_errors():
+        from farms_fast.arguments import natural
+        from farms_fast.engine.plan import plan as plan_layers
+        from farms_fast.sources import open_source
+
+        sampling = sampling_of(rows, q, per_dim, full)
+        check_writable("json", json)
+        machine = _machine(device)
+        layers, skipped = open_source(path, base=base).layers(include or None, exclude or None)
+        planned = plan_layers(
+            layers,
+            sampling,
+            None if memory is None else parse_memory(memory),
+            xmin=xmin,
+            bootstrap=natural("bootstrap", bootstrap),
+            dtype=parse_dtype(dtype),
+            machine=machine,
+        )
+        skipped = [*skipped, *planned.skipped]
+        if not planned.batches:
+            raise ValueError(
+                f"path: {str(path)!r} has no layer to analyse, "
+                f"all of its {len(skipped)} tensors were skipped"
+            )
+        if json is not None:
+            settings = {
+                "source": str(path),
+                "sampling": str(sampling),
+                "xmin": xmin,
+                "bootstrap": bootstrap,
+                "dtype": dtype,
+                "machine": vars(machine),
+            }
+            text = json_format.dumps(_as_json(planned, skipped, settings), indent=1)
+            json.write_text(text + "\n", encoding="utf-8")
+        for line in _lines(planned, machine):
+            echo(line)
+        for line in skipped_lines(skipped, show_skipped):
+            echo(line)
+
+
+def _machine(device: str | None) -> Machine:
+    """What a device is to the prediction."""
+    import torch
+
+    from farms_fast._extension import has_cuda
+    from farms_fast.engine.cost import Machine
+    from farms_fast.engine.machine import machine_of
+
+    if device is None:
+        device = "cuda" if has_cuda() and torch.cuda.is_available() else "cpu"
+    try:
+        asked = torch.device(device)
+    except RuntimeError:
+        asked = torch.device("meta")
+    if asked.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected cpu, cuda or cuda:N, got {device!r}")
+    if asked.type == "cuda" and (asked.index or 0) >= torch.cuda.device_count():
+        return Machine("cuda")
+    return machine_of(asked)
+
+
+def _lines(planned: Plan, machine: Machine) -> Iterator[str]:
+    """The table and its totals."""
+    from farms_fast.engine.cost import measured_on, total
+
+    buckets: dict[tuple[int, str], list[Batch]] = {}
+    for batch in planned.batches:
+        dtype = str(batch.layers[0].spec.dtype).removeprefix("torch.")
+        buckets.setdefault((batch.order, dtype), []).append(batch)
+    table = [
+        ["order", "dtype", "layers", "batches", "windows", "weights GB", "TFLOP", "time", "mem. GB"]
+    ]
+    for (order, dtype), batches in sorted(buckets.items()):
+        cost = total([batch.cost for batch in batches])
+        table.append(
+            [
+                str(order),
+                dtype,
+                str(sum(len(batch.layers) for batch in batches)),
+                str(len(batches)),
+                str(sum(batch.windows for batch in batches)),
+                _number(sum(batch.weight_bytes for batch in batches) / 1e9),
+                _number(cost.flops / 1e12),
+                _time(cost.seconds),
+                _number(cost.memory / 1e9),
+            ]
+        )
+    yield from _columns(table)
+    yield ""
+    cost, layers = planned.cost, len(planned.layers)
+    weights = sum(batch.weight_bytes for batch in planned.batches)
+    memory, allowed = _number(cost.memory / 1e9), _number(planned.memory / 1e9)
+    where = f"one {measured_on('cuda')}"
+    if machine.kind == "cpu":
+        where = f"{_counted(machine.cores, 'core')} like those of an {measured_on('cpu')}"
+    yield (
+        f"{_counted(layers, 'layer')} in {_counted(len(planned.batches), 'batch', 'es')}, "
+        f"{_counted(sum(batch.windows for batch in planned.batches), 'window')}, "
+        f"{_number(weights / 1e9)} GB of weights, {_number(cost.flops / 1e12)} TFLOP"
+    )
+    yield f"about {_time(cost.seconds)} on {where}, {memory} GB of the {allowed} GB allowed"
+
+
+def _columns(table: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Rows of texts, aligned to the right."""
+    widths = [max(map(cells, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        yield _GAP.join(pad(text, w, right=True) for text, w in zip(row, widths, strict=True))
+
+
+def _number(value: float) -> str:
+    """Three digits, and all of those before the point."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _counted(count: int, noun: str, ending: str = "s") -> str:
+    return f"{count} {noun}{ending if count != 1 else ''}"
+
+
+def _time(seconds: float) -> str:
+    for size, unit in ((86_400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{_number(seconds / size)} {unit}"
+    return f"{_number(seconds)} s" if seconds >= 1 else f"{_number(seconds * 1e3)} ms"
+
+
+def _as_json(planned: Plan, skipped: Sequence[Skipped], settings: dict[str, Any]) -> dict[str, Any]:
+    batches = [
+        {
+            "order": batch.order,
+            "windows": batch.windows,
+            "workspace": batch.workspace,
+            "fit_values": batch.fit_values,
+            "cost": _cost(batch.cost),
+            "layers": [
+                {
+                    "name": layer.spec.name,
+                    "kind": layer.spec.kind,
+                    "shape": layer.spec.shape,
+                    "dtype": str(layer.spec.dtype).removeprefix("torch."),
+                    "windows": layer.windows,
+                    "window_rows": layer.grid.rows,
+                    "window_cols": layer.grid.columns,
+                    "cost": _cost(cost),
+                }
+                for layer, cost in zip(batch.layers, batch.costs, strict=True)
+            ],
+        }
+        for batch in planned.batches
+    ]
+    return {
+        "settings": {**settings, "memory": planned.memory},
+        "cost": _cost(planned.cost),
+        "batches": batches,
+        "skipped": [vars(tensor) for tensor in skipped],
+    }
+
+
+def _cost(cost: Cost) -> dict[str, float]:
+    return dict(vars(cost))

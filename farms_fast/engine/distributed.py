@@ -1,0 +1,135 @@
+"""One analysis on several devices or machines: who takes which layer, and who collects.
+
+Every process runs the same program (`torchrun` starts them and tells each its rank). The layers are
+shared out by what they are predicted to cost; each process reads only its own tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+# How long the others wait for the slowest rank, which may still be computing when they are done.
+_PATIENCE = timedelta(days=2)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that share an analysis.
+
+    Attributes:
+        rank: this process, from 0.
+        size: how many there are.
+        group: their process group, None where there is one process.
+
+    Example:
+        >>> Ranks().leads
+        True
+    """
+
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+
+    @staticmethod
+    def of(group: dist.ProcessGroup | None) -> Ranks:
+        """The ranks of a group; of a single process for None."""
+        if group is None:
+            return Ranks()
+        return Ranks(dist.get_rank(group), dist.get_world_size(group), group)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the process that collects."""
+        return self.rank == 0
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in their order, on the rank that leads; nothing elsewhere.
+
+        It also waits: the leading rank goes on when all others have come this far.
+        """
+        if self.group is None:
+            return [value]
+        values: list[T | None] | None = [None] * self.size if self.leads else None
+        first = dist.get_global_rank(self.group, 0)
+        dist.gather_object(value, values, dst=first, group=self.group)
+        return [] if values is None else [v for v in values if v is not None]
+
+    def wait(self) -> None:
+        """Goes on when all ranks have come this far."""
+        if self.group is not None:
+            dist.barrier(self.group)
+
+
+def share(costs: Sequence[float], size: int) -> list[int]:
+    """Which rank takes which layer: the costliest first, each to the rank with the least to do.
+
+    Args:
+        costs: one number a layer, not negative.
+        size: how many ranks there are.
+
+    Returns:
+        A rank for each layer. The same on every rank, whatever the machine.
+
+    Example:
+        >>> share([1.0, 5.0, 2.0, 2.0], 2)
+        [1, 0, 1, 1]
+    """
+    owners = [0] * len(costs)
+    loads = [(0.0, rank) for rank in range(size)]
+    for layer in sorted(range(len(costs)), key=lambda layer: (-costs[layer], layer)):
+        load, rank = heapq.heappop(loads)
+        owners[layer] = rank
+        heapq.heappush(loads, (load + costs[layer], rank))
+    return owners
+
+
+@contextlib.contextmanager
+def torchrun_group() -> Iterator[dist.ProcessGroup | None]:
+    """The group of the processes that torchrun started; None where it did not start this one.
+
+    A group that is there already is used and left alone. Records travel between hosts' memories, so
+    the group speaks gloo whatever the devices are.
+    """
+    if not dist.is_available() or not dist.is_torchelastic_launched():
+        yield None
+        return
+    if dist.is_initialized():
+        yield dist.group.WORLD
+        return
+    dist.init_process_group("gloo", timeout=_PATIENCE)
+    try:
+        yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
+
+
+def local_device() -> torch.device | None:
+    """The CUDA device of this process among those that torchrun started on this machine.
+
+    Returns:
+        None where torchrun did not start this process or the machine has no CUDA device.
+
+    Raises:
+        ValueError: there are more processes on this machine than CUDA devices.
+    """
+    local, count = os.environ.get("LOCAL_RANK"), torch.cuda.device_count()
+    if local is None or not dist.is_torchelastic_launched() or count == 0:
+        return None
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if processes > count:
+        raise ValueError(
+            f"nproc-per-node: expected no more than the {count} CUDA devices of this machine, "
+            f"got {processes} (give --device to share one)"
+        )
+    return torch.device("cuda", int(local))

@@ -1,0 +1,200 @@
+"""Where records go as layers are finished: into memory, or into a store that a run resumes from."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import glob
+import os
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from farms_fast.engine.distributed import Ranks
+from farms_fast.layers import Skipped
+from farms_fast.records import LayerRecord
+from farms_fast.results import Analysis
+from farms_fast.store import ResultsStore, StoredRun, merge
+
+# What decides a run's numbers. Another release may compute them otherwise; devices agree to within
+# the error of the eigenvalues, so a run may go on on another one.
+_DECIDING = (
+    "source",
+    "base",
+    "sampling",
+    "xmin",
+    "xmin_pos",
+    "bins",
+    "bootstrap",
+    "dtype",
+    "solver",
+    "farms_fast",
+)
+
+
+_LOCK = ".lock"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A finished layer.
+
+    Attributes:
+        position: in the model.
+        record: its record.
+        digest: of the weights that the record comes from.
+        known: whether `Keeping.known` gave the record.
+    """
+
+    position: int
+    record: LayerRecord
+    digest: str
+    known: bool
+
+
+class Keeping:
+    """Records in memory, collected from all ranks at the end.
+
+    Args:
+        ranks: the processes that share the run.
+    """
+
+    #: Whether layers' contents have to be told apart by a digest.
+    needs_digests = False
+
+    def __init__(self, ranks: Ranks) -> None:
+        """Nothing is kept yet."""
+        self._ranks = ranks
+        self._records: dict[int, LayerRecord] = {}
+
+    def known(self, name: str, digest: str) -> LayerRecord | None:
+        """The record of a layer that need not be computed again."""
+        return None
+
+    def keep(self, layers: Sequence[Kept]) -> None:
+        """Takes layers that were finished together."""
+        self._records |= {kept.position: kept.record for kept in layers}
+
+    def analysis(
+        self, names: Sequence[str], skipped: Sequence[Skipped], settings: Mapping[str, object]
+    ) -> Analysis:
+        """Everything that was kept; on ranks that do not lead, what they themselves kept."""
+        merged = dict(self._records)
+        for records in self._ranks.gather(self._records):
+            merged |= records
+        return Analysis([merged[position] for position in sorted(merged)], skipped, settings)
+
+
+class _StoreKeeping(Keeping):
+    """Records in a store as soon as they are there.
+
+    Of several ranks each writes to a file of its own beside the store, which the leading one merges
+    into it: nothing then depends on how well a network's file system lets many machines write to
+    one file.
+    """
+
+    needs_digests = True
+
+    def __init__(
+        self, ranks: Ranks, path: Path, main: StoredRun, mine: StoredRun, part: ExitStack
+    ) -> None:
+        super().__init__(ranks)
+        self._path = path
+        self._main = main
+        self._mine = mine
+        self._part = part
+
+    def known(self, name: str, digest: str) -> LayerRecord | None:
+        return self._main.finished(name, digest)
+
+    def keep(self, layers: Sequence[Kept]) -> None:
+        new = [kept for kept in layers if not kept.known]
+        if new:
+            self._mine.put_many([(kept.position, kept.record, kept.digest) for kept in new])
+        for kept in layers:
+            # What can be read again takes no memory until it is asked for.
+            stored = None if kept.known else self._mine.finished(kept.record.name, kept.digest)
+            self._records[kept.position] = stored or kept.record
+
+    def analysis(
+        self, names: Sequence[str], skipped: Sequence[Skipped], settings: Mapping[str, object]
+    ) -> Analysis:
+        self._part.close()
+        self._ranks.gather(None)
+        if self._ranks.leads:
+            _collect(self._path)
+            self._main.put_skipped(skipped)
+            self._main.complete(names)
+        self._ranks.wait()
+        with ResultsStore(self._path, create=False) as store:
+            layers = store.load(self._main.id).layers
+        if not self._ranks.leads:
+            own = {record.name for record in self._records.values()}
+            layers = [layer for layer in layers if layer.name in own]
+        return Analysis(layers, skipped, settings)
+
+
+@contextlib.contextmanager
+def keeping(
+    store: str | os.PathLike[str] | None,
+    settings: Mapping[str, object],
+    ranks: Ranks,
+    layers: int,
+    force: bool = False,
+) -> Iterator[Keeping]:
+    """Opens where a run's records go.
+
+    Args:
+        store: the file of a results store, made if there is none; None for memory.
+        settings: of the analysis.
+        ranks: the processes that share the run.
+        layers: how many layers the model has.
+        force: compute everything anew, in a run of its own.
+
+    Raises:
+        OSError: the store cannot be opened or written.
+        ValueError: it is not a results store.
+    """
+    if store is None:
+        yield Keeping(ranks)
+        return
+    path = Path(store)
+    with contextlib.ExitStack() as opened:
+        # The leading rank makes the run, the others find it.
+        if not ranks.leads:
+            ranks.wait()
+        target = opened.enter_context(ResultsStore(path))
+        if ranks.leads:
+            _collect(path)
+        main = target.run(settings, deciding=_DECIDING, total=layers, force=force and ranks.leads)
+        if ranks.leads:
+            ranks.wait()
+        part = opened.enter_context(contextlib.ExitStack())
+        mine = main
+        if ranks.size > 1:
+            own = part.enter_context(_own_part(path, ranks.rank))
+            mine = part.enter_context(ResultsStore(own)).run(settings, deciding=_DECIDING)
+        yield _StoreKeeping(ranks, path, main, mine, part)
+
+
+@contextlib.contextmanager
+def _own_part(path: Path, rank: int) -> Iterator[Path]:
+    """A name for a rank's file, and a lock that lasts as long as the process works on it."""
+    part = path.with_name(f"{path.name}.rank{rank}-{secrets.token_hex(4)}")
+    with open(f"{part}{_LOCK}", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield part
+
+
+def _collect(path: Path) -> None:
+    """Merges what ranks have left and takes it away, save the files of those that are at work."""
+    for lock_path in sorted(path.parent.glob(f"{glob.escape(path.name)}.rank*{_LOCK}")):
+        with contextlib.suppress(FileNotFoundError, BlockingIOError), open(lock_path) as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            part = Path(str(lock_path).removesuffix(_LOCK))
+            if part.exists():
+                merge(path, [part])
+            for file in (part, Path(f"{part}-journal"), lock_path):
+                file.unlink(missing_ok=True)
