@@ -15,7 +15,7 @@ pytestmark = pytest.mark.gpu
 Values = NDArray[np.float64]
 
 # Below and around one panel of 32 and one tile of 64; multiples of neither; odd and prime.
-ORDERS = (1, 2, 3, 31, 32, 33, 34, 35, 63, 64, 65, 97, 128, 161, 257, 449, 512, 577, 613)
+ORDERS = (1, 2, 3, 31, 32, 33, 34, 35, 63, 64, 65, 66, 97, 98, 128, 161, 257, 449, 512, 577, 613)
 
 
 def gram_of(weight: Values) -> Values:
@@ -85,6 +85,32 @@ def test_same_bits_in_every_batch(order: int) -> None:
     for i in range(3):
         assert torch.equal(together[i], solve(gram[i : i + 1])[0])
     assert torch.equal(together[:140], solve(gram[:140]))
+
+
+@pytest.mark.parametrize("order", [2001, 3600])
+def test_same_bits_however_many_blocks_share_a_matrix(order: int) -> None:
+    # One matrix alone takes more blocks than each of 34. At 3600 the narrow band is longer than
+    # shared memory.
+    weight = torch.randn(order, order, dtype=torch.float64, device="cuda")
+    gram = weight @ weight.T
+    gram = (gram.tril() + gram.tril(-1).T).unsqueeze(0)
+    alone = solve(gram)[0]
+    together = solve(gram.expand(34, -1, -1).contiguous())
+    assert torch.equal(together, alone.expand_as(together))
+
+
+def test_captured_in_a_graph() -> None:
+    weight = torch.randn(3, 512, 512, dtype=torch.float64, device="cuda")
+    gram = weight @ weight.mT
+    gram = gram.tril() + gram.tril(-1).mT
+    expected = ops.eigvalsh(gram, "two_stage")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        evals = ops.eigvalsh(gram, "two_stage")
+    for _ in range(2):
+        evals.zero_()
+        graph.replay()
+        assert torch.equal(evals, expected)
 
 
 @pytest.mark.parametrize("order", [33, 257, 1000])

@@ -1,6 +1,8 @@
 // The two-sided update of the matrices by one panel's reflectors, on the tensor cores in float64: three launches a
-// panel for the whole batch. Tiles sit at multiples of kTile of the whole matrix, whatever the panel, so that the tiles
-// on the diagonal, which are kept whole, are always the same ones.
+// panel for the whole batch. The update itself is put off: of two panels that share a column of tiles, the first one's
+// goes into that column alone, and what it leaves out goes in with the second one's, which so reads and writes the
+// matrices half as often. Until then A V is corrected for it. Tiles sit at multiples of kTile of the whole matrix,
+// whatever the panel, so that the tiles on the diagonal, which are kept whole, are always the same ones.
 #include "../check.h"
 #include "../mma.cuh"
 #include "async_copy.cuh"
@@ -108,8 +110,12 @@ __device__ __forceinline__ void for_small(const Warp& at, const double (&sum)[2]
       f(at.warp / 2 * 16 + e / 2 * 8 + at.group, at.warp % 2 * 16 + j * 8 + at.in_group * 2 + e % 2, sum[j][e]);
 }
 
-// grid: (tiles of rows, matrices). A V, and in the block that finishes last of a matrix, `middle`.
-template <int Width>
+// Shares of V^T A V, and of W^T V and V^T V with W and V of the first panel of the pair on the left.
+template <bool Second>
+constexpr int kShares = Second ? 3 : 1;
+
+// grid: (tiles of rows, matrices). A V, and in the block that finishes last of a matrix, `middle`. Second: of a pair.
+template <int Width, bool Second>
 __global__ void __launch_bounds__(kThreads, 4)
     multiply_kernel(const double* __restrict__ gram, int order, int begin, BandWorkspace workspace) {
   extern __shared__ __align__(16) double shared_memory[];
@@ -119,19 +125,26 @@ __global__ void __launch_bounds__(kThreads, 4)
   const int tile = begin / kTile + static_cast<int>(blockIdx.x);
   const int row0 = tile * kTile;
   const double* matrix = gram + static_cast<int64_t>(blockIdx.y) * order * order;
-  const double* v = workspace.v + blockIdx.y * padded * kPanel;
+  const double* v = workspace.v[Second] + blockIdx.y * padded * kPanel;
   const Warp at = this_warp();
 
+  // A tile below the diagonal is read for its rows and, mirrored, for its columns. The blocks of a matrix go through it
+  // so that both happen at the same time, the second time out of the L2.
+  const int first = begin / kTile, count = static_cast<int>(gridDim.x), own = static_cast<int>(blockIdx.x);
+  const auto slab_column = [&](int slab) {
+    const int shifted = slab / 2 - own;
+    return (first + (shifted < 0 ? shifted + count : shifted)) * kTile + slab % 2 * kPanel;
+  };
   double sum[2][2][4] = {};
-  copy_slab<Width>(stages[0], matrix, order, row0, begin, v);
+  copy_slab<Width>(stages[0], matrix, order, row0, slab_column(0), v);
   copy_commit();
-  int current = 0;
-  for (int column0 = begin; column0 < order; column0 += kPanel, current ^= 1) {
-    if (column0 + kPanel < order) copy_slab<Width>(stages[current ^ 1], matrix, order, row0, column0 + kPanel, v);
+  for (int slab = 0; slab < 2 * count; ++slab) {
+    const int current = slab % 2;
+    if (slab + 1 < 2 * count) copy_slab<Width>(stages[current ^ 1], matrix, order, row0, slab_column(slab + 1), v);
     copy_commit();
     copy_wait<1>();
     __syncthreads();
-    if (column0 / kTile > tile)
+    if (slab_column(slab) / kTile > tile)
       multiply_slab<true>(stages[current], at, sum);
     else
       multiply_slab<false>(stages[current], at, sum);
@@ -139,11 +152,14 @@ __global__ void __launch_bounds__(kThreads, 4)
   }
 
   // The tile of A V to memory, and its share of V^T A V.
-  double* own_product = shared_memory;                  // [kTile][kPanelPitch]
-  double* own_v = shared_memory + kTile * kPanelPitch;  // [kTile][kPanelPitch]
+  double* own_product = shared_memory;                      // [kTile][kPanelPitch]
+  double* own_v = shared_memory + kTile * kPanelPitch;      // [kTile][kPanelPitch]
+  double* other = shared_memory + 2 * kTile * kPanelPitch;  // [kTile][kPanelPitch]
+  const int64_t rows = (blockIdx.y * padded + row0) * kPanel;
   copy_rows<kTile>(own_v, kPanelPitch, v + row0 * kPanel);
+  if constexpr (Second) copy_rows<kTile>(other, kPanelPitch, workspace.v[0] + rows);
   copy_commit();
-  double* product = workspace.product + (blockIdx.y * padded + row0) * kPanel;
+  double* product = workspace.product + rows;
 #pragma unroll
   for (int i = 0; i < 2; ++i)
 #pragma unroll
@@ -157,10 +173,25 @@ __global__ void __launch_bounds__(kThreads, 4)
       }
   copy_wait<0>();
   __syncthreads();
-  double share[2][4] = {};
-  multiply_small<true>(own_v, own_product, kTile, at, share);
-  double* partial = workspace.partial + blockIdx.y * tiles * static_cast<int64_t>(kPanel * kPanel);
-  for_small(at, share, [&](int r, int c, double value) { partial[(tile * kPanel + r) * kPanel + c] = value; });
+  constexpr int square = kPanel * kPanel;
+  double* partial = workspace.partial + blockIdx.y * tiles * static_cast<int64_t>(kMostShares * square);
+  const auto store_share = [&](int which, const double* left) {
+    double share[2][4] = {};
+    multiply_small<true>(left, which == 0 ? own_product : own_v, kTile, at, share);
+    for_small(at, share, [&](int r, int c, double value) {
+      partial[(tile * kMostShares + which) * square + r * kPanel + c] = value;
+    });
+  };
+  store_share(0, own_v);
+  if constexpr (Second) {
+    store_share(2, other);
+    __syncthreads();
+    copy_rows<kTile>(other, kPanelPitch, workspace.w[0] + rows);
+    copy_commit();
+    copy_wait<0>();
+    __syncthreads();
+    store_share(1, other);
+  }
 
   __threadfence();
   __syncthreads();
@@ -172,49 +203,85 @@ __global__ void __launch_bounds__(kThreads, 4)
   if (!is_last) return;
   __threadfence();
 
-  // middle = T^T X T / 2 with X the sum of the shares, in the order of the tiles.
-  double* x = shared_memory;                     // [kPanel][kPanelPitch]
-  double* t = x + kPanel * kPanelPitch;          // [kPanel][kPanelPitch]
-  double* right = x + 2 * kPanel * kPanelPitch;  // [kPanel][kPanelPitch]
-  for (int i = threadIdx.x; i < kPanel * kPanel; i += kThreads) {
-    double total = 0;
-    for (int k = begin / kTile; k < tiles; ++k) total += __ldcg(partial + k * kPanel * kPanel + i);
-    x[i / kPanel * kPanelPitch + i % kPanel] = total;
-    t[i / kPanel * kPanelPitch + i % kPanel] = workspace.t[blockIdx.y * kPanel * kPanel + i];
+  // The sums of the shares, in the order of the tiles: x of V^T A V, y and z of the others.
+  double* x = shared_memory;  // each [kPanel][kPanelPitch]
+  double* y = x + kPanel * kPanelPitch;
+  double* z = y + kPanel * kPanelPitch;
+  double* t = z + kPanel * kPanelPitch;
+  double* right = t + kPanel * kPanelPitch;
+  for (int i = threadIdx.x; i < square; i += kThreads) {
+    double total[kShares<Second>] = {};
+    for (int k = begin / kTile; k < tiles; ++k)
+#pragma unroll
+      for (int which = 0; which < kShares<Second>; ++which)
+        total[which] += __ldcg(partial + (k * kMostShares + which) * square + i);
+    const int to = i / kPanel * kPanelPitch + i % kPanel;
+#pragma unroll
+    for (int which = 0; which < kShares<Second>; ++which) x[which * kPanel * kPanelPitch + to] = total[which];
+    t[to] = workspace.t[blockIdx.y * square + i];
   }
   __syncthreads();
+  double* out = workspace.middle + blockIdx.y * static_cast<int64_t>(kMostShares * square);
+  if constexpr (Second) {
+    // x was of the matrix as the panel before left it: less z^T y + y^T z now.
+    double less[2][4] = {};
+    multiply_small<true>(z, y, kPanel, at, less);
+    multiply_small<true>(y, z, kPanel, at, less);
+    for_small(at, less, [&](int r, int c, double value) { x[r * kPanelPitch + c] -= value; });
+    double y_t[2][4] = {}, z_t[2][4] = {};
+    multiply_small<false>(y, t, kPanel, at, y_t);
+    multiply_small<false>(z, t, kPanel, at, z_t);
+    for_small(at, y_t, [&](int r, int c, double value) { out[square + r * kPanel + c] = value; });
+    for_small(at, z_t, [&](int r, int c, double value) { out[2 * square + r * kPanel + c] = value; });
+    __syncthreads();
+  }
+  // T^T x T / 2.
   double inner[2][4] = {};
   multiply_small<false>(x, t, kPanel, at, inner);
   for_small(at, inner, [&](int r, int c, double value) { right[r * kPanelPitch + c] = value; });
   __syncthreads();
   double middle[2][4] = {};
   multiply_small<true>(t, right, kPanel, at, middle);
-  double* out = workspace.middle + blockIdx.y * kPanel * kPanel;
   for_small(at, middle, [&](int r, int c, double value) { out[r * kPanel + c] = 0.5 * value; });
 }
 
-// grid: (half tiles of rows, matrices). W = (A V) T - V middle, zero above `begin`.
+template <bool Second>
+constexpr int kFactors = 2 + 2 * kShares<Second>;
+
+// grid: (half tiles of rows, matrices). W = (A V) T - V middle, zero above `begin`; with A V corrected for the first
+// panel of the pair where this is the second.
+template <bool Second>
 __global__ void __launch_bounds__(kThreads) form_w_kernel(int order, int begin, BandWorkspace workspace) {
   extern __shared__ __align__(16) double shared_memory[];
+  constexpr int block = kPanel * kPanelPitch, square = kPanel * kPanel;
   const int64_t padded = padded_order(order);
-  double* product = shared_memory;
-  double* t = product + kPanel * kPanelPitch;
-  double* v = t + kPanel * kPanelPitch;
-  double* middle = v + kPanel * kPanelPitch;
   const int row0 = begin / kTile * kTile + static_cast<int>(blockIdx.x) * kPanel;
-  const int64_t rows = (blockIdx.y * padded + row0) * kPanel, square = blockIdx.y * kPanel * kPanel;
-  copy_rows<kPanel>(product, kPanelPitch, workspace.product + rows);
-  copy_rows<kPanel>(t, kPanelPitch, workspace.t + square);
-  copy_rows<kPanel>(v, kPanelPitch, workspace.v + rows);
-  copy_rows<kPanel>(middle, kPanelPitch, workspace.middle + square);
+  const int64_t rows = (blockIdx.y * padded + row0) * kPanel;
+  const double* middle = workspace.middle + blockIdx.y * static_cast<int64_t>(kMostShares * square);
+  // Two factors of each product after the other.
+  const double* factors[kFactors<Second>];
+  factors[0] = workspace.product + rows;
+  factors[1] = workspace.t + static_cast<int64_t>(blockIdx.y) * square;
+  factors[2] = workspace.v[Second] + rows;
+  factors[3] = middle;
+  if constexpr (Second) {
+    factors[4] = workspace.v[0] + rows;
+    factors[5] = middle + square;
+    factors[6] = workspace.w[0] + rows;
+    factors[7] = middle + 2 * square;
+  }
+#pragma unroll
+  for (int i = 0; i < kFactors<Second>; ++i) copy_rows<kPanel>(shared_memory + i * block, kPanelPitch, factors[i]);
   copy_commit();
   copy_wait<0>();
   __syncthreads();
   const Warp at = this_warp();
   double plus[2][4] = {}, minus[2][4] = {};
-  multiply_small<false>(product, t, kPanel, at, plus);
-  multiply_small<false>(v, middle, kPanel, at, minus);
-  double* w = workspace.w + rows;
+  multiply_small<false>(shared_memory, shared_memory + block, kPanel, at, plus);
+#pragma unroll
+  for (int i = 0; i < kShares<Second>; ++i)
+    multiply_small<false>(shared_memory + (2 * i + 2) * block, shared_memory + (2 * i + 3) * block, kPanel, at, minus);
+  double* w = workspace.w[Second] + rows;
 #pragma unroll
   for (int j = 0; j < 2; ++j)
 #pragma unroll
@@ -222,27 +289,32 @@ __global__ void __launch_bounds__(kThreads) form_w_kernel(int order, int begin, 
   for_small(at, plus, [&](int r, int c, double value) { w[r * kPanel + c] = row0 + r < begin ? 0.0 : value; });
 }
 
-// grid: (tiles of the lower triangle, matrices). A -= [V W] [W V]^T.
-template <int Width>
+// grid: (tiles of the lower triangle, or of its first column, matrices). A -= [V W] [W V]^T, of both panels of a pair
+// or of the first one.
+template <int Width, int Panels>
 __global__ void __launch_bounds__(kThreads, 3)
-    update_kernel(double* __restrict__ gram, int order, int begin, BandWorkspace workspace) {
+    update_kernel(double* __restrict__ gram, int order, int begin, bool first_column, BandWorkspace workspace) {
   extern __shared__ __align__(16) double shared_memory[];
-  double* left = shared_memory;                        // [kTile][kTilePitch]: V, W of the tile's rows
-  double* right = shared_memory + kTile * kTilePitch;  // [kTile][kTilePitch]: W, V of its columns
+  constexpr int stage_count = 2 * kTile * kPanelPitch, parts = 2 * Panels;
   const int64_t padded = padded_order(order);
   const int tile = static_cast<int>(blockIdx.x);
   int tile_row = static_cast<int>((sqrtf(8.0f * static_cast<float>(tile) + 1.0f) - 1.0f) * 0.5f);
   while ((tile_row + 1) * (tile_row + 2) / 2 <= tile) ++tile_row;
   while (tile_row * (tile_row + 1) / 2 > tile) --tile_row;
-  const int tile_column = tile - tile_row * (tile_row + 1) / 2;
+  if (first_column) tile_row = tile;
+  const int tile_column = first_column ? 0 : tile - tile_row * (tile_row + 1) / 2;
   const int row0 = (begin / kTile + tile_row) * kTile, column0 = (begin / kTile + tile_column) * kTile;
-  const double* v = workspace.v + blockIdx.y * padded * kPanel;
-  const double* w = workspace.w + blockIdx.y * padded * kPanel;
-  copy_rows<kTile>(left, kTilePitch, v + row0 * kPanel);
-  copy_rows<kTile>(left + kPanel, kTilePitch, w + row0 * kPanel);
-  copy_rows<kTile>(right, kTilePitch, w + column0 * kPanel);
-  copy_rows<kTile>(right + kPanel, kTilePitch, v + column0 * kPanel);
-  copy_commit();
+  // V of the tile's rows and W of its columns, then the other way around, then the next panel's.
+  const auto copy_part = [&](int part) {
+    double* stage = shared_memory + part % 2 * stage_count;
+    const double* left = part % 2 == 0 ? workspace.v[part / 2] : workspace.w[part / 2];
+    const double* right = part % 2 == 0 ? workspace.w[part / 2] : workspace.v[part / 2];
+    copy_rows<kTile>(stage, kPanelPitch, left + (blockIdx.y * padded + row0) * kPanel);
+    copy_rows<kTile>(stage + kTile * kPanelPitch, kPanelPitch, right + (blockIdx.y * padded + column0) * kPanel);
+    copy_commit();
+  };
+  copy_part(0);
+  copy_part(1);
 
   const Warp at = this_warp();
   double* matrix = gram + static_cast<int64_t>(blockIdx.y) * order * order;
@@ -269,22 +341,33 @@ __global__ void __launch_bounds__(kThreads, 3)
         }
       }
     }
-  copy_wait<0>();
-  __syncthreads();
-  const double* a = left + (warp_row + at.group) * kTilePitch + at.in_group;
-  const double* b = right + (warp_column + at.group) * kTilePitch + at.in_group;
+#pragma unroll
+  for (int part = 0; part < parts; ++part) {
+    if (part + 1 < parts)
+      copy_wait<1>();
+    else
+      copy_wait<0>();
+    __syncthreads();
+    const double* stage = shared_memory + part % 2 * stage_count;
+    const double* a = stage + (warp_row + at.group) * kPanelPitch + at.in_group;
+    const double* b = stage + kTile * kPanelPitch + (warp_column + at.group) * kPanelPitch + at.in_group;
 #pragma unroll 4
-  for (int k = 0; k < kTile; k += 4) {
-    double l[2][2];
+    for (int k = 0; k < kPanel; k += 4) {
+      double l[2][2];
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
+      for (int i = 0; i < 2; ++i)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) l[i][half] = -a[(i * 16 + half * 8) * kTilePitch + k];
+        for (int half = 0; half < 2; ++half) l[i][half] = -a[(i * 16 + half * 8) * kPanelPitch + k];
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const double right_value = b[j * 8 * kTilePitch + k];
+      for (int j = 0; j < 4; ++j) {
+        const double right_value = b[j * 8 * kPanelPitch + k];
 #pragma unroll
-      for (int i = 0; i < 2; ++i) mma_16x8x4(sum[i][j], l[i], right_value);
+        for (int i = 0; i < 2; ++i) mma_16x8x4(sum[i][j], l[i], right_value);
+      }
+    }
+    if (part + 2 < parts) {
+      __syncthreads();
+      copy_part(part + 2);
     }
   }
   const bool diagonal = tile_row == tile_column;
@@ -314,23 +397,44 @@ __global__ void __launch_bounds__(kThreads, 3)
 }
 
 // Width: doubles of one access to the matrices, 2 where all of their rows are aligned to it.
+template <int Width, bool Second>
+void form_w(const double* gram, int batch, int order, int begin, const BandWorkspace& workspace, cudaStream_t stream) {
+  const int tiles = static_cast<int>(padded_order(order)) / kTile - begin / kTile;
+  constexpr int multiply_bytes = 2 * sizeof(Stage);
+  constexpr int form_bytes = kFactors<Second> * kPanel * kPanelPitch * sizeof(double);
+  FARMS_CUDA_CHECK(cudaFuncSetAttribute(multiply_kernel<Width, Second>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        multiply_bytes));
+  FARMS_CUDA_CHECK(
+      cudaFuncSetAttribute(form_w_kernel<Second>, cudaFuncAttributeMaxDynamicSharedMemorySize, form_bytes));
+  multiply_kernel<Width, Second>
+      <<<dim3(tiles, batch), kThreads, multiply_bytes, stream>>>(gram, order, begin, workspace);
+  FARMS_LAUNCH_CHECK();
+  form_w_kernel<Second><<<dim3(2 * tiles, batch), kThreads, form_bytes, stream>>>(order, begin, workspace);
+  FARMS_LAUNCH_CHECK();
+}
+
+template <int Width, int Panels>
+void update(double* gram, int batch, int order, int begin, bool first_column, const BandWorkspace& workspace,
+            cudaStream_t stream) {
+  const int tiles = static_cast<int>(padded_order(order)) / kTile - begin / kTile;
+  const int count = first_column ? tiles : tiles * (tiles + 1) / 2;
+  constexpr int bytes = 4 * kTile * kPanelPitch * sizeof(double);
+  FARMS_CUDA_CHECK(
+      cudaFuncSetAttribute(update_kernel<Width, Panels>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  update_kernel<Width, Panels>
+      <<<dim3(count, batch), kThreads, bytes, stream>>>(gram, order, begin, first_column, workspace);
+  FARMS_LAUNCH_CHECK();
+}
+
 template <int Width>
 void launch(double* gram, int batch, int order, int begin, const BandWorkspace& workspace, cudaStream_t stream) {
-  const int first = begin / kTile, tiles = static_cast<int>(padded_order(order)) / kTile - first;
-  const int pairs = tiles * (tiles + 1) / 2;
-  constexpr int multiply_bytes = 2 * sizeof(Stage);
-  constexpr int form_bytes = 4 * kPanel * kPanelPitch * sizeof(double);
-  constexpr int update_bytes = 2 * kTile * kTilePitch * sizeof(double);
-  FARMS_CUDA_CHECK(
-      cudaFuncSetAttribute(multiply_kernel<Width>, cudaFuncAttributeMaxDynamicSharedMemorySize, multiply_bytes));
-  FARMS_CUDA_CHECK(
-      cudaFuncSetAttribute(update_kernel<Width>, cudaFuncAttributeMaxDynamicSharedMemorySize, update_bytes));
-  multiply_kernel<Width><<<dim3(tiles, batch), kThreads, multiply_bytes, stream>>>(gram, order, begin, workspace);
-  FARMS_LAUNCH_CHECK();
-  form_w_kernel<<<dim3(2 * tiles, batch), kThreads, form_bytes, stream>>>(order, begin, workspace);
-  FARMS_LAUNCH_CHECK();
-  update_kernel<Width><<<dim3(pairs, batch), kThreads, update_bytes, stream>>>(gram, order, begin, workspace);
-  FARMS_LAUNCH_CHECK();
+  if (is_second_panel(begin - kPanel)) {
+    form_w<Width, true>(gram, batch, order, begin, workspace, stream);
+    update<Width, 2>(gram, batch, order, begin, false, workspace, stream);
+  } else {
+    form_w<Width, false>(gram, batch, order, begin, workspace, stream);
+    update<Width, 1>(gram, batch, order, begin, has_panel(order, begin), workspace, stream);
+  }
 }
 
 }  // namespace

@@ -1,171 +1,82 @@
 // Band of half-width 32 to half-width 4. A sweep makes four columns narrow by four Householder reflectors and chases
-// the bulge down the band, 32 columns a step; a warp runs one sweep, the warps of a block follow each other at a safe
-// distance. A step's 32 columns stay in the warp's shared memory, rows or columns of them in its registers.
+// the bulge down the band, 32 columns a step; a warp runs one sweep, the warps of a matrix follow each other at a safe
+// distance. A step's blocks stay in registers, as the accumulators of products on the tensor cores in float64, and the
+// four reflectors of a step go in together, I - V T V^T.
 #include "../check.h"
 #include "async_copy.cuh"
-#include "householder.cuh"
+#include "block_reflector.cuh"
 #include "two_stage.h"
 
 namespace farms_fast {
 namespace {
 
-constexpr unsigned kAll = 0xffffffffu;
-constexpr int kPitch = kWideColumn + 2;  // doubles; rows and columns of the window then both touch all banks once
-constexpr int kMaxWarps = 12;            // their windows fill an SM's shared memory
-constexpr int kMostBlocks = 8;           // of a cluster
-constexpr int kClusterWarps = kProgress / kMostBlocks;  // of each of its blocks
-constexpr int kStepsLimit = 1 << 12;                    // more than the steps of a sweep
+constexpr int kMaxWarps = 8;          // of a block, what the registers allow
+constexpr int kMostBlocks = 8;        // of a cluster
+constexpr int kStepsLimit = 1 << 12;  // more than the steps of a sweep
 
-// One warp's. The window's column c holds rows c..: element (i, c) is at column[c][i - c].
-struct Shared {
-  double column[kWideBand][kPitch];
-  double v[kNarrowBand][kWideBand];  // this sweep's reflectors at its current step
-  double w[kWideBand];
-  double tau[kNarrowBand];
-};
+// The 64 rows and 32 columns of the band from a step's first diagonal element on, and how the warps of a matrix see
+// what the others wrote: through their multiprocessor's L1, or with several blocks through the L2. See wide_index; a
+// step further down the tiles of a column have changed places with those 32 rows below them.
+template <bool Cluster>
+struct Window {
+  static constexpr int kHalf = kWideBand * kBandTile, kColumns = kBandTile * kWideColumn;  // doubles
+  double* begin;
+  // Of the lane's part of an 8 x 8 block in the columns from 0 on: rows 8 j + 2 t, column g; row 8 m + g, column 2 t.
+  int across[4], down[4];
 
-__device__ __forceinline__ double warp_sum(double value) {
+  __device__ __forceinline__ Window(double* band, int first, const Lane& at)
+      : begin(band + first / kBandTile * static_cast<int64_t>(kColumns)) {
 #pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(kAll, value, offset);
-  return value;
-}
-
-// f(i, x[i]) for every element of x, which all lanes read at once, 16 bytes at a time.
-template <typename F>
-__device__ __forceinline__ void for_each(const double* x, const F& f) {
-#pragma unroll
-  for (int i = 0; i < kWideBand; i += 2) {
-    const double2 pair = *reinterpret_cast<const double2*>(x + i);
-    f(i, pair.x);
-    f(i + 1, pair.y);
-  }
-}
-
-__device__ __forceinline__ double dot(const double (&a)[kWideBand], const double* x) {
-  double sum[4] = {};
-  for_each(x, [&](int i, double xi) { sum[i % 4] += a[i] * xi; });
-  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
-}
-
-// The reflectors of the sweep's first four columns; they become narrow. A lane keeps one row.
-__device__ void begin_sweep(double* __restrict__ band, int column, int lane, Shared& shared) {
-  double row[kNarrowBand];
-#pragma unroll
-  for (int q = 0; q < kNarrowBand; ++q)
-    row[q] = __ldcg(band + static_cast<int64_t>(column + q) * kWideColumn + kNarrowBand + lane - q);
-#pragma unroll
-  for (int q = 0; q < kNarrowBand; ++q) {
-    const double x = lane >= q ? row[q] : 0.0;
-    double sum[kNarrowBand];
-#pragma unroll
-    for (int l = q; l < kNarrowBand; ++l) sum[l] = warp_sum(x * row[l]);
-    const Reflector h = make_reflector(__shfl_sync(kAll, row[q], q), sum[q]);
-    const double v = lane > q ? x * h.scale : (lane == q ? 1.0 : 0.0);
-#pragma unroll
-    for (int l = q + 1; l < kNarrowBand; ++l)
-      row[l] -= v * (h.tau * h.scale * (sum[l] - h.beta * __shfl_sync(kAll, row[l], q)));
-    if (lane >= q) row[q] = lane == q ? h.beta : 0.0;
-    shared.v[q][lane] = v;
-    if (lane == 0) shared.tau[q] = h.tau;
-  }
-#pragma unroll
-  for (int q = 0; q < kNarrowBand; ++q)
-    __stcg(band + static_cast<int64_t>(column + q) * kWideColumn + kNarrowBand + lane - q, row[q]);
-  __syncwarp();
-}
-
-// Both sides of the diagonal block. A lane keeps one column.
-__device__ __forceinline__ void reflect_diagonal(int lane, Shared& shared) {
-  double d[kWideBand];
-#pragma unroll
-  for (int i = 0; i < kWideBand; ++i) d[i] = i >= lane ? shared.column[lane][i - lane] : shared.column[i][lane - i];
-  __syncwarp();
-#pragma unroll 1
-  for (int q = 0; q < kNarrowBand; ++q) {
-    const double tau = shared.tau[q], own = shared.v[q][lane];
-    double v[kWideBand], sum[4] = {};
-    for_each(shared.v[q], [&](int i, double vi) {
-      v[i] = vi;
-      sum[i % 4] += d[i] * vi;
-    });
-    const double u = tau * ((sum[0] + sum[1]) + (sum[2] + sum[3]));
-    const double w = u - 0.5 * tau * warp_sum(own * u) * own;
-    shared.w[lane] = w;
-    __syncwarp();
-    for_each(shared.w, [&](int i, double wi) { d[i] -= v[i] * w + wi * own; });
-    __syncwarp();
-  }
-#pragma unroll
-  for (int i = 0; i < kWideBand; ++i)
-    if (i >= lane) shared.column[lane][i - lane] = d[i];
-}
-
-// The block below it: the reflectors from the right, then its own first four columns' from the left, which are the
-// next step's.
-__device__ __forceinline__ void reflect_below(int lane, Shared& shared) {
-  double b[kWideBand];
-  // A lane keeps one row.
-#pragma unroll
-  for (int c = 0; c < kWideBand; ++c) b[c] = shared.column[c][kWideBand + lane - c];
-#pragma unroll 1
-  for (int q = 0; q < kNarrowBand; ++q) {
-    const double* v = shared.v[q];
-    const double y = shared.tau[q] * dot(b, v);
-    for_each(v, [&](int c, double vc) { b[c] -= y * vc; });
-  }
-#pragma unroll
-  for (int c = 0; c < kWideBand; ++c) shared.column[c][kWideBand + lane - c] = b[c];
-  __syncwarp();
-
-  // A lane keeps one column.
-#pragma unroll
-  for (int i = 0; i < kWideBand; ++i) b[i] = shared.column[lane][kWideBand + i - lane];
-#pragma unroll
-  for (int q = 0; q < kNarrowBand; ++q) {
-    double* x = shared.w;
-    if (lane == q)
-#pragma unroll
-      for (int i = 0; i < kWideBand; i += 2)
-        *reinterpret_cast<double2*>(x + i) = make_double2(i >= q ? b[i] : 0.0, i + 1 >= q ? b[i + 1] : 0.0);
-    __syncwarp();
-    const double sum = dot(b, x), own = x[lane];
-    const Reflector h = make_reflector(x[q], __shfl_sync(kAll, sum, q));
-    const double coefficient = lane > q ? h.tau * h.scale * (sum - h.beta * b[q]) : 0.0;
-    const double scaled = coefficient * h.scale;
-    b[q] -= coefficient;
-    for_each(x, [&](int i, double xi) {
-      if (i > q) b[i] -= xi * scaled;
-    });
-    if (lane == q) {
-      b[q] = h.beta;
-#pragma unroll
-      for (int i = q + 1; i < kWideBand; ++i) b[i] = 0;
+    for (int j = 0; j < 4; ++j) {
+      across[j] = static_cast<int>(wide_index(first % kWideColumn + 8 * j + 2 * at.t, at.g));
+      down[j] = static_cast<int>(wide_index(first % kWideColumn + 8 * j + at.g, 2 * at.t));
     }
-    shared.v[q][lane] = lane > q ? own * h.scale : (lane == q ? 1.0 : 0.0);
-    if (lane == 0) shared.tau[q] = h.tau;
-    __syncwarp();
   }
+  __device__ __forceinline__ void advance() {
+    begin += kWideBand / kBandTile * kColumns;
 #pragma unroll
-  for (int i = 0; i < kWideBand; ++i) shared.column[lane][kWideBand + i - lane] = b[i];
-  __syncwarp();
-}
+    for (int j = 0; j < 4; ++j) {
+      across[j] ^= kHalf;
+      down[j] ^= kHalf;
+    }
+  }
 
-// 32 columns of the band, each as far down as the window goes, in 16-byte pairs.
-__device__ __forceinline__ void load_window(const double* __restrict__ window, int lane, Shared& shared) {
-#pragma unroll 8
-  for (int c = 0; c < kWideBand; ++c)
-    if (2 * lane < kWideColumn - c) copy_async<2>(&shared.column[c][2 * lane], window + c * kWideColumn + 2 * lane);
-  copy_commit();
-  copy_wait<0>();
-  __syncwarp();
-}
-__device__ __forceinline__ void store_window(double* __restrict__ window, int lane, const Shared& shared) {
-#pragma unroll 8
-  for (int c = 0; c < kWideBand; ++c)
-    if (2 * lane < kWideColumn - c)
-      __stcg(reinterpret_cast<double2*>(window + c * kWideColumn + 2 * lane),
-             *reinterpret_cast<const double2*>(&shared.column[c][2 * lane]));
-}
+  // Half 0: the diagonal block; 1: the block below. Rows 8 j + 2 t and the next one, column 8 m + g.
+  template <int Half>
+  __device__ __forceinline__ double* pair_at(int j, int m) const {
+    return begin + (across[j] ^ Half * kHalf) + m * 2 * kColumns;
+  }
+  // Row 8 m + g, column 8 j + 2 t + s.
+  template <int Half>
+  __device__ __forceinline__ double* one_at(int m, int j, int s) const {
+    return begin + (down[m] ^ Half * kHalf) + j * 2 * kColumns + s * kBandTile;
+  }
+  // Row 8 m + g, column t.
+  template <int Half>
+  __device__ __forceinline__ double* row_at(int m, const Lane& at) const {
+    return one_at<Half>(m, 0, 0) + at.t * kBandTile - (at.t / 2 * kColumns + at.t % 2 * 2 * kBandTile);
+  }
+  __device__ __forceinline__ double load(const double* from) const { return Cluster ? __ldcg(from) : *from; }
+  __device__ __forceinline__ void load_pair(const double* from, double* to) const {
+    const double2 pair =
+        Cluster ? __ldcg(reinterpret_cast<const double2*>(from)) : *reinterpret_cast<const double2*>(from);
+    to[0] = pair.x;
+    to[1] = pair.y;
+  }
+  __device__ __forceinline__ void store(double* to, double value) const {
+    if (Cluster)
+      __stcg(to, value);
+    else
+      *to = value;
+  }
+  __device__ __forceinline__ void store_pair(double* to, const double* from) const {
+    const double2 pair = make_double2(from[0], from[1]);
+    if (Cluster)
+      __stcg(reinterpret_cast<double2*>(to), pair);
+    else
+      *reinterpret_cast<double2*>(to) = pair;
+  }
+};
 
 // Orders what this thread wrote or read before and after, for the warps that work on the same matrix.
 template <bool Cluster>
@@ -176,97 +87,258 @@ __device__ __forceinline__ void fence() {
     __threadfence_block();
 }
 
-// grid: (blocks of a cluster, matrices). The warps of a matrix take the sweeps in turn. Warp w's progress: its sweep
-// times kStepsLimit, plus the steps that it has finished of it; step t of a sweep needs step t + 1 of the sweep before.
-// With one block to a matrix (Cluster false) it is kept in shared memory, else in global memory, from -1 on.
+// The first four columns once they are triangular: zeros, and the triangle in the corner.
+template <bool Cluster, int Half>
+__device__ __forceinline__ void store_triangle(const Window<Cluster>& window, const Lane& at, double corner,
+                                               int tiles_before) {
+  const double zeros[2] = {};
+  if (at.g >= kNarrowBand) return;
+#pragma unroll
+  for (int j = 0; j < 4; ++j)
+    if (j > 0 || at.t >= kNarrowBand / 2)
+      window.store_pair(window.template pair_at<Half>(j, 0) - tiles_before * window.kColumns, zeros);
+  window.store(window.template row_at<Half>(0, at) - tiles_before * window.kColumns, corner);
+}
+
+// The reflectors of the sweep's first four columns, which are those before the window's and become narrow.
 template <bool Cluster>
-__global__ void __launch_bounds__(kMaxWarps * 32) narrow_kernel(double* __restrict__ bands, int order, int* progress) {
+__device__ __forceinline__ void begin_sweep(const Window<Cluster>& window, const Lane& at, Exchange& exchange,
+                                            Reflectors& reflectors) {
+  double x[4], corner;
+#pragma unroll
+  for (int m = 0; m < 4; ++m) x[m] = window.load(window.template row_at<0>(m, at) - window.kColumns);
+  factor(x, at, exchange, reflectors, corner);
+  store_triangle<Cluster, 0>(window, at, corner, 1);
+}
+
+// The diagonal block, of which only the lower triangle is kept up to date.
+template <bool Cluster>
+__device__ __forceinline__ void load_diagonal(const Window<Cluster>& window, const Lane& at, double (&d)[2][4][4]) {
+#pragma unroll
+  for (int m = 0; m < 4; ++m)
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      double* pair = &d[m / 2][j][m % 2 * 2];
+      if (m < j) {
+        window.load_pair(window.template pair_at<0>(j, m), pair);
+      } else {
+#pragma unroll
+        for (int s = 0; s < 2; ++s) {
+          const bool mirrored = m > j || 2 * at.t + s < at.g;
+          pair[s] = window.load(mirrored ? window.template one_at<0>(m, j, s) : window.template pair_at<0>(j, m) + s);
+        }
+      }
+    }
+}
+template <bool Cluster>
+__device__ __forceinline__ void store_diagonal(const Window<Cluster>& window, const Lane& at,
+                                               const double (&d)[2][4][4]) {
+#pragma unroll
+  for (int m = 0; m < 4; ++m)
+#pragma unroll
+    for (int j = m; j < 4; ++j) {
+      const double* pair = &d[m / 2][j][m % 2 * 2];
+      double* to = window.template pair_at<0>(j, m);
+      if (m < j) {
+        window.store_pair(to, pair);
+      } else {
+#pragma unroll
+        for (int s = 0; s < 2; ++s)
+          if (2 * at.t + s >= at.g) window.store(to + s, pair[s]);
+      }
+    }
+}
+
+// Its lower triangle, reflected from both sides.
+__device__ __forceinline__ void reflect_diagonal(double (&d)[2][4][4], const Lane& at, const Reflectors& reflectors) {
+  // W = D V T - V M with M = T^T V^T D V T / 2, which is symmetric.
+  double product[4], minus_w[4], sum[2][4] = {}, inner[4] = {}, middle[4] = {};
+  multiply(d, reflectors.deep, product);
+  const double gram = multiply_transposed(reflectors.row, product, at);
+  const double zero = 0.0, t_left[2] = {0.5 * from_lane(reflectors.minus_t, at.lane & ~4), zero};
+  mma_16x8x4(inner, t_left, at.g % 2 == 0 ? gram : 0.0);
+  const double inner_left[2] = {inner[0], zero};
+  mma_16x8x4(middle, inner_left, reflectors.minus_t);
+  multiply_square(product, reflectors.minus_t, sum);
+  multiply_square(reflectors.row, at.g % 2 == 0 ? middle[0] : 0.0, sum);
+#pragma unroll
+  for (int m = 0; m < 4; ++m) minus_w[m] = row_of(sum, m);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    add_outer(d[i], reflectors.row, minus_w, i, 2 * i);
+    add_outer(d[i], minus_w, reflectors.row, i, 2 * i);
+  }
+}
+
+// One step: the diagonal block, the block below it from the right, and that from the left by its own first four
+// columns' reflectors, which are the next step's. Calls ready() once the part is written that the next sweep's step
+// before this one takes, all but the columns after the fourth of the block below.
+template <bool Cluster, typename F>
+__device__ __forceinline__ void step(const Window<Cluster>& window, const Lane& at, Exchange& exchange,
+                                     Reflectors& reflectors, const F& ready) {
+  // All of it is read before any is written: the compiler holds reads behind writes. Of the block below, B, its
+  // transpose and its product with V.
+  double d[2][4][4], e[2][4][4], y[4], sum[2][4] = {}, right[4];
+  load_diagonal(window, at, d);
+  {
+    double b[2][4][4];
+#pragma unroll
+    for (int m = 0; m < 4; ++m)
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+#pragma unroll
+        for (int s = 0; s < 2; ++s) b[m / 2][j][m % 2 * 2 + s] = window.load(window.template one_at<1>(m, j, s));
+#pragma unroll
+    for (int m = 0; m < 4; ++m)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) window.load_pair(window.template pair_at<1>(j, m), &e[m / 2][j][m % 2 * 2]);
+    multiply(b, reflectors.deep, y);
+  }
+  reflect_diagonal(d, at, reflectors);
+  store_diagonal(window, at, d);
+
+  multiply_square(y, reflectors.minus_t, sum);
+#pragma unroll
+  for (int m = 0; m < 4; ++m) right[m] = row_of(sum, m);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) add_outer(e[i], reflectors.row, right, i, 0);
+
+  // Its first four columns, as a 32 x 4 matrix.
+  __syncwarp();
+  if (at.g < kNarrowBand)
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      *reinterpret_cast<double2*>(&exchange.v[at.g][8 * j + 2 * at.t]) = make_double2(e[0][j][0], e[0][j][1]);
+  __syncwarp();
+  double x[4], corner;
+#pragma unroll
+  for (int m = 0; m < 4; ++m) x[m] = exchange.v[at.t][8 * m + at.g];
+  factor(x, at, exchange, reflectors, corner);
+  store_triangle<Cluster, 1>(window, at, corner, 0);
+  ready();
+
+  double u[4], minus_u[2][4] = {};
+  multiply(e, reflectors.deep, u);
+  multiply_square(u, reflectors.minus_t, minus_u);
+#pragma unroll
+  for (int m = 0; m < 4; ++m) u[m] = row_of(minus_u, m);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) add_outer(e[i], u, reflectors.row, i, 0);
+#pragma unroll
+  for (int m = 0; m < 4; ++m)
+    if (m > 0 || at.g >= kNarrowBand)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) window.store_pair(window.template pair_at<1>(j, m), &e[m / 2][j][m % 2 * 2]);
+}
+
+// grid: (blocks of a cluster, matrices). The warps of a matrix take the sweeps in turn. Warp w's progress: its sweep
+// times kStepsLimit, plus the steps that it is ready with; step t of a sweep needs step t + 1 of the sweep before. It
+// is kept in the shared memory of the block that waits for it, the next warp's.
+template <bool Cluster>
+__global__ void __launch_bounds__(kMaxWarps * 32, 1) narrow_kernel(double* __restrict__ bands, int order) {
   extern __shared__ __align__(16) double shared_memory[];
   const int block_warps = static_cast<int>(blockDim.x) / 32, block_warp = static_cast<int>(threadIdx.x) / 32;
   const int warps = block_warps * static_cast<int>(gridDim.x);
   const int warp = static_cast<int>(blockIdx.x) * block_warps + block_warp;
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  Shared& shared = reinterpret_cast<Shared*>(shared_memory)[block_warp];
-  double* band = bands + blockIdx.y * static_cast<int64_t>(order + kWideColumn) * kWideColumn;
-  if constexpr (Cluster) {
-    progress += blockIdx.y * static_cast<int64_t>(warps);
-  } else {
-    progress = reinterpret_cast<int*>(reinterpret_cast<Shared*>(shared_memory) + block_warps);
-    if (lane == 0) progress[warp] = -1;
+  const Lane at = {lane, lane / 4, lane % 4};
+  Exchange& exchange = reinterpret_cast<Exchange*>(shared_memory)[block_warp];
+  double* band = bands + blockIdx.y * wide_count(order);
+  // Of the warp before each of this block's.
+  int* progress = reinterpret_cast<int*>(reinterpret_cast<Exchange*>(shared_memory) + block_warps);
+  if (lane == 0) progress[block_warp] = -1;
+  if constexpr (Cluster)
+    cluster_sync();
+  else
     __syncthreads();
-  }
 
-  int sweep = warp;
-  for (; sweep * kNarrowBand + kNarrowBand + 1 < order; sweep += warps) {
-    const int column = sweep * kNarrowBand, first = column + kNarrowBand;
-    const int steps = (order - first + kWideBand - 1) / kWideBand;
-    const int before = (sweep + warps - 1) % warps;
-    for (int step = 0; step < steps; ++step) {
-      if (sweep > 0) {
-        const int needed = (sweep - 1) * kStepsLimit + step + 2;
-        if (lane == 0)
-          while (atomicOr(progress + before, 0) < needed) __nanosleep(32);
-        fence<Cluster>();
-        __syncwarp();
-      }
-      if (step == 0) begin_sweep(band, column, lane, shared);
-      double* window = band + static_cast<int64_t>(first + step * kWideBand) * kWideColumn;
-      load_window(window, lane, shared);
-      reflect_diagonal(lane, shared);
-      __syncwarp();
-      reflect_below(lane, shared);
-      store_window(window, lane, shared);
-      fence<Cluster>();
-      __syncwarp();
-      // The last step leaves every step of the sweep after free to go.
-      if (lane == 0)
-        atomicExch(progress + warp, sweep * kStepsLimit + (step + 1 == steps ? kStepsLimit - 1 : step + 1));
+  const int next = (warp + 1) % warps;
+  const auto tell = [&](int value) {
+    fence<Cluster>();
+    __syncwarp();
+    if (lane == 0) {
+      if constexpr (Cluster)
+        cluster_store(progress + next % block_warps, next / block_warps, value);
+      else
+        *const_cast<volatile int*>(progress + next) = value;
     }
+  };
+  for (int sweep = warp; sweep * kNarrowBand + kNarrowBand + 1 < order; sweep += warps) {
+    const auto wait = [&](int steps_before) {
+      if (sweep == 0) return;
+      const int needed = (sweep - 1) * kStepsLimit + steps_before;
+      if constexpr (Cluster) {
+        if (lane == 0)
+          while (cluster_flag(progress + block_warp) < needed) __nanosleep(20);
+        __syncwarp();
+      } else {
+        if (lane == 0)
+          while (*const_cast<volatile int*>(progress + block_warp) < needed) __nanosleep(20);
+        __syncwarp();
+        __threadfence_block();
+      }
+    };
+    const int first = (sweep + 1) * kNarrowBand;
+    const int steps = (order - first + kWideBand - 1) / kWideBand;
+    Reflectors reflectors;
+    wait(1);
+    Window<Cluster> window(band, first, at);
+    begin_sweep(window, at, exchange, reflectors);
+    for (int i = 0; i < steps; ++i) {
+      wait(i + 2);
+      step(window, at, exchange, reflectors, [&] { tell(sweep * kStepsLimit + i + 1); });
+      window.advance();
+    }
+    // Every step of the sweep after is free to go.
+    tell(sweep * kStepsLimit + kStepsLimit - 1);
   }
+  // A block's shared memory must outlive the stores of the others.
+  if constexpr (Cluster) cluster_sync();
 }
 
 // grid: (blocks of rows of the band, matrices).
 __global__ void extract_kernel(const double* __restrict__ gram, int order, double* __restrict__ band) {
   const int64_t at = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
-  const int row = static_cast<int>(at / kWideColumn), below = static_cast<int>(at % kWideColumn);
-  if (row >= order + kWideColumn) return;
-  double* out = band + blockIdx.y * static_cast<int64_t>(order + kWideColumn) * kWideColumn;
+  const int row = static_cast<int>(at / kWideColumn), offset = static_cast<int>(at % kWideColumn);
+  if (at >= wide_count(order)) return;
+  double* out = band + blockIdx.y * wide_count(order);
   // Threads run along a row of the matrix, which is where it is contiguous; each zero is written in place.
-  const int column = row - kWideBand + below;
-  if (below <= kWideBand && column >= 0) {
+  const int column = row - kWideBand + offset;
+  if (offset <= kWideBand && column >= 0) {
     const double value = row < order ? gram[(static_cast<int64_t>(blockIdx.y) * order + row) * order + column] : 0.0;
-    out[static_cast<int64_t>(column) * kWideColumn + row - column] = value;
+    out[wide_index(row, column)] = value;
   }
-  if (below > kWideBand || row + below >= order + kWideColumn) out[static_cast<int64_t>(row) * kWideColumn + below] = 0;
+  // Column `row` from here on: the rest of its tiles, and what lies past the last row.
+  const int below = row + offset;
+  if (below / kBandTile < row / kBandTile + kWideColumn / kBandTile &&
+      (offset > kWideBand || below >= wide_columns(order)))
+    out[wide_index(below, row)] = 0;
 }
 
 }  // namespace
 
 void extract_band(const double* gram, int batch, int order, double* band, cudaStream_t stream) {
   constexpr int threads = 256;
-  const int64_t elements = static_cast<int64_t>(order + kWideColumn) * kWideColumn;
+  const int64_t elements = wide_count(order);
   const dim3 grid(static_cast<unsigned>((elements + threads - 1) / threads), static_cast<unsigned>(batch));
   extract_kernel<<<grid, threads, 0, stream>>>(gram, order, band);
   FARMS_LAUNCH_CHECK();
 }
 
-void narrow_band(double* band, int batch, int order, int* progress, cudaStream_t stream) {
+void narrow_band(double* band, int batch, int order, cudaStream_t stream) {
   int device = 0, processors = 0;
   FARMS_CUDA_CHECK(cudaGetDevice(&device));
   FARMS_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-  // More warps than sweeps that can be under way find nothing to do. Many matrices share a multiprocessor; a few large
-  // ones are spread over several.
+  // More warps than sweeps that can be under way find nothing to do. Many matrices share a multiprocessor, two of them
+  // with four warps each; a few large ones are spread over several.
   const int useful = (order / kWideBand + 1) / 2 + 1;
-  int warps = batch > 2 * processors ? 4 : (batch > processors ? 6 : kMaxWarps);
-  int blocks = 1;
-  if (useful > kMaxWarps)
-    while (blocks < kMostBlocks && blocks * kClusterWarps < useful && 2 * blocks * batch <= processors) blocks *= 2;
-  if (blocks > 1) warps = kClusterWarps;
+  int warps = batch > processors ? kMaxWarps / 2 : kMaxWarps, blocks = 1;
+  while (blocks < kMostBlocks && blocks * warps < useful && 2 * blocks * batch <= processors) blocks *= 2;
   warps = useful < warps ? useful : warps;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(batch));
   config.blockDim = dim3(static_cast<unsigned>(warps) * 32);
-  config.dynamicSmemBytes = warps * (sizeof(Shared) + sizeof(int));
+  config.dynamicSmemBytes = warps * (sizeof(Exchange) + sizeof(int));
   config.stream = stream;
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeClusterDimension;
@@ -274,10 +346,7 @@ void narrow_band(double* band, int batch, int order, int* progress, cudaStream_t
   config.attrs = &attribute;
   config.numAttrs = 1;
   const auto kernel = blocks > 1 ? narrow_kernel<true> : narrow_kernel<false>;
-  if (blocks > 1) FARMS_CUDA_CHECK(cudaMemsetAsync(progress, 0xff, sizeof(int) * batch * blocks * warps, stream));
-  FARMS_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        static_cast<int>(config.dynamicSmemBytes)));
-  FARMS_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, band, order, progress));
+  FARMS_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, band, order));
 }
 
 }  // namespace farms_fast

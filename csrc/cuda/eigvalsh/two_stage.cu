@@ -11,7 +11,6 @@ struct Layout {
   BandWorkspace panels;
   double* band;
   double* spill;
-  int* progress;
   double* diagonal;
   double* off_diagonal;
   double* matrices;  // float32 only: the matrices in float64
@@ -30,16 +29,17 @@ Layout lay_out(void* workspace, int64_t batch, int64_t order, DType dtype) {
     return array;
   };
   Layout layout = {};
-  layout.panels.v = take(panel);
-  layout.panels.w = take(panel);
+  for (int i = 0; i < 2; ++i) {
+    layout.panels.v[i] = take(panel);
+    layout.panels.w[i] = take(panel);
+  }
   layout.panels.product = take(panel);
   layout.panels.t = take(square);
-  layout.panels.partial = take(padded / kTile * square);
-  layout.panels.middle = take(square);
+  layout.panels.partial = take(padded / kTile * kMostShares * square);
+  layout.panels.middle = take(kMostShares * square);
   layout.panels.done = reinterpret_cast<unsigned*>(take(1));
-  layout.band = take((order + kWideColumn) * kWideColumn);
+  layout.band = take(wide_count(order));
   layout.spill = chase_spills(order) ? take((order + kNarrowColumn) * kNarrowColumn) : nullptr;
-  layout.progress = reinterpret_cast<int*>(take(kProgress / 2));
   layout.diagonal = take(order);
   layout.off_diagonal = take(order);
   if (!is_double(dtype)) layout.matrices = take(order * order);
@@ -85,12 +85,12 @@ void solve(void* gram, int64_t batch, int64_t order, DType dtype, void* workspac
   }
   FARMS_CUDA_CHECK(cudaMemsetAsync(failed, 0, batch * sizeof(int), stream));
   FARMS_CUDA_CHECK(cudaMemsetAsync(layout.panels.done, 0, batch * sizeof(unsigned), stream));
-  for (int column = 0; n - column - kWideBand >= 2; column += kWideBand) {
-    panel_qr(matrix, matrices, n, column, layout.panels.v, layout.panels.t, stream);
+  for (int column = 0; has_panel(n, column); column += kWideBand) {
+    panel_qr(matrix, matrices, n, column, layout.panels.v[is_second_panel(column)], layout.panels.t, stream);
     apply_panel(matrix, matrices, n, column + kWideBand, layout.panels, stream);
   }
   extract_band(matrix, matrices, n, layout.band, stream);
-  narrow_band(layout.band, matrices, n, layout.progress, stream);
+  narrow_band(layout.band, matrices, n, stream);
   chase_bulges(layout.band, matrices, n, layout.spill, layout.diagonal, layout.off_diagonal, stream);
   tridiagonal_eigvalsh(layout.diagonal, layout.off_diagonal, batch, order, dtype, evals, stream);
 }

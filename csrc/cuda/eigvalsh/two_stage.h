@@ -28,27 +28,47 @@ __host__ __device__ constexpr int64_t padded_order(int64_t order) { return (orde
 // zero outside of the panel's rows. t: (batch, kWideBand, kWideBand), upper triangular, written.
 void panel_qr(double* gram, int batch, int order, int column, double* v, double* t, cudaStream_t stream);
 
+// Whether there is a panel to reduce at this column, and whether it is the second one of its column of tiles.
+constexpr bool has_panel(int order, int column) { return order - column - kWideBand >= 2; }
+constexpr bool is_second_panel(int column) { return column % kTile != 0; }
+static_assert(kTile == 2 * kWideBand);
+
+constexpr int kMostShares = 3;
 struct BandWorkspace {
-  double* v;        // (batch, padded_order, kWideBand)
-  double* w;        // (batch, padded_order, kWideBand)
+  double* v[2];     // (batch, padded_order, kWideBand), of the two panels of a column of tiles
+  double* w[2];     // likewise
   double* product;  // (batch, padded_order, kWideBand): A V
   double* t;        // (batch, kWideBand, kWideBand)
-  double* partial;  // (batch, padded_order / kTile, kWideBand, kWideBand): V^T A V, a tile of rows each
-  double* middle;   // (batch, kWideBand, kWideBand): T^T V^T A V T / 2
+  double* partial;  // (batch, padded_order / kTile, kMostShares, kWideBand, kWideBand): of small products, tile by tile
+  double* middle;   // (batch, kMostShares, kWideBand, kWideBand): T^T V^T A V T / 2; W^T V T and V^T V T, W and V on
+                    // the left of the first panel
   unsigned* done;   // (batch,), zero
 };
 
 // A <- A - V W^T - W V^T with W = A V T - V (T^T V^T A V T) / 2 for the rows and columns from `begin` on: the matrix
-// seen through the panel's reflectors.
+// seen through the panel's reflectors. After the first panel of a column of tiles the other tiles are left for the
+// second one to update, if there is one.
 void apply_panel(double* gram, int batch, int order, int begin, const BandWorkspace& workspace, cudaStream_t stream);
 
-// The band of the reduced matrices. band: (batch, order + kWideColumn, kWideColumn), columns from the diagonal down,
-// zero outside of the band.
+// The band of half-width kWideBand in memory: tiles of kBandTile x kBandTile, a line of a cache each and one column of
+// it after the other. Of four columns, kWideColumn rows from their first diagonal element down take each other's places
+// in turn, so that a step of bulge chasing finds its tiles at the same places of every column.
+constexpr int kBandTile = 4;
+__host__ __device__ constexpr int64_t wide_index(int row, int column) {
+  constexpr int tiles = kWideColumn / kBandTile, area = kBandTile * kBandTile;
+  return (static_cast<int64_t>(column / kBandTile) * tiles + row / kBandTile % tiles) * area +
+         column % kBandTile * kBandTile + row % kBandTile;
+}
+__host__ __device__ constexpr int64_t wide_columns(int64_t order) {
+  return (order + kBandTile - 1) / kBandTile * kBandTile + kWideColumn;
+}
+__host__ __device__ constexpr int64_t wide_count(int64_t order) { return wide_columns(order) * kWideColumn; }
+
+// The band of the reduced matrices. band: (batch, wide_count(order)), zero outside of it.
 void extract_band(const double* gram, int batch, int order, double* band, cudaStream_t stream);
 
-// Half-width kWideBand to kNarrowBand, in place. progress: (batch, kProgress), scratch.
-constexpr int kProgress = 64;
-void narrow_band(double* band, int batch, int order, int* progress, cudaStream_t stream);
+// Half-width kWideBand to kNarrowBand, in place.
+void narrow_band(double* band, int batch, int order, cudaStream_t stream);
 
 // Half-width kNarrowBand to tridiagonal. spill: (batch, order + kNarrowColumn, kNarrowColumn), used where the band does
 // not fit into shared memory (see chase_spills). diagonal: (batch, order). off_diagonal: (batch, order), the last 0.
