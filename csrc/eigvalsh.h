@@ -25,9 +25,9 @@ CpuSolver cpu_solver(const char* op, const std::string& name, DType dtype, int64
 void eigvalsh_cpu(const void* gram, int64_t count, int64_t order, DType dtype, CpuSolver solver, int64_t memory_budget,
                   void* evals);
 
-// Gram and eigenvalues window by window; negative rounding noise becomes 0.
-// evals: (count, order), of type `precision`.
-void window_eigvalsh_cpu(const WindowView* windows, int64_t count, int64_t order, DType in, DType precision,
+// Gram and eigenvalues; negative rounding noise becomes 0. memory_budget: 0 for 1 GiB of what windows share and no
+// bound on the rest. evals: (count, order), of type `precision`.
+void window_eigvalsh_cpu(const Window* windows, int64_t count, int64_t order, DType in, DType precision,
                          CpuSolver solver, int64_t memory_budget, void* evals);
 
 }  // namespace farms_fast

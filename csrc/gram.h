@@ -5,10 +5,11 @@
 #include <cstdint>
 
 #include "dtype.h"
+#include "host/gram_sharing.h"
 
 namespace farms_fast {
 
-// Strides are in elements of the weight's type.
+// One window by itself. Strides are in elements of the weight's type.
 struct WindowView {
   const void* data;
   int64_t vector_stride;
@@ -16,14 +17,22 @@ struct WindowView {
   int64_t inner;
 };
 
+inline WindowView view_of(const Window& window, DType in) {
+  const int64_t first = window.row * window.row_stride + window.column * window.column_stride;
+  const char* data = static_cast<const char*>(window.matrix) + first * static_cast<int64_t>(item_size(in));
+  if (window.rows <= window.columns) return {data, window.row_stride, window.column_stride, window.columns};
+  return {data, window.column_stride, window.row_stride, window.rows};
+}
+
 // gram: (count, order, order), of type gram_dtype(in, precision); both triangles are written.
-void window_gram_cpu(const WindowView* windows, int64_t count, int64_t order, DType in, DType precision, void* gram);
+void window_gram_cpu(const Window* windows, int64_t count, int64_t order, DType in, DType precision, void* gram);
 
-// Copies `windows`, in host memory and free to go when the call returns, to `table`, in device memory, on a stream (a
-// cudaStream_t). Can be captured in a graph.
-void store_window_views_cuda(const WindowView* windows, int64_t count, WindowView* table, void* stream);
+// Copies `count` words, in host memory and free to go when the call returns, to `table`, in device memory, on a stream
+// (a cudaStream_t). Can be captured in a graph.
+void store_table_cuda(const int64_t* words, int64_t count, void* table, void* stream);
 
-// window_gram_cpu on a stream, for windows in device memory. Sums are taken in float64 whatever `precision`.
+// Gram matrices on a stream, each by itself, of windows in device memory. Sums are taken in float64 whatever
+// `precision`.
 void window_gram_cuda(const WindowView* windows, int64_t count, int64_t order, DType in, DType precision, void* gram,
                       void* stream);
 

@@ -16,6 +16,7 @@
 #ifdef FARMS_FAST_CUDA
 #include "cuda/context.h"
 #include "cuda/eigvalsh/eigvalsh.h"
+#include "cuda/shared_gram.h"
 #endif
 
 namespace farms_fast {
@@ -70,11 +71,13 @@ Tensor empty_like_device(const Tensor& like, const std::vector<int64_t>& sizes, 
   return torch::stable::empty(sizes, type, std::nullopt, like.device());
 }
 
-// The windows of the table, as pointers and strides into the weights. Every row is checked here, on the host: a kernel
-// never sees a window that leaves its weight.
+// The windows of the table, on the weights. Every row is checked here, on the host: a kernel never sees a window that
+// leaves its weight.
 struct Windows {
-  std::vector<WindowView> views;
+  std::vector<Window> windows;
   DType dtype;
+
+  int64_t count() const { return static_cast<int64_t>(windows.size()); }
 };
 
 Windows resolve_windows(const char* op, const std::vector<Tensor>& weights, const Tensor& windows, int64_t order) {
@@ -99,7 +102,7 @@ Windows resolve_windows(const char* op, const std::vector<Tensor>& weights, cons
   const int64_t item = static_cast<int64_t>(item_size(resolved.dtype));
   const int64_t count = windows.size(0);
   const int64_t* table = windows.const_data_ptr<int64_t>();
-  resolved.views.reserve(static_cast<size_t>(count));
+  resolved.windows.reserve(static_cast<size_t>(count));
   for (int64_t b = 0; b < count; ++b) {
     const int64_t* row = table + b * kWindowColumns;
     FARMS_CHECK(row[0] >= 0 && row[0] < static_cast<int64_t>(weights.size()), op, "windows",
@@ -112,11 +115,9 @@ Windows resolve_windows(const char* op, const std::vector<Tensor>& weights, cons
                 ", size ", row[4], " x ", row[5], " in row ", b);
     FARMS_CHECK(std::min(row[4], row[5]) == order, op, "windows", "expected windows of order ", order,
                 ", got one of size ", row[4], " x ", row[5], " in row ", b);
-    const char* data = static_cast<const char*>(weight.const_data_ptr()) +
-                       item * (row[1] * weight.stride(0) + row[2] * weight.stride(1) + row[3] * weight.stride(2));
-    const bool rows_are_vectors = row[4] <= row[5];
-    resolved.views.push_back({data, weight.stride(rows_are_vectors ? 1 : 2), weight.stride(rows_are_vectors ? 2 : 1),
-                              rows_are_vectors ? row[5] : row[4]});
+    const void* matrix = static_cast<const char*>(weight.const_data_ptr()) + item * row[1] * weight.stride(0);
+    resolved.windows.push_back(
+        {row[0], row[1], matrix, weight.stride(1), weight.stride(2), row[2], row[3], row[4], row[5]});
   }
   return resolved;
 }
@@ -125,21 +126,23 @@ Tensor window_gram(std::vector<Tensor> weights, Tensor windows, int64_t order, S
   const char* op = "window_gram";
   const DType precision = precision_of(op, dtype);
   const Windows resolved = resolve_windows(op, weights, windows, order);
-  const int64_t count = static_cast<int64_t>(resolved.views.size());
-  Tensor gram =
-      empty_like_device(weights.front(), {count, order, order}, scalar_type(gram_dtype(resolved.dtype, precision)));
-  if (count == 0) return gram;
+  Tensor gram = empty_like_device(weights.front(), {resolved.count(), order, order},
+                                  scalar_type(gram_dtype(resolved.dtype, precision)));
+  if (resolved.count() == 0) return gram;
 #ifdef FARMS_FAST_CUDA
   if (gram.is_cuda()) {
     const CudaContext context(gram);
-    const Tensor table = context.bytes(count * static_cast<int64_t>(sizeof(WindowView)));
-    WindowView* views = static_cast<WindowView*>(table.mutable_data_ptr());
-    store_window_views_cuda(resolved.views.data(), count, views, context.stream());
-    window_gram_cuda(views, count, order, resolved.dtype, precision, gram.mutable_data_ptr(), context.stream());
+    // Sharing may take as much memory again as the result.
+    const int64_t memory = gram.numel() * static_cast<int64_t>(item_size(gram_dtype(resolved.dtype, precision)));
+    const GramPlan plan =
+        plan_grams_cuda(resolved.windows.data(), resolved.count(), resolved.dtype, /*either_side=*/false, memory);
+    const Tensor workspace = context.bytes(plan.workspace_bytes());
+    form_grams_cuda(plan, order, resolved.dtype, precision, workspace.mutable_data_ptr(), gram.mutable_data_ptr(),
+                    context.stream());
     return gram;
   }
 #endif
-  window_gram_cpu(resolved.views.data(), count, order, resolved.dtype, precision, gram.mutable_data_ptr());
+  window_gram_cpu(resolved.windows.data(), resolved.count(), order, resolved.dtype, precision, gram.mutable_data_ptr());
   return gram;
 }
 
@@ -174,17 +177,18 @@ Tensor window_eigvalsh(std::vector<Tensor> weights, Tensor windows, int64_t orde
   FARMS_CHECK(memory_budget >= 0, op, "memory_budget", "expected bytes, or 0 for the default, got ", memory_budget);
   const DType precision = precision_of(op, dtype);
   const Windows resolved = resolve_windows(op, weights, windows, order);
-  const int64_t count = static_cast<int64_t>(resolved.views.size());
+  const int64_t count = resolved.count();
   Tensor evals = empty_like_device(weights.front(), {count, order}, dtype);
 #ifdef FARMS_FAST_CUDA
   if (evals.is_cuda()) {
-    if (count > 0) window_eigvalsh_cuda(resolved.views, order, resolved.dtype, precision, solver, memory_budget, evals);
+    if (count > 0)
+      window_eigvalsh_cuda(resolved.windows, order, resolved.dtype, precision, solver, memory_budget, evals);
     return evals;
   }
 #endif
   const CpuSolver chosen = cpu_solver(op, solver, gram_dtype(resolved.dtype, precision), order);
   if (count > 0)
-    window_eigvalsh_cpu(resolved.views.data(), count, order, resolved.dtype, precision, chosen, memory_budget,
+    window_eigvalsh_cpu(resolved.windows.data(), count, order, resolved.dtype, precision, chosen, memory_budget,
                         evals.mutable_data_ptr());
   return evals;
 }

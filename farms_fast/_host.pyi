@@ -1,5 +1,7 @@
 """Types of the pybind11 module in csrc/pybind/host.cpp."""
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -24,3 +26,10 @@ def published_grid(
 ) -> WindowGrid: ...
 def full_grid(matrix_rows: int, matrix_columns: int) -> WindowGrid: ...
 def build_settings() -> dict[str, str | int]: ...
+def gram_sharing(
+    table: NDArray[np.int64],
+    device: str,
+    either_side: bool = True,
+    complex: bool = False,
+    memory: int = ...,
+) -> list[dict[str, Any]]: ...

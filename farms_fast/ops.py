@@ -43,6 +43,9 @@ def window_gram(
 ) -> Tensor:
     """Gram matrices of windows, read in place from the weights.
 
+    Windows of one matrix that overlap, one after the other in the table, may share their products:
+    where that is estimated to be faster, and takes no more memory than the result.
+
     Args:
         weights: stacks of shape (S, R, C), any strides, all of one device and one of float16,
             bfloat16, float32, float64, complex64, complex128.
@@ -102,13 +105,16 @@ def window_eigvalsh(
 ) -> Tensor:
     """Eigenvalues of the windows' Gram matrices; neither windows nor all Grams are ever stored.
 
+    Overlapping windows share products as in `window_gram`, within the budget.
+
     Args:
         weights: as for `window_gram`.
         windows: as for `window_gram`.
         order: as for `window_gram`.
         dtype: precision of the Gram matrices, the solver and the result, float64 or float32.
         solver: as for `eigvalsh`.
-        memory_budget: bytes for Gram matrices and workspace, 0 for the default.
+        memory_budget: bytes for Gram matrices and workspace, 0 for the default: on CUDA a quarter
+            of the device, on the CPU 1 GiB of shared products and no bound on the rest.
 
     Returns:
         (windows, k) of `dtype`, ascending, negative rounding noise set to 0; NaN for a window with

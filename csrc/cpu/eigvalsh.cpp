@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "gram.h"
+#include "shared_gram.h"
 #include "two_stage.h"
 
 namespace farms_fast {
@@ -124,22 +125,27 @@ void solve_batch(const T* gram, int64_t count, int64_t order, CpuSolver solver, 
 }
 
 template <typename T, typename Real = typename RealOf<T>::type>
-void solve_windows(const WindowView* windows, int64_t count, int64_t order, DType in, CpuSolver solver,
+void solve_windows(const Window* windows, int64_t count, int64_t order, DType in, CpuSolver solver,
                    int64_t memory_budget, Real* evals) {
   int64_t inner = 0;
-  for (int64_t b = 0; b < count; ++b) inner = std::max(inner, windows[b].inner);
+  for (int64_t b = 0; b < count; ++b) inner = std::max({inner, windows[b].rows, windows[b].columns});
   const int64_t bytes = order * (order + inner) * static_cast<int64_t>(sizeof(T)) + scratch_bytes<T>(order, solver);
-  over_batch(count, bytes, memory_budget, [&](int64_t begin, int64_t end) {
-    Scratch<T> packed, gram;
-    SolverScratch<T> scratch;
-    for (int64_t b = begin; b < end; ++b) {
-      T* a = gram.reserve(order * order);
-      gram_triangle(windows[b], order, in, packed, a);
-      Real* out = evals + b * order;
-      eigenvalues_in_place(a, order, solver, scratch, out);
-      for (int64_t i = 0; i < order; ++i)
-        if (out[i] < 0) out[i] = 0;
-    }
+  const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
+  const int64_t panel = kCpuSharing.tile * (order + kCpuSharing.tile) * static_cast<int64_t>(sizeof(T));
+  const int64_t memory = memory_budget > 0 ? memory_budget - threads * std::max(bytes, panel) : int64_t{1} << 30;
+  over_gram_batches<T>(windows, count, order, in, /*either_side=*/true, memory, [&](const GramBatch<T>& batch) {
+    over_batch(batch.count(), bytes, memory_budget, [&](int64_t begin, int64_t end) {
+      Scratch<T> packed, gram;
+      SolverScratch<T> scratch;
+      for (int64_t b = begin; b < end; ++b) {
+        T* a = gram.reserve(order * order);
+        batch.triangle(b, packed, a);
+        Real* out = evals + batch.window(b) * order;
+        eigenvalues_in_place(a, order, solver, scratch, out);
+        for (int64_t i = 0; i < order; ++i)
+          if (out[i] < 0) out[i] = 0;
+      }
+    });
   });
 }
 
@@ -176,7 +182,7 @@ void eigvalsh_cpu(const void* gram, int64_t count, int64_t order, DType dtype, C
   }
 }
 
-void window_eigvalsh_cpu(const WindowView* windows, int64_t count, int64_t order, DType in, DType precision,
+void window_eigvalsh_cpu(const Window* windows, int64_t count, int64_t order, DType in, DType precision,
                          CpuSolver solver, int64_t memory_budget, void* evals) {
   require_lapack("window_eigvalsh");
   switch (gram_dtype(in, precision)) {

@@ -1,8 +1,9 @@
 #include "gram.h"
 
-#include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
+
+#include "shared_gram.h"
 
 namespace farms_fast {
 namespace {
@@ -34,22 +35,26 @@ void pack_from(const WindowView& window, int64_t order, To* packed) {
 }
 
 template <typename T>
-void form_grams(const WindowView* windows, int64_t count, int64_t order, DType in, T* gram) {
-  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    std::unique_ptr<SingleThreadedBlas> single;
-    if (end - begin < count) single = std::make_unique<SingleThreadedBlas>();
-    Scratch<T> scratch;
-    for (int64_t b = begin; b < end; ++b) {
-      T* g = gram + b * order * order;
-      gram_triangle(windows[b], order, in, scratch, g);
-      for (int64_t i = 0; i < order; ++i)
-        for (int64_t j = i + 1; j < order; ++j) {
-          if constexpr (std::is_floating_point_v<T>)
-            g[j * order + i] = g[i * order + j];
-          else
-            g[j * order + i] = std::conj(g[i * order + j]);
-        }
-    }
+void form_grams(const Window* windows, int64_t count, int64_t order, DType in, T* gram) {
+  // Sharing may take as much memory again as the result.
+  const int64_t memory = count * order * order * static_cast<int64_t>(sizeof(T));
+  over_gram_batches<T>(windows, count, order, in, /*either_side=*/false, memory, [&](const GramBatch<T>& batch) {
+    torch::stable::parallel_for(0, batch.count(), 1, [&](int64_t begin, int64_t end) {
+      std::unique_ptr<SingleThreadedBlas> single;
+      if (end - begin < batch.count()) single = std::make_unique<SingleThreadedBlas>();
+      Scratch<T> scratch;
+      for (int64_t b = begin; b < end; ++b) {
+        T* g = gram + batch.window(b) * order * order;
+        batch.triangle(b, scratch, g);
+        for (int64_t i = 0; i < order; ++i)
+          for (int64_t j = i + 1; j < order; ++j) {
+            if constexpr (std::is_floating_point_v<T>)
+              g[j * order + i] = g[i * order + j];
+            else
+              g[j * order + i] = std::conj(g[i * order + j]);
+          }
+      }
+    });
   });
 }
 
@@ -79,7 +84,7 @@ template void pack_window(const WindowView&, int64_t, DType, double*);
 template void pack_window(const WindowView&, int64_t, DType, std::complex<float>*);
 template void pack_window(const WindowView&, int64_t, DType, std::complex<double>*);
 
-void window_gram_cpu(const WindowView* windows, int64_t count, int64_t order, DType in, DType precision, void* gram) {
+void window_gram_cpu(const Window* windows, int64_t count, int64_t order, DType in, DType precision, void* gram) {
   require_lapack("window_gram");
   switch (gram_dtype(in, precision)) {
     case DType::f32:

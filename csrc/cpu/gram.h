@@ -31,6 +31,8 @@ class Scratch {
     return storage_.get();
   }
 
+  T* data() const { return storage_.get(); }
+
  private:
   struct Free {
     void operator()(T* pointer) const { std::free(pointer); }
@@ -66,17 +68,22 @@ inline void gemm(const char* ta, const char* tb, const int* m, const int* n, con
   zgemm_(ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
 }
 
+// Whether the products can read a window where it is.
+template <typename T>
+bool usable_in_place(const WindowView& window, DType in) {
+  constexpr DType native = std::is_same_v<T, double> ? DType::f64 : DType::f32;
+  return std::is_floating_point_v<T> && in == native && window.element_stride == 1 &&
+         window.vector_stride >= window.inner && window.vector_stride <= INT32_MAX;
+}
+
 // Fills the triangle of gram (order, order) that is the lower one in column-major order, the upper one in row-major.
 // Block columns halve the work of a full product; MKL's syrk is not exported by libtorch_cpu.
 template <typename T>
 void gram_triangle(const WindowView& window, int64_t order, DType in, Scratch<T>& scratch, T* gram) {
   const int64_t inner = window.inner;
-  constexpr DType native = std::is_same_v<T, double> ? DType::f64 : DType::f32;
-  const bool usable_in_place = std::is_floating_point_v<T> && in == native && window.element_stride == 1 &&
-                               window.vector_stride >= inner && window.vector_stride <= INT32_MAX;
   const T* vectors = nullptr;
   int ld = 0;
-  if (usable_in_place) {
+  if (usable_in_place<T>(window, in)) {
     vectors = static_cast<const T*>(window.data);
     ld = static_cast<int>(std::max<int64_t>(window.vector_stride, 1));
   } else {

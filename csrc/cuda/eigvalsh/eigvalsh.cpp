@@ -4,6 +4,7 @@
 
 #include "../check.h"
 #include "../context.h"
+#include "../shared_gram.h"
 #include "measured_choice.h"
 #include "one_stage.h"
 #include "scale.h"
@@ -69,10 +70,13 @@ Chunks plan_chunks(const char* op, const InPlaceSolver& solver, int64_t count, i
               " bytes of one matrix of order ", order, " and its workspace, got ", budget);
   const int64_t calls = (count + most - 1) / most;
   const int64_t size = (count + calls - 1) / calls;
-  return {size, static_cast<int64_t>(solver.workspace_bytes(size, order, dtype))};
+  // Before the solver it holds the windows' table.
+  const int64_t table = size * static_cast<int64_t>(sizeof(WindowView));
+  return {size, std::max(table, static_cast<int64_t>(solver.workspace_bytes(size, order, dtype)))};
 }
 
-// fill(begin, batch, gram): writes the chunk's Gram matrices.
+// fill(begin, batch, gram, workspace, bytes): writes the chunk's Gram matrices; until then the solver's workspace is
+// free.
 template <typename Fill>
 void solve_chunks(const char* op, const InPlaceSolver& solver, int64_t count, int64_t order, DType dtype,
                   int64_t memory_budget, bool clip, const CudaContext& context, torch::stable::Tensor& evals,
@@ -81,14 +85,14 @@ void solve_chunks(const char* op, const InPlaceSolver& solver, int64_t count, in
   const int64_t matrix = order * order * static_cast<int64_t>(item_size(dtype));
   const DType real = real_dtype(dtype);
   const auto gram = context.bytes(chunks.size * matrix);
-  const auto workspace = context.bytes(std::max<int64_t>(chunks.workspace, 1));
+  const auto workspace = context.bytes(chunks.workspace);
   const auto state = context.bytes(2 * chunks.size * static_cast<int64_t>(sizeof(int)));
   int* exponents = static_cast<int*>(state.mutable_data_ptr());
   int* failed = exponents + chunks.size;
   for (int64_t begin = 0; begin < count; begin += chunks.size) {
     const int64_t batch = std::min(chunks.size, count - begin);
     char* out = static_cast<char*>(evals.mutable_data_ptr()) + begin * order * static_cast<int64_t>(item_size(real));
-    fill(begin, batch, gram.mutable_data_ptr());
+    fill(begin, batch, gram.mutable_data_ptr(), workspace.mutable_data_ptr(), chunks.workspace);
     scale_gram(gram.mutable_data_ptr(), batch, order, dtype, exponents, context.stream());
     solver.solve(gram.mutable_data_ptr(), batch, order, dtype, workspace.mutable_data_ptr(), out, failed,
                  context.stream());
@@ -117,29 +121,35 @@ void eigvalsh_cuda(const torch::stable::Tensor& gram, DType dtype, const std::st
   const int64_t matrix = order * order * static_cast<int64_t>(item_size(dtype));
   const char* data = static_cast<const char*>(gram.const_data_ptr());
   solve_chunks(op, *solver.in_place, count, order, dtype, memory_budget, /*clip=*/false, context, evals,
-               [&](int64_t begin, int64_t batch, void* chunk) {
+               [&](int64_t begin, int64_t batch, void* chunk, void*, int64_t) {
                  FARMS_CUDA_CHECK(cudaMemcpyAsync(chunk, data + begin * matrix, batch * matrix,
                                                   cudaMemcpyDeviceToDevice, context.stream()));
                });
 }
 
-void window_eigvalsh_cuda(const std::vector<WindowView>& windows, int64_t order, DType in, DType precision,
+void window_eigvalsh_cuda(const std::vector<Window>& windows, int64_t order, DType in, DType precision,
                           const std::string& name, int64_t memory_budget, torch::stable::Tensor& evals) {
   const char* op = "window_eigvalsh";
   const CudaContext context(evals);
   const int64_t count = static_cast<int64_t>(windows.size());
   const DType gram = gram_dtype(in, precision);
   const CudaSolver& solver = find_solver(op, name, count, order, gram);
-  const auto table = context.bytes(count * static_cast<int64_t>(sizeof(WindowView)));
-  WindowView* views = static_cast<WindowView*>(table.mutable_data_ptr());
-  store_window_views_cuda(windows.data(), count, views, context.stream());
   if (solver.direct != nullptr) {
-    solver.direct->solve_windows(views, count, order, in, precision, evals.mutable_data_ptr(), context.stream());
+    std::vector<WindowView> views;
+    for (const Window& window : windows) views.push_back(view_of(window, in));
+    const int64_t bytes = count * static_cast<int64_t>(sizeof(WindowView));
+    const auto table = context.bytes(bytes);
+    void* stored = table.mutable_data_ptr();
+    store_table_cuda(reinterpret_cast<const int64_t*>(views.data()), bytes / static_cast<int64_t>(sizeof(int64_t)),
+                     stored, context.stream());
+    solver.direct->solve_windows(static_cast<const WindowView*>(stored), count, order, in, precision,
+                                 evals.mutable_data_ptr(), context.stream());
     return;
   }
   solve_chunks(op, *solver.in_place, count, order, gram, memory_budget, /*clip=*/true, context, evals,
-               [&](int64_t begin, int64_t batch, void* chunk) {
-                 window_gram_cuda(views + begin, batch, order, in, precision, chunk, context.stream());
+               [&](int64_t begin, int64_t batch, void* chunk, void* workspace, int64_t bytes) {
+                 const GramPlan plan = plan_grams_cuda(windows.data() + begin, batch, in, /*either_side=*/true, bytes);
+                 form_grams_cuda(plan, order, in, precision, workspace, chunk, context.stream());
                });
 }
 

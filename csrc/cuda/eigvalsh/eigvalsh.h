@@ -21,7 +21,7 @@ void eigvalsh_cuda(const torch::stable::Tensor& gram, DType dtype, const std::st
 
 // Gram and eigenvalues, a chunk of windows at a time; negative rounding noise becomes 0. evals: (count, order),
 // written.
-void window_eigvalsh_cuda(const std::vector<WindowView>& windows, int64_t order, DType in, DType precision,
+void window_eigvalsh_cuda(const std::vector<Window>& windows, int64_t order, DType in, DType precision,
                           const std::string& solver, int64_t memory_budget, torch::stable::Tensor& evals);
 
 }  // namespace farms_fast
