@@ -14,9 +14,12 @@ SOLVERS = build_info()["solvers"]
 CASES = [("cpu", solver) for solver in SOLVERS["cpu"]] + [
     pytest.param("cuda", solver, marks=pytest.mark.gpu) for solver in SOLVERS["cuda"] or ["auto"]
 ]
+# Clusters of blocks came with Hopper.
+HAS_CLUSTERS = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+ONE_STAGE = (512, 256) if HAS_CLUSTERS else (160, 80)
 # The largest real and complex order of the solvers that have one.
 LARGEST = {
-    ("cuda", "one_stage"): (160, 80),
+    ("cuda", "one_stage"): ONE_STAGE,
     ("cuda", "two_stage"): (16384, 0),
     ("cpu", "two_stage"): (2**31, 0),
 }

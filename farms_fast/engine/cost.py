@@ -166,8 +166,8 @@ def eigenvalues_cost(
     Example:
         >>> few = eigenvalues_cost(Machine("cuda"), 512, 512, 9)
         >>> many = eigenvalues_cost(Machine("cuda"), 512, 512, 512)
-        >>> round(few.seconds / 9 * 1e6), round(many.seconds / 512 * 1e6)
-        (418, 36)
+        >>> few.seconds / 9 > 3 * many.seconds / 512
+        True
     """
     measured = _measured(machine.kind)
     own = machine.kind == "cpu" or (not is_complex and order <= TWO_STAGE_ORDER)

@@ -31,11 +31,11 @@ FIT_VALUE_BYTES = 48
 _TABLE_BYTES = 40
 
 # The two-stage solvers' band and tile (csrc/cuda/eigvalsh/two_stage.h, csrc/cpu/tridiagonal.h).
-_BAND, _TILE = 32, 64
+_BAND, _TILE, _SHARES = 32, 64, 3
 # The largest real orders that solver="auto" gives to each of the package's own CUDA solvers
 # (csrc/cuda/eigvalsh/measured_choice.inc); the rest, and complex matrices, go to cuSOLVER.
 ONE_STAGE_ORDER = 160
-TWO_STAGE_ORDER = 4096
+TWO_STAGE_ORDER = 11_008
 # cuSOLVER asks for 0.5 to 0.75 MB for every small matrix; for large ones, assumed as much again as
 # the matrix takes.
 _LIBRARY_BYTES = 2**20
@@ -186,9 +186,11 @@ def matrix_bytes(kind: str, order: int, inner: int, item: int, is_complex: bool)
     if order <= ONE_STAGE_ORDER:
         return 0
     padded = -(-order // _TILE) * _TILE
-    panels = 3 * padded * _BAND + 2 * _BAND**2 + padded // _TILE * _BAND**2
-    bands = (order + 2 * _BAND) * 2 * _BAND + (order + 8) * 8 + _BAND + 2 * order
+    shares = _BAND**2 * (1 + _SHARES * (padded // _TILE + 1))
+    panels = 5 * padded * _BAND + shares + 1
+    columns = -(-order // 4) * 4 + 2 * _BAND
+    bands = columns * 2 * _BAND + (order + 8) * 8 + 2 * order
     # In float32 the matrices are widened to float64 beside the float32 ones.
     widened = 0 if item == 8 else 8 * order * order
     # Each of its arrays begins at a multiple of 256.
-    return square + widened + 8 * (panels + bands) + 16 * 256
+    return square + widened + 8 * (panels + bands) + 20 * 256

@@ -4,6 +4,7 @@
 // once for as many sweeps as a block runs, and through several blocks one behind the other where matrices are few.
 #include "../check.h"
 #include "async_copy.cuh"
+#include "cluster_exchange.cuh"
 #include "householder.cuh"
 #include "two_stage.h"
 

@@ -22,10 +22,11 @@ __device__ __forceinline__ double widen(double value) { return value; }
 __device__ __forceinline__ bool complex_type(DType type) { return type == DType::c64 || type == DType::c128; }
 
 // How the threads of a block copy a window's vectors to shared memory, a slab of Vectors x Depth at a time, Pitch
-// doubles a vector. Neighbouring threads take neighbouring vectors where those are nearer in memory, else neighbouring
-// elements; a thread's vectors and elements are an even number apart. Hence a complex window a + ib needs no care but
-// at the start: it counts as the real vectors (a, b) and (b, -a), elements interleaved, whose inner products are the
-// real and imaginary parts of the Hermitian ones.
+// doubles a vector; where there are many vectors for the threads, a part of them after the other. Neighbouring threads
+// take neighbouring vectors where those are nearer in memory, else neighbouring elements; a thread's vectors and
+// elements are an even number apart. Hence a complex window a + ib needs no care but at the start: it counts as the
+// real vectors (a, b) and (b, -a), elements interleaved, whose inner products are the real and imaginary parts of the
+// Hermitian ones.
 template <int Vectors, int Depth, int Pitch, int Threads>
 class Slabs {
  public:
@@ -35,11 +36,12 @@ class Slabs {
     const int64_t reals = complex ? 2 : 1;
     left_ = view.inner * reals;
     const int tid = threadIdx.x;
-    vector_ = along_vectors ? tid % Vectors : tid / Depth;
-    element_ = along_vectors ? tid / Vectors : tid % Depth;
+    vector_ = along_vectors ? tid % part : tid / Depth;
+    element_ = along_vectors ? tid / part : tid % Depth;
     vector_step_ = along_vectors ? 0 : Threads / Depth;
-    element_step_ = along_vectors ? Threads / Vectors : 0;
-    static_assert(Threads % Depth == 0 && Threads / Depth % 2 == 0 && Threads % (2 * Vectors) == 0, "even steps");
+    element_step_ = along_vectors ? Threads / part : 0;
+    static_assert(Threads % Depth == 0 && Threads / Depth % 2 == 0 && Threads % (2 * part) == 0, "even steps");
+    static_assert(Vectors % part == 0 && part % 2 == 0, "whole parts");
     if (complex) {
       const bool turned = vector_ & 1, second = element_ & 1;
       at_ = (vector_ >> 1) * 2 * view.vector_stride + (element_ >> 1) * 2 * view.element_stride + (turned != second);
@@ -50,6 +52,7 @@ class Slabs {
     }
     step_ = vector_step_ * view.vector_stride + element_step_ * view.element_stride;
     slab_step_ = Depth * view.element_stride;
+    part_step_ = part * view.vector_stride;
   }
 
   __device__ __forceinline__ bool any() const { return left_ > 0; }
@@ -74,28 +77,36 @@ class Slabs {
   }
 
  private:
+  static constexpr int part = 2 * Vectors <= Threads ? Vectors : Threads / 2;
+
   template <typename Real>
   __device__ __forceinline__ void copy_as(double* slab) const {
-    constexpr int count = Vectors * Depth / Threads, batch = 8;
+    constexpr int count = part * Depth / Threads, batch = 8;
     static_assert(count % batch == 0, "whole batches");
     const Real* from = static_cast<const Real*>(data_) + at_;
     double* to = slab + vector_ * Pitch + element_;
     const int to_step = vector_step_ * Pitch + element_step_;
 #pragma unroll 1
-    for (int i = 0; i < count; i += batch) {
-      double values[batch];
+    for (int begin = 0; begin < Vectors; begin += part) {
+#pragma unroll 1
+      for (int i = 0; i < count; i += batch) {
+        double values[batch];
 #pragma unroll
-      for (int j = 0; j < batch; ++j) {
-        const bool inside = vector_ + (i + j) * vector_step_ < order_ && element_ + (i + j) * element_step_ < left_;
-        values[j] = inside ? widen(from[(i + j) * step_]) : 0.0;
+        for (int j = 0; j < batch; ++j) {
+          const bool inside =
+              begin + vector_ + (i + j) * vector_step_ < order_ && element_ + (i + j) * element_step_ < left_;
+          values[j] = inside ? widen(from[(i + j) * step_]) : 0.0;
+        }
+#pragma unroll
+        for (int j = 0; j < batch; ++j) to[(i + j) * to_step] = negative_ ? -values[j] : values[j];
       }
-#pragma unroll
-      for (int j = 0; j < batch; ++j) to[(i + j) * to_step] = negative_ ? -values[j] : values[j];
+      from += part_step_;
+      to += part * Pitch;
     }
   }
 
   const void* data_;
-  int64_t at_, step_, slab_step_, left_;
+  int64_t at_, step_, slab_step_, part_step_, left_;
   int order_, vector_, element_, vector_step_, element_step_;
   DType type_;
   bool negative_;

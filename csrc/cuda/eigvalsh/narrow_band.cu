@@ -5,6 +5,7 @@
 #include "../check.h"
 #include "async_copy.cuh"
 #include "block_reflector.cuh"
+#include "cluster_exchange.cuh"
 #include "two_stage.h"
 
 namespace farms_fast {

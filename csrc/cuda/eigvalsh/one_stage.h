@@ -1,5 +1,6 @@
-// Eigenvalues of small matrices in one launch: a block reads its window, forms the Gram matrix in its registers,
-// reduces it to tridiagonal form there and finds the eigenvalues. Needs no workspace and never waits for the host.
+// Eigenvalues of small matrices in one launch: a block, or a cluster of blocks, reads its window, forms the Gram matrix
+// in its registers, reduces it to tridiagonal form there and finds the eigenvalues. Needs no workspace and never waits
+// for the host.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -11,8 +12,8 @@
 
 namespace farms_fast {
 
-// The largest order that the two functions below take on the current device: 160 or what its shared memory allows, half
-// of that for complex types. `dtype` is the windows' or the Gram matrices' type.
+// The largest order that the two functions below take on the current device: 512 where it has clusters, else 160 or
+// what its shared memory allows; half of that for complex types. `dtype` is the windows' or the Gram matrices' type.
 int64_t one_stage_max_order(DType dtype);
 
 // windows: (count,) in device memory, of `order` vectors of type `in`. evals: (count, order), of type `precision` (f32

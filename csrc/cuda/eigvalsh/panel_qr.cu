@@ -3,6 +3,7 @@
 // norm, the products with the columns to the right and the products with the vectors to the left, which make T.
 #include "../check.h"
 #include "async_copy.cuh"
+#include "cluster_exchange.cuh"
 #include "householder.cuh"
 #include "two_stage.h"
 
@@ -18,7 +19,7 @@ struct Shared {
   double block_sums[2][kMaxCluster][kWideBand];
   double own_pivot[2][kWideBand];
   double pivot[2][kWideBand];
-  uint64_t arrived[2];                    // barriers: block_sums and pivot are there
+  ArrivalBarrier arrived[2];              // of block_sums and pivot
   double products[kWideBand][kWideBand];  // [l][j] = v_l . v_j for l < j
   double tau[kWideBand];
 };
@@ -164,16 +165,16 @@ struct Panel {
     } else {
       // No block is two columns ahead of another: what it sends next waits for what that one sent before.
       if (threadIdx.x == 0)
-        phase_expect(&shared->arrived[parity], (cluster + 1) * kWideBand * static_cast<int>(sizeof(double)));
+        expect_bytes(shared->arrived[parity], (cluster + 1) * kWideBand * static_cast<int>(sizeof(double)));
       if (warp < cluster) {
         double own = 0;
 #pragma unroll
         for (int i = 0; i < Warps; ++i) own += shared->warp_sums[parity][i][at.lane];
-        uint64_t* arrived = &shared->arrived[parity];
-        phase_send(&shared->block_sums[parity][rank][at.lane], arrived, warp, own);
-        if (rank == 0) phase_send(&shared->pivot[parity][at.lane], arrived, warp, shared->own_pivot[parity][at.lane]);
+        ArrivalBarrier& arrived = shared->arrived[parity];
+        send(&shared->block_sums[parity][rank][at.lane], arrived, warp, own);
+        if (rank == 0) send(&shared->pivot[parity][at.lane], arrived, warp, shared->own_pivot[parity][at.lane]);
       }
-      phase_wait(&shared->arrived[parity], j / 2 % 2);
+      wait_arrival(shared->arrived[parity], j / 2 % 2);
       for (int i = 0; i < cluster; ++i) sum += shared->block_sums[parity][i][at.lane];
       pivot = shared->pivot[parity][at.lane];
     }
@@ -241,7 +242,7 @@ __global__ void __launch_bounds__(Warps * 32, Warps == 8 ? 2 : 1)
     const int first = column + kWideBand, above = first % kTile;  // rows of the first tile that are not the panel's
     if (panel.rank == 0 && above != 0) all_v[(first - above) * kWideBand + i] = 0;
   }
-  if (threadIdx.x < 2) phase_init(&panel.shared->arrived[threadIdx.x]);
+  if (threadIdx.x < 2) init_arrival(panel.shared->arrived[threadIdx.x]);
   // Every block of the cluster must have started before another one writes to its shared memory.
   if (panel.cluster > 1)
     cluster_sync();

@@ -66,6 +66,23 @@ struct Minors {
   }
 
   __device__ __forceinline__ Point at(double x) const { return {x, last, exponent, count}; }
+
+  // Two neighbouring lanes took one half of the rows each, the odd one its half from the last row up; `square` couples
+  // the halves. Both get the same point: with T's first half eliminated from above and the rest from below, the rows
+  // next to each other at the end leave the pivot det / (last of above * before of below).
+  __device__ __forceinline__ Point joined(double x, double square) const {
+    const double other_last = __shfl_xor_sync(~0u, last, 1), other_before = __shfl_xor_sync(~0u, before, 1);
+    const int exponents = exponent + __shfl_xor_sync(~0u, exponent, 1);
+    const int counts = count + __shfl_xor_sync(~0u, count, 1);
+    const double determinant = last * other_last - square * (before * other_before);
+    const bool below = threadIdx.x & 1;
+    const int above_last = __double2hiint(below ? other_last : last);
+    const int below_last = __double2hiint(below ? last : other_last);
+    const int below_before = __double2hiint(below ? before : other_before);
+    const int replaced = static_cast<unsigned>(below_last ^ below_before) >> 31;
+    const int pivot = static_cast<unsigned>(__double2hiint(determinant) ^ above_last ^ below_before) >> 31;
+    return {x, determinant, exponents, counts - replaced + pivot};
+  }
 };
 
 // The scale of a matrix and the interval that holds all eigenvalues of the scaled one. Its own are 2^exponent times

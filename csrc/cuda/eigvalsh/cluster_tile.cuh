@@ -1,0 +1,223 @@
+// The reduction of a matrix to tridiagonal form in the registers of a cluster's blocks.
+#pragma once
+
+#include "cluster_exchange.cuh"
+#include "fragments.cuh"
+
+namespace farms_fast {
+namespace one_stage {
+
+template <int Warps, int Strips, int Tiles, int Spilled, int ColumnGroups, int Blocks>
+struct ClusterTile : Fragments<Warps, Strips, Tiles, Spilled, ColumnGroups, Blocks> {
+  using Matrix = Fragments<Warps, Strips, Tiles, Spilled, ColumnGroups, Blocks>;
+  using Matrix::all_rows;
+  using Matrix::column_group;
+  using Matrix::lane;
+  using Matrix::Matrix;
+  using Matrix::rank;
+  using Matrix::rows;
+  using Matrix::threads;
+  using Matrix::warp;
+  static_assert((ColumnGroups & (ColumnGroups - 1)) == 0, "a power of two");
+  static constexpr int of_thread = (all_rows + threads - 1) / threads;  // elements of a vector
+
+  // The blocks' rows go out by warps, `chunks` of them a block; several warps may take the same chunk to other blocks.
+  static constexpr int chunks = (rows + 31) / 32;
+  static constexpr int senders = Warps / chunks;  // of a chunk
+
+  // Inner products of the last reflector v, of p = A v and of the next pivot's column c, without the rows down to the
+  // one below that pivot.
+  enum Sum { kCC, kVV, kPP, kCV, kCP, kVP, kSums };
+
+  // Of one block. Everything that the blocks send each other in a step; twice, since a fast block may be one ahead.
+  struct Vectors {
+    double2 pieces[2][all_rows];  // A u, and the next pivot's column before u and w have been taken out of it
+    double sums[2][Blocks * chunks][8];
+    double reflector[2][all_rows];  // u of this step and of the one before
+    double w[all_rows];
+    double product[ColumnGroups][rows];  // A u of this block's rows, by groups of columns
+    double column[rows];
+  };
+  static constexpr int bytes_of_step = sizeof(double2) * all_rows + sizeof(double) * Blocks * chunks * kSums;
+
+  struct Arrivals {
+    ArrivalBarrier barrier[2];
+  };
+
+  static __device__ __forceinline__ void expect(Arrivals& arrivals) {
+    if (threadIdx.x == 0)
+      for (ArrivalBarrier& barrier : arrivals.barrier) {
+        init_arrival(barrier);
+        expect_bytes(barrier, bytes_of_step);
+      }
+  }
+
+  // As in the tile of one block, but every block makes w and the next reflector, all from the same pieces, which its
+  // neighbours have sent it. `arrivals` expects the first two steps, and the cluster's blocks have met since.
+  __device__ __forceinline__ void tridiagonal(int order, Vectors& shared, Arrivals& arrivals, double* diagonal,
+                                              double* off_diagonal) {
+    for (int i = threadIdx.x; i < all_rows; i += threads) shared.reflector[0][i] = 0.0;
+    for (int at = threadIdx.x; at < ColumnGroups * rows; at += threads) shared.product[0][at] = 0.0;
+    Matrix::first_column(shared.column);
+    __syncthreads();
+    send_pieces(0, shared.reflector[0], shared, arrivals);
+
+    double tau = 0.0, own[of_thread] = {};
+    for (int pivot = 0; pivot < order; ++pivot) {
+      const double* v = shared.reflector[pivot & 1];
+      double* u = shared.reflector[~pivot & 1];
+      wait_arrival(arrivals.barrier[pivot & 1], pivot / 2 & 1);
+      if (threadIdx.x == 0) expect_bytes(arrivals.barrier[pivot & 1], bytes_of_step);
+
+      const Reflection next = reflect(pivot, order, tau, shared, v);
+#pragma unroll
+      for (int e = 0; e < of_thread; ++e) {
+        const int i = static_cast<int>(threadIdx.x) + threads * e;
+        if (all_rows % threads == 0 || i < all_rows) {
+          const double2 piece = shared.pieces[pivot & 1][i];
+          const double w = i < pivot ? 0.0 : fma(next.tau, piece.x, -next.half * own[e]);
+          const double x = fma(-w, next.v_pivot, fma(-own[e], next.w_pivot, piece.y));
+          own[e] = i <= pivot || next.divisor == 0.0 ? 0.0 : i == pivot + 1 ? next.first : x;
+          shared.w[i] = w;
+          u[i] = own[e];
+        }
+      }
+      if (threadIdx.x == 0) {
+        diagonal[pivot] = next.diagonal;
+        off_diagonal[pivot] = next.beta;
+      }
+      __syncthreads();
+      if (pivot + 1 == order) return;
+      if (Matrix::rows_after(pivot))
+        Matrix::pass(pivot + 1, v, shared.w, u, shared.column, shared.product[column_group()]);
+      __syncthreads();
+      send_pieces(pivot + 1, u, shared, arrivals);
+      tau = next.divisor > 0.0 ? 1.0 / next.divisor : 0.0;
+    }
+  }
+
+ private:
+  // What a step is made of, beside the vectors. w = tau p - half v.
+  struct Reflection {
+    double tau, half, v_pivot, w_pivot;
+    double divisor, first, beta, diagonal;
+  };
+
+  // This block's rows of A u and of the next pivot's column, and their part of the inner products, to every block.
+  __device__ __forceinline__ void send_pieces(int pivot, const double* u, Vectors& shared, Arrivals& arrivals) const {
+    const int chunk = warp() % chunks, first = warp() / chunks, parity = pivot & 1;
+    if (first >= Blocks || first >= senders) return;
+    const int own = 32 * chunk + lane(), row = Matrix::matrix_row(own);
+    const bool valid = rows % 32 == 0 || own < rows;
+    ArrivalBarrier& barrier = arrivals.barrier[parity];
+    double p = 0.0, c = 0.0, v = 0.0;
+    if (valid) {
+      double parts[ColumnGroups];
+#pragma unroll
+      for (int group = 0; group < ColumnGroups; ++group) parts[group] = shared.product[group][own];
+#pragma unroll
+      for (int n = ColumnGroups / 2; n > 0; n /= 2)
+#pragma unroll
+        for (int group = 0; group < n; ++group) parts[group] += parts[group + n];
+      p = parts[0];
+      c = shared.column[own];
+      v = u[row];
+#pragma unroll
+      for (int to = first; to < Blocks; to += senders)
+        send(&shared.pieces[parity][row], barrier, to, make_double2(p, c));
+    }
+    if (!valid || row <= pivot + 1) p = c = v = 0.0;
+    double sum[8] = {};
+    sum[kCC] = c * c;
+    sum[kVV] = v * v;
+    sum[kPP] = p * p;
+    sum[kCV] = c * v;
+    sum[kCP] = c * p;
+    sum[kVP] = v * p;
+    // Each exchange halves the sums that a lane goes on with.
+#pragma unroll
+    for (int offset = 16, n = 4; n > 0; offset /= 2, n /= 2) {
+      const bool upper = lane() & offset;
+#pragma unroll
+      for (int s = 0; s < n; ++s) {
+        const double kept = upper ? sum[s + n] : sum[s];
+        sum[s] = kept + __shfl_xor_sync(~0u, upper ? sum[s] : sum[s + n], offset);
+      }
+    }
+    sum[0] += __shfl_xor_sync(~0u, sum[0], 2);
+    sum[0] += __shfl_xor_sync(~0u, sum[0], 1);
+    if (lane() % 4 == 0 && lane() / 4 < kSums)
+#pragma unroll
+      for (int to = first; to < Blocks; to += senders)
+        send(&shared.sums[parity][rank * chunks + chunk][lane() / 4], barrier, to, sum[0]);
+  }
+
+  // Every warp for itself, all with the same bits. A reflection is 1 - tau u u^T; `tau` is v's, to within rounding.
+  __device__ __forceinline__ Reflection reflect(int pivot, int order, double tau, const Vectors& shared,
+                                                const double* v) const {
+    const double2* pieces = shared.pieces[pivot & 1];
+    const bool more = pivot + 1 < order;
+    const int below = more ? pivot + 1 : pivot;
+    const double v_pivot = v[pivot], v_below = more ? v[below] : 0.0;
+    const double2 at_pivot = pieces[pivot], at_below = pieces[below];
+
+    double own = 0.0;
+    if (lane() % 8 < kSums)
+#pragma unroll
+      for (int set = lane() / 8; set < Blocks * chunks; set += 4) own += shared.sums[pivot & 1][set][lane() % 8];
+    own += __shfl_xor_sync(~0u, own, 8);
+    own += __shfl_xor_sync(~0u, own, 16);
+    double sum[kSums];
+#pragma unroll
+    for (int s = 0; s < kSums; ++s) sum[s] = __shfl_sync(~0u, own, s);
+
+    // 2 / v^T v with the v that came out, so that the reflection is orthogonal whatever the rounding of its norm was.
+    const double vv = fma(v_pivot, v_pivot, fma(v_below, v_below, sum[kVV]));
+    const double vp = fma(v_pivot, at_pivot.x, fma(v_below, at_below.x, sum[kVP]));
+    Reflection r;
+    const double less = fma(-0.5 * tau, vv, 1.0), half = 0.5 * tau * (tau * vp);  // tau^2 may overflow
+    r.tau = fma(tau, less, tau);
+    r.half = fma(2.0 * half, less, half);
+    r.v_pivot = v_pivot;
+    const double p_pivot = r.tau * at_pivot.x, p_below = r.tau * at_below.x;
+    r.w_pivot = fma(-r.half, v_pivot, p_pivot);
+    r.diagonal = fma(-2.0 * v_pivot, r.w_pivot, at_pivot.y);
+    const double w_below = fma(-r.half, v_below, p_below);
+    const double alpha = more ? fma(-w_below, v_pivot, fma(-v_below, r.w_pivot, at_below.y)) : 0.0;
+    // The squares of x = c - a v - b p.
+    const double a = fma(-2.0 * r.half, v_pivot, p_pivot), b = r.tau * v_pivot;
+    const double of_p = b * fma(b, sum[kPP], -2.0 * sum[kCP]), vp_twice = 2.0 * b * sum[kVP];
+    double squares = fma(a, fma(a, sum[kVV], vp_twice - 2.0 * sum[kCV]), sum[kCC] + of_p);
+    const double terms = fma(a * a, sum[kVV], fma(b * b, sum[kPP], sum[kCC]));
+    // Where the terms cancel, from the elements.
+    if (!(squares > kCancelled * terms)) squares = squares_again(pivot, r, pieces, v);
+
+    r.beta = alpha;
+    r.first = 0.0;
+    r.divisor = 0.0;
+    // The largest element is near 1: a column of 1e-100 is zero, and its square would lose its digits.
+    if (squares > 1e-200) {
+      const double total = fma(alpha, alpha, squares), norm = total * rsqrt(total);
+      r.beta = alpha > 0.0 ? -norm : norm;
+      r.first = alpha - r.beta;
+      r.divisor = norm * (norm + fabs(alpha));
+    }
+    return r;
+  }
+  static constexpr double kCancelled = 0x1p-6;
+
+  static __device__ __forceinline__ double squares_again(int pivot, const Reflection& r, const double2* pieces,
+                                                         const double* v) {
+    double squares = 0.0;
+#pragma unroll 1
+    for (int i = lane(); i < all_rows; i += 32) {
+      const double w = fma(r.tau, pieces[i].x, -r.half * v[i]);
+      const double x = fma(-w, r.v_pivot, fma(-v[i], r.w_pivot, pieces[i].y));
+      if (i > pivot + 1) squares = fma(x, x, squares);
+    }
+    return warp_sum(squares);
+  }
+};
+
+}  // namespace one_stage
+}  // namespace farms_fast

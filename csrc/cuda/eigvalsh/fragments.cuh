@@ -1,0 +1,317 @@
+// A symmetric matrix in the registers of a block, or of the blocks of a cluster, in the layout in which the tensor
+// cores leave a product, and what is done to it there. The rows go to the blocks in turn, eight at a time; ColumnGroups
+// warps share Strips times sixteen rows of a block, to each of them every ColumnGroups-th eight columns. Lane l, with g
+// = l / 4 and t = l % 4, holds of a strip's c-th eight columns the elements [g][2t], [g][2t + 1], [g'][2t], [g'][2t +
+// 1], g' being a row of the block's next eight. The first columns may live in shared memory instead, where registers
+// are short: the reduction is done with them first.
+#pragma once
+
+#include "../../gram.h"
+#include "../mma.cuh"
+#include "load.cuh"
+
+namespace farms_fast {
+namespace one_stage {
+
+constexpr int kDepth = 16;          // elements of the vectors per slab
+constexpr int kPitch = kDepth + 4;  // doubles per vector in shared memory: a warp's fragment loads then touch 32 banks
+
+// Products to unroll. Without tensor cores one is many instructions, and unrolling them takes minutes to compile.
+#if __CUDA_ARCH__ >= 800
+constexpr int kUnroll = kDepth / 4;
+#else
+constexpr int kUnroll = 1;
+#endif
+
+__device__ __forceinline__ double warp_sum(double value) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(~0u, value, offset);
+  return value;
+}
+
+// Tiles: eights of columns of a warp, of which the first Spilled are in shared memory.
+template <int Warps, int Strips, int Tiles, int Spilled, int ColumnGroups = 1, int Blocks = 1>
+struct Fragments {
+  static constexpr int threads = 32 * Warps;
+  static constexpr int rows = 16 * Strips * Warps / ColumnGroups;  // of this block
+  static constexpr int all_rows = rows * Blocks;
+  static constexpr int lower = 8 * Blocks;  // from a lane's upper row to its lower one
+  static_assert(all_rows >= 8 * Tiles * ColumnGroups, "a row for each column");
+  // Tiles that a warp works on at a time. A block that shares its multiprocessor has no registers for more.
+  static constexpr int kTogether = Blocks > 1 ? 4 : 2;
+
+  // In shared memory each lane has its elements side by side, no two lanes in one bank.
+  struct Spill {
+    double2 a[Spilled > 0 ? Spilled : 1][Strips][2][threads];
+  };
+
+  double a[Tiles - Spilled][Strips][4];
+  Spill& spill;
+  const int rank;  // of this block in its cluster
+
+  __device__ __forceinline__ explicit Fragments(Spill& memory, int block = 0) : spill(memory), rank(block) {}
+
+  static __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
+  static __device__ __forceinline__ int warp() { return threadIdx.x / 32; }
+  static __device__ __forceinline__ int column_group() { return warp() % ColumnGroups; }
+  static __device__ __forceinline__ int tile_of(int c) { return ColumnGroups * c + column_group(); }
+
+  // Of the block's rows, the lane's upper one of a strip; the other one is the eighth from there.
+  static __device__ __forceinline__ int own_row(int strip) {
+    return 16 * (Strips * (warp() / ColumnGroups) + strip) + lane() / 4;
+  }
+  // A row of the block as a row of the matrix.
+  __device__ __forceinline__ int matrix_row(int own) const { return 8 * (Blocks * (own / 8) + rank) + own % 8; }
+  __device__ __forceinline__ int row(int strip) const { return matrix_row(own_row(strip)); }
+  // Whether any row of the warp comes after `pivot`.
+  __device__ __forceinline__ bool rows_after(int pivot) const {
+    return matrix_row(16 * Strips * (warp() / ColumnGroups + 1) - 1) > pivot;
+  }
+
+  // The Gram matrix of a window of `order` real vectors. slab: [all_rows][kPitch].
+  __device__ __forceinline__ void gram(const WindowView& window, DType type, int order, double* slab) {
+    each_tile([](double (&d)[4], int, int) { d[0] = d[1] = d[2] = d[3] = 0.0; });
+    Slabs<all_rows, kDepth, kPitch, threads> slabs(window, type, order);
+    const double* left = slab + row(0) * kPitch + lane() % 4;
+    const double* right = slab + (8 * column_group() + lane() / 4) * kPitch + lane() % 4;
+    constexpr int strip_step = 2 * lower * kPitch, tile_step = 8 * ColumnGroups * kPitch;
+    while (slabs.any()) {
+      slabs.copy(slab);
+      __syncthreads();
+#pragma unroll
+      for (int c = 0; c < Spilled; ++c)
+#pragma unroll
+        for (int s = 0; s < Strips; ++s) {
+          double d[4];
+          unspill(c, s, d);
+#pragma unroll kUnroll
+          for (int k = 0; k < kDepth; k += 4) {
+            const double rows_of_a[2] = {left[strip_step * s + k], left[strip_step * s + lower * kPitch + k]};
+            mma_16x8x4(d, rows_of_a, right[tile_step * c + k]);
+          }
+          spill_back(c, s, d);
+        }
+#pragma unroll kUnroll
+      for (int k = 0; k < kDepth; k += 4) {
+        double rows_of_a[Strips][2];
+#pragma unroll
+        for (int s = 0; s < Strips; ++s) {
+          rows_of_a[s][0] = left[strip_step * s + k];
+          rows_of_a[s][1] = left[strip_step * s + lower * kPitch + k];
+        }
+#pragma unroll
+        for (int c = Spilled; c < Tiles; ++c) {
+          const double b = right[tile_step * c + k];
+#pragma unroll
+          for (int s = 0; s < Strips; ++s) mma_16x8x4(a[c - Spilled][s], rows_of_a[s], b);
+        }
+      }
+      __syncthreads();
+    }
+  }
+
+  // A ready matrix; both triangles from the lower one.
+  __device__ __forceinline__ void read(const RealMatrix& source) {
+    each_tile([&](double (&d)[4], int c, int s) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) d[e] = source(row(s) + e / 2 * lower, 8 * tile_of(c) + lane() % 4 * 2 + e % 2);
+    });
+  }
+
+  // The block's largest magnitude; infinite where a value is not finite. shared: a double for each warp.
+  __device__ __forceinline__ double largest(double* shared) {
+    double most = 0.0;
+    bool finite = true;
+    each_tile([&](double (&d)[4], int, int) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        finite = finite && isfinite(d[e]);
+        most = fmax(most, fabs(d[e]));
+      }
+    });
+    for (int offset = 16; offset > 0; offset /= 2) most = fmax(most, __shfl_xor_sync(~0u, most, offset));
+    if (lane() == 0) shared[warp()] = most;
+    if (!__syncthreads_and(finite)) return INFINITY;
+    for (int w = 0; w < Warps; ++w) most = fmax(most, shared[w]);
+    return most;
+  }
+
+  // Scales the matrix's largest magnitude into [1, 2) and returns log2 of what was taken out; kNotFinite where it is
+  // not finite.
+  static constexpr int kNotFinite = 1 << 20;
+  __device__ __forceinline__ int scale(double most) {
+    if (!isfinite(most)) return kNotFinite;
+    const int exponent = most > 0.0 ? ilogb(most) : 0;
+    // In two steps: 2^-exponent itself may be out of range.
+    const double half = scalbn(1.0, -exponent / 2), rest = scalbn(1.0, -exponent + exponent / 2);
+    each_tile([&](double (&d)[4], int, int) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) d[e] = d[e] * half * rest;
+    });
+    return exponent;
+  }
+
+  // The first column's elements in the block's rows, into `column`.
+  __device__ __forceinline__ void first_column(double* column) const {
+    if (column_group() != 0) return;
+#pragma unroll
+    for (int s = 0; s < Strips; ++s) {
+      double first[4];
+      if (Spilled > 0) {
+        unspill(0, s, first);
+        hand_on(first, 0, s, column);
+      } else {
+        hand_on(a[0][s], 0, s, column);
+      }
+    }
+  }
+
+  // Takes v w^T + w v^T out of the matrix, multiplies it by u, and writes what is then its column `next`, and the
+  // product of the warp's columns, an element for each of the block's rows. What comes before `next` is done with.
+  __device__ __forceinline__ void pass(int next, const double* v, const double* w, const double* u, double* column,
+                                       double* product) {
+    const int t = lane() % 4;
+    Rows of[Strips];
+    double sum[Strips][4] = {};
+#pragma unroll
+    for (int s = 0; s < Strips; ++s) of[s] = Rows(v, w, row(s));
+    const auto work = [&](double (&d)[4], int s, const Columns& at) {
+      update(d, of[s], at);
+      sum[s][0] = fma(d[0], at.u.x, sum[s][0]);
+      sum[s][1] = fma(d[1], at.u.y, sum[s][1]);
+      sum[s][2] = fma(d[2], at.u.x, sum[s][2]);
+      sum[s][3] = fma(d[3], at.u.y, sum[s][3]);
+    };
+    // The tiles before the next pivot's are done. Those in registers go several at a time, so that more loads and
+    // products are under way.
+    const int first = (next / 8 + ColumnGroups - 1 - column_group()) / ColumnGroups;
+    const bool holds_next = tile_of(first) == next / 8;
+#pragma unroll
+    for (int c = 0; c < Spilled; ++c)
+      if (c >= first) {
+        const Columns at(tile_of(c), v, w, u);
+#pragma unroll
+        for (int s = 0; s < Strips; ++s) {
+          double d[4];
+          unspill(c, s, d);
+          work(d, s, at);
+          spill_back(c, s, d);
+          if (c == first && holds_next) hand_on(d, next, s, column);
+        }
+      }
+#pragma unroll
+    for (int c = Spilled; c < Tiles; c += kTogether)
+      if (c + kTogether - 1 >= first) {
+        Columns at[kTogether];
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) at[i] = Columns(tile_of(c + i < Tiles ? c + i : c), v, w, u);
+#pragma unroll
+        for (int i = 0; i < kTogether && c + i < Tiles; ++i)
+#pragma unroll
+          for (int s = 0; s < Strips; ++s) work(a[c + i - Spilled][s], s, at[i]);
+      }
+#pragma unroll
+    for (int c = Spilled; c < Tiles; ++c)
+      if (c == first && holds_next)
+#pragma unroll
+        for (int s = 0; s < Strips; ++s) hand_on(a[c - Spilled][s], next, s, column);
+    // Four lanes share a row: the upper two of them end up with the lower row's sum.
+#pragma unroll
+    for (int s = 0; s < Strips; ++s) {
+      const double above = sum[s][0] + sum[s][1], below = sum[s][2] + sum[s][3];
+      double total = t & 2 ? below : above;
+      total += __shfl_xor_sync(~0u, t & 2 ? above : below, 2);
+      total += __shfl_xor_sync(~0u, total, 1);
+      if ((t & 1) == 0) product[own_row(s) + 4 * t] = total;
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void unspill(int c, int s, double (&d)[4]) const {
+    const double2 upper = spill.a[c][s][0][threadIdx.x], lower = spill.a[c][s][1][threadIdx.x];
+    d[0] = upper.x, d[1] = upper.y, d[2] = lower.x, d[3] = lower.y;
+  }
+
+  __device__ __forceinline__ void spill_back(int c, int s, const double (&d)[4]) {
+    spill.a[c][s][0][threadIdx.x] = make_double2(d[0], d[1]);
+    spill.a[c][s][1][threadIdx.x] = make_double2(d[2], d[3]);
+  }
+
+  // change(elements, tile, strip).
+  template <typename Change>
+  __device__ __forceinline__ void each_tile(const Change& change) {
+#pragma unroll
+    for (int c = 0; c < Tiles; ++c)
+#pragma unroll
+      for (int s = 0; s < Strips; ++s) {
+        if (c < Spilled) {
+          double d[4];
+          unspill(c, s, d);
+          change(d, c, s);
+          spill_back(c, s, d);
+        } else {
+          change(a[c - Spilled][s], c, s);
+        }
+      }
+  }
+
+  // A strip's and a tile's elements of the vectors, and v w^T + w v^T taken out of a tile with them. With tensor cores
+  // it is a product of depth 2, of which each lane holds one element of the columns instead of four: loading those is
+  // what a pass would wait for.
+#if __CUDA_ARCH__ >= 800
+  struct Rows {
+    double a[2];
+    Rows() = default;
+    __device__ __forceinline__ Rows(const double* v, const double* w, int row) {
+      const double* from = lane() & 1 ? w : v;
+      a[0] = lane() & 2 ? 0.0 : -from[row];
+      a[1] = lane() & 2 ? 0.0 : -from[row + lower];
+    }
+  };
+  struct Columns {
+    double b;
+    double2 u;
+    Columns() = default;
+    __device__ __forceinline__ Columns(int tile, const double* v, const double* w, const double* u_all)
+        : b((lane() & 1 ? v : w)[8 * tile + lane() / 4]),
+          u(reinterpret_cast<const double2*>(u_all)[4 * tile + lane() % 4]) {}
+  };
+  static __device__ __forceinline__ void update(double (&d)[4], const Rows& of, const Columns& at) {
+    mma_16x8x4(d, of.a, at.b);
+  }
+#else
+  struct Rows {
+    double v0, v1, w0, w1;
+    Rows() = default;
+    __device__ __forceinline__ Rows(const double* v, const double* w, int row)
+        : v0(v[row]), v1(v[row + lower]), w0(w[row]), w1(w[row + lower]) {}
+  };
+  struct Columns {
+    double2 v, w, u;
+    Columns() = default;
+    __device__ __forceinline__ Columns(int tile, const double* v_all, const double* w_all, const double* u_all) {
+      const int at = 4 * tile + lane() % 4;
+      v = reinterpret_cast<const double2*>(v_all)[at];
+      w = reinterpret_cast<const double2*>(w_all)[at];
+      u = reinterpret_cast<const double2*>(u_all)[at];
+    }
+  };
+  static __device__ __forceinline__ void update(double (&d)[4], const Rows& of, const Columns& at) {
+    d[0] = fma(-of.w0, at.v.x, fma(-of.v0, at.w.x, d[0]));
+    d[1] = fma(-of.w0, at.v.y, fma(-of.v0, at.w.y, d[1]));
+    d[2] = fma(-of.w1, at.v.x, fma(-of.v1, at.w.x, d[2]));
+    d[3] = fma(-of.w1, at.v.y, fma(-of.v1, at.w.y, d[3]));
+  }
+#endif
+
+  // A column out of the tile that holds it.
+  static __device__ __forceinline__ void hand_on(const double (&d)[4], int next, int s, double* column) {
+    if (lane() % 4 == next % 8 / 2) {
+      column[own_row(s)] = next & 1 ? d[1] : d[0];
+      column[own_row(s) + 8] = next & 1 ? d[3] : d[2];
+    }
+  }
+};
+
+}  // namespace one_stage
+}  // namespace farms_fast
