@@ -28,6 +28,7 @@ FAMILIES = {
     "gram": "Windows and their Gram matrices",
     "fit": "Power-law fits",
     "jobs": "Whole jobs",
+    "faces": "Drop-in functions",
 }
 _EXPLAIN = {
     "eigenvalues": "k is the order of the window, followed by how many windows there are; float64 "
@@ -35,6 +36,8 @@ _EXPLAIN = {
     "gram": "From a float32 weight to the float64 Gram matrix of every window.",
     "fit": "One ascending spectrum; the rule says where the tail may start.",
     "jobs": "From weights to alpha for every layer.",
+    "faces": "The functions of farms_fast.compat with the published defaults, from a module to a "
+    "dict of lists.",
 }
 
 Run = dict[str, Any]
@@ -256,6 +259,7 @@ def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 # README shows these cases and peers, where they were measured.
 _README_CASES = re.compile(
     r"k=(100|512|1000|2000) x|(peak|ks) of 450000|LLaMA|ResNet|MiniLM checkpoint, whole"
+    r"|net_esd_estimator"
 )
 _README_PEERS = (
     "published FARMS",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,44 @@ def to_tensor(
     )
 
 
+@contextmanager
+def on_stream_of(array: Any) -> Iterator[None]:
+    """Work inside goes to CuPy's current stream where the array is CuPy's, else where it went.
+
+    Streams are waited for as DLPack changes hands either way. But memory that one library frees
+    while the other still reads it on another stream would be given out again too early; on one
+    stream it cannot be, whichever library frees it.
+
+    Args:
+        array: any object.
+
+    Example:
+        >>> import numpy as np
+        >>> with on_stream_of(np.eye(2)):
+        ...     pass
+    """
+    if _library(array) != "cupy":
+        yield
+        return
+    import cupy  # type: ignore[import-not-found,import-untyped,unused-ignore]
+
+    index = int(array.device.id)
+    with cupy.cuda.Device(index):
+        pointer = int(cupy.cuda.get_current_stream().ptr)
+    # 0 and 1 are names of the default stream.
+    if pointer in (0, 1):
+        stream = torch.cuda.default_stream(index)
+    else:
+        stream = torch.cuda.ExternalStream(pointer, device=index)
+    with torch.cuda.stream(stream):
+        yield
+
+
+def _library(array: Any) -> str:
+    """The top-level module that the array's type comes from."""
+    return type(array).__module__.partition(".")[0]
+
+
 def _checked(name: str, tensor: Tensor, expected: str, real: bool) -> Tensor:
     if tensor.dtype not in (FLOATING if real else FLOATING + COMPLEX):
         raise TypeError(
@@ -84,9 +123,9 @@ def from_numpy(array: np.ndarray[Any, Any]) -> Tensor:
 
 
 def _namespace_of(name: str, array: Any) -> Any:
-    module = type(array).__module__.partition(".")[0]
+    module = _library(array)
     if module == "cupy":
-        import cupy  # type: ignore[import-not-found,import-untyped,unused-ignore]
+        import cupy
 
         return cupy
     if hasattr(array, "__array_namespace__"):

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 
 from farms_fast import ops
-from farms_fast.arrays import to_tensor
+from farms_fast.arrays import on_stream_of, to_tensor
 
 __all__ = [
     "STATUSES",
@@ -194,12 +194,14 @@ def fit_power_law(
         >>> fit.status, round(fit.alpha, 6), fit.n_tail
         ('ok', 2.0, 3)
     """
-    values = _spectrum(evals)
-    # A comparison costs a hundredth of a sort, and most spectra come sorted. NaN compares as false.
-    ascending = bool((values[1:] >= values[:-1]).all())
-    ordered = values.contiguous() if ascending else torch.sort(values).values
-    offsets = torch.tensor([0, ordered.numel()], device=ordered.device)
-    return fit_power_laws(ordered, offsets, xmin, xmin_pos, bins, compat=compat)[0]
+    with on_stream_of(evals):
+        values = _spectrum(evals)
+        # A comparison costs a hundredth of a sort, and most spectra come sorted. NaN compares as
+        # false.
+        ascending = bool((values[1:] >= values[:-1]).all())
+        ordered = values.contiguous() if ascending else torch.sort(values).values
+        offsets = torch.tensor([0, ordered.numel()], device=ordered.device)
+        return fit_power_laws(ordered, offsets, xmin, xmin_pos, bins, compat=compat)[0]
 
 
 def fit_power_laws(

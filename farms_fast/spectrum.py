@@ -16,7 +16,7 @@ from farms_fast.arguments import (
     natural,
     resolve_device,
 )
-from farms_fast.arrays import to_tensor
+from farms_fast.arrays import on_stream_of, to_tensor
 from farms_fast.windows import FullMatrix, Sampling, window_table
 
 
@@ -63,6 +63,18 @@ def esd(
         >>> farms_fast.esd(W, farms_fast.FixedAspectSampling(rows=1, per_dim=2)).shape
         (9,)
     """
+    with on_stream_of(W):
+        return _esd(W, sampling, dtype, device, solver, memory)
+
+
+def _esd(
+    W: Any,
+    sampling: Sampling | None,
+    dtype: torch.dtype,
+    device: str | torch.device | None,
+    solver: str | None,
+    memory: int | None,
+) -> Any:
     tensor, restore = to_tensor("W", W)
     if tensor.ndim < 2:
         raise ValueError(f"W: expected at least 2 dimensions, got shape {tuple(tensor.shape)}")

@@ -1,0 +1,119 @@
+"""`net_esd_estimator` of ModelBalancing (TB for fine-tuning; EMNLP 2024).
+
+It is AlphaPruning's function with other defaults and other columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from farms_fast.arguments import natural
+from farms_fast.compat.estimators import Results, whole_layers
+from farms_fast.compat.spectra import (
+    TailRule,
+    fitted_spectra,
+    number,
+    warn_of_missing_fit,
+    workspace,
+)
+
+__all__ = ["net_esd_estimator"]
+
+
+def net_esd_estimator(
+    net: nn.Module,
+    EVALS_THRESH: float = 0.00001,
+    bins: int = 100,
+    fix_fingers: str | None = None,
+    xmin_pos: float = 2,
+    conv_norm: float = 0.5,
+    eigs_num_thresh: int = 50,
+    filter_zeros: bool = False,
+    init_stable_rank: Sequence[float] | None = None,
+    sr_mid_pos: float | None = None,
+    *,
+    memory: int | None = None,
+) -> Results:
+    """Alpha and stable ranks of every Linear and Conv2d, with ModelBalancing's columns.
+
+    Args:
+        net: as in `farms_fast.compat.net_esd_estimator`, and so are `EVALS_THRESH`, `bins`,
+            `fix_fingers`, `xmin_pos`, `conv_norm` and `filter_zeros`.
+        EVALS_THRESH: see there.
+        bins: see there.
+        fix_fingers: see there.
+        xmin_pos: see there.
+        conv_norm: see there.
+        eigs_num_thresh: layers with fewer eigenvalues have no entry.
+        filter_zeros: see there; it holds for the stable ranks too.
+        init_stable_rank: `norm_stable_rank` of an earlier call, at least one number a layer.
+        sr_mid_pos: the stable ranks leave out the first int(N / sr_mid_pos) eigenvalues.
+        memory: as in `farms_fast.compat.net_esd_estimator`.
+
+    Returns:
+        A dict of lists as `farms_fast.compat.net_esd_estimator` gives, with the same answers where
+        the published code fails, and the columns `alpha, spectral_norm, D, longname, eigs, norm,
+        stable_rank, norm_stable_rank, init_norm_stable_rank, eig_ratio`: sum over largest; mean;
+        mean over that of `init_stable_rank`, 0 where that is None; and largest over median, each
+        of the eigenvalues that count for the stable ranks.
+
+    Raises:
+        TypeError: as for `farms_fast.compat.net_esd_estimator`.
+        ValueError: likewise, or `init_stable_rank` has too few numbers.
+
+    Example:
+        >>> import torch
+        >>> from farms_fast.compat.modelbalancing import net_esd_estimator
+        >>> _ = torch.manual_seed(0)
+        >>> net = torch.nn.Sequential(torch.nn.Linear(96, 64), torch.nn.Linear(64, 2))
+        >>> metrics = net_esd_estimator(net, fix_fingers="xmin_mid")
+        >>> metrics["longname"], round(metrics["eig_ratio"][0], 2)
+        (['0'], 3.92)
+    """
+    rule = TailRule.published(fix_fingers, xmin_pos, bins, EVALS_THRESH, filter_zeros)
+    least, budget = natural("eigs_num_thresh", eigs_num_thresh), workspace(memory)
+    if sr_mid_pos is not None and not number("sr_mid_pos", sr_mid_pos) > 1:
+        raise ValueError(f"sr_mid_pos: expected None or a number above 1, got {sr_mid_pos!r}")
+    layers = [layer for layer in whole_layers(net, conv_norm) if layer.count >= least]
+    if init_stable_rank is not None and len(init_stable_rank) < len(layers):
+        raise ValueError(
+            f"init_stable_rank: expected a number for each of {len(layers)} layers, "
+            f"got {len(init_stable_rank)}"
+        )
+    keys = ["alpha", "spectral_norm", "D", "longname", "eigs", "norm", "stable_rank"]
+    keys += ["norm_stable_rank", "init_norm_stable_rank", "eig_ratio"]
+    results: Results = {key: [] for key in keys}
+    for index, (layer, spectra) in enumerate(
+        zip(layers, fitted_spectra(layers, rule, budget), strict=True)
+    ):
+        warn_of_missing_fit(layer.name, spectra, stacklevel=2)
+        one = spectra[0]
+        stable, mean, ratio = _stable_ranks(one.entered, sr_mid_pos)
+        results["alpha"].append(one.alpha)
+        results["spectral_norm"].append(one.spectral_norm)
+        results["D"].append(one.D)
+        results["longname"].append(layer.name)
+        results["eigs"].append(one.evals.astype(np.float32))
+        results["norm"].append(one.norm)
+        results["stable_rank"].append(stable)
+        results["norm_stable_rank"].append(mean)
+        initial = None if init_stable_rank is None else float(init_stable_rank[index])
+        results["init_norm_stable_rank"].append(0 if initial is None else mean / initial)
+        results["eig_ratio"].append(ratio)
+    return results
+
+
+def _stable_ranks(evals: NDArray[np.float64], mid_pos: float | None) -> tuple[float, float, float]:
+    """Sum over largest, mean, and largest over median; NaN or infinity for zeros."""
+    taken = evals if mid_pos is None else evals[int(len(evals) / mid_pos) :]
+    total, largest = taken.sum(), taken.max()
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return (
+            float(total / largest),
+            float(total / len(taken)),
+            float(largest / taken[len(taken) // 2]),
+        )
