@@ -29,6 +29,7 @@ FAMILIES = {
     "fit": "Power-law fits",
     "jobs": "Whole jobs",
     "faces": "Drop-in functions",
+    "details": "WeightWatcher's table",
 }
 _EXPLAIN = {
     "eigenvalues": "k is the order of the window, followed by how many windows there are; float64 "
@@ -38,6 +39,7 @@ _EXPLAIN = {
     "jobs": "From weights to alpha for every layer.",
     "faces": "The functions of farms_fast.compat with the published defaults, from a module to a "
     "dict of lists.",
+    "details": "farms_fast.compat.weightwatcher and WeightWatcher with the same options.",
 }
 
 Run = dict[str, Any]

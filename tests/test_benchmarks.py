@@ -64,6 +64,7 @@ def test_the_quick_set_measures_every_case_against_peers(quick: Any) -> None:
         "fit": len(FIT["quick"]) * len(RULES),
         "jobs": 3,
         "faces": 2,
+        "details": 2,
     }
     peers = {entry["extra_info"]["peer"] for entry in quick["benchmarks"]}
     assert {"farms_fast", "published FARMS", "numpy svd", "scipy svdvals"} <= peers
