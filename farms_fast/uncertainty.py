@@ -256,6 +256,8 @@ def resampled_counts(entries: int, grid: WindowGrid, resamples: int) -> NDArray[
         >>> resampled_counts(1, grid, 5).sum(axis=1).tolist()
         [9, 9, 9, 9, 9]
     """
+    if resamples == 0:
+        return np.zeros((0, entries * grid.count), dtype=np.int64)
     generator = np.random.default_rng(_SEED)
     by_entry = _block_counts(generator, entries, 1, resamples)
     by_row = _block_counts(

@@ -86,7 +86,8 @@ def kill(path: Path, kills: int) -> dict[str, object]:
             os._exit(0)
         os.read(ready, 1)
         start = time.monotonic()
-        while time.monotonic() - start < random.uniform(0, seconds):
+        moment = random.uniform(0, seconds)
+        while time.monotonic() - start < moment:
             if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
                 # It was quicker than thought: the next kills come earlier.
                 seconds = 0.7 * (time.monotonic() - start)
