@@ -60,10 +60,10 @@ def solver(rows: list[Row], latency: list[tuple[int, float]]) -> dict[str, Any]:
 
 
 def gram_rows(run: Run) -> list[Row]:
-    """(order, windows, seconds), overlapping windows, square."""
+    """(order, windows, seconds) of square windows that share no work."""
     rows = []
     for case, windows, seconds in medians(run, "gram", "farms_fast"):
-        found = re.search(r"windows of (\d+) overlapping", case)
+        found = re.search(r"windows of (\d+) side by side", case)
         if found:
             rows.append((int(found[1]), windows, seconds))
     return sorted(rows)

@@ -391,5 +391,9 @@ def test_on_the_gpu_as_on_the_cpu() -> None:
         weightwatcher(network(), device=device, **options) for device in ("cuda", "cpu")
     )
     assert_same(found, expected)
-    shuffled = weightwatcher(network().cuda(), randomize=True, layers=[4, 8], device="cuda")
-    assert shuffled.rand_sigma_mp.between(0.8, 1.2).all()
+    # Shuffled otherwise, but alike.
+    shuffled, elsewhere = (
+        weightwatcher(network(), randomize=True, layers=[4, 8], device=device).rand_sigma_mp
+        for device in ("cuda", "cpu")
+    )
+    np.testing.assert_allclose(shuffled, elsewhere, rtol=0.1)

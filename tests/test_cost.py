@@ -70,9 +70,10 @@ def test_whole_layers_are_predicted_as_measured(machine: Machine) -> None:
             order = int(found[1])
             solved = eigenvalues_cost(machine, order, order, 225).seconds
             fitted = fit_cost(machine, order, 225, "peak", 0, 2**24).seconds
+            # These windows share the work of their Gram matrices, which is not in the prediction.
             # The CPU that was measured had other work as well.
-            error = 0.05 if machine.kind == "cuda" else 0.35
-            assert solved + fitted == pytest.approx(seconds, rel=error)
+            least, most = (1.0, 1.15) if machine.kind == "cuda" else (0.65, 1.35)
+            assert least * seconds < solved + fitted < most * seconds
             checked += 1
     assert checked == 2
 

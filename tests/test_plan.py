@@ -340,8 +340,8 @@ def test_llama_7b_is_predicted_as_measured() -> None:
     assert sum(batch.windows for batch in planned.batches) == 224 * 225
     for batch in planned.batches:
         assert sum(map(eigenvalues_of, batch.layers)) <= 2**24
-    # A little less than its layers were measured to take on an H200 one by one, each with a call of
-    # the solver of its own, and 40 GB at most.
+    # A little more than its layers were measured to take on an H200 one by one, for they share the
+    # work of their Gram matrices, which is not in the prediction; and 40 GB at most.
     saved = json.loads((Path(__file__).parent.parent / "benchmarks/saved/cuda.json").read_text())
     measured = [
         entry["stats"]["median"]
@@ -351,7 +351,7 @@ def test_llama_7b_is_predicted_as_measured() -> None:
     ]
     assert len(measured) == 2
     one_by_one = 224 * sum(measured) / 2
-    assert 0.9 * one_by_one < planned.cost.seconds < one_by_one
+    assert one_by_one < planned.cost.seconds < 1.15 * one_by_one
     assert planned.cost.memory < 40e9
     # Per window 2000^3 for the Gram matrix, 4/3 of it for the tridiagonal form.
     assert planned.cost.flops == pytest.approx(224 * 225 * 7 / 3 * 2000**3, rel=0.06)

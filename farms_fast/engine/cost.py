@@ -151,6 +151,9 @@ def eigenvalues_cost(
 ) -> Cost:
     """Gram matrices and eigenvalues of windows that are solved together.
 
+    That overlapping windows share the work of their Gram matrices is not in it: 225 windows of 2000
+    take a tenth less than predicted.
+
     Args:
         machine: where.
         order: k, the shorter side of the windows.
@@ -214,10 +217,10 @@ def fit_cost(
     resampled = resamples * pooled
     rows = {name: dict(measured["fit"][name]) for name in ("median", rule)}
     fewest, most = min(rows["median"]), max(rows["median"])
-    latency = rows["median"][fewest]
+    latency = rows[rule][min(rows[rule])]
     if machine.kind == "cuda":
         # One block goes through a spectrum from end to end; different spectra do so side by side.
-        longest = (rows["median"][most] - latency) / most
+        longest = (rows["median"][most] - rows["median"][fewest]) / most
         each = (rows[rule][most] - rows["median"][most]) / most
         each += _RESAMPLE_BYTES / measured["copy_bytes_per_second"]
     else:
