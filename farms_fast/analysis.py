@@ -80,8 +80,9 @@ def analyze(
         base: the model that a LoRA adapter changes, where the first argument is the adapter's
             folder (see `farms_fast.sources.open_source`).
         store: an SQLite file that every layer is written to when it is finished, made if there is
-            none. A run with the same settings, source and release goes on where one has ended:
-            layers whose weights are the same are not computed again (see `farms_fast.store`).
+            none. A run with the same settings, source, selection of layers and release goes on
+            where one has ended: layers whose weights are the same are not computed again (see
+            `farms_fast.store`).
         force: compute every layer anew; older results stay in the store beside the new ones.
         process_group: share the layers out over the processes of a torch.distributed group, each
             of which makes this call. The first of them gets all layers, the others those that they
@@ -128,6 +129,8 @@ def analyze(
     settings: dict[str, object] = {
         "source": _absolute(model_or_state_dict_or_path) or source.description,
         "base": _absolute(base) or (None if base is None else open_source(base).description),
+        "include": _patterns(include),
+        "exclude": _patterns(exclude),
         "sampling": str(sampling),
         "xmin": rule.xmin,
         "xmin_pos": float(xmin_pos),
@@ -186,6 +189,10 @@ def _absolute(model: object) -> str:
     if not isinstance(model, (str, os.PathLike)):
         return ""
     return os.path.abspath(Path(os.fsdecode(model)).expanduser())
+
+
+def _patterns(patterns: str | Sequence[str] | None) -> list[str]:
+    return [patterns] if isinstance(patterns, str) else list(patterns or ())
 
 
 def _default_device() -> torch.device:

@@ -18,11 +18,13 @@ from farms_fast.records import LayerRecord
 from farms_fast.results import Analysis
 from farms_fast.store import ResultsStore, StoredRun, merge
 
-# What decides a run's numbers. Another release may compute them otherwise; devices agree to within
-# the error of the eigenvalues, so a run may go on on another one.
+# What decides a run's layers and their numbers. Another release may compute them otherwise; devices
+# agree to within the error of the eigenvalues, so a run may go on on another one.
 _DECIDING = (
     "source",
     "base",
+    "include",
+    "exclude",
     "sampling",
     "xmin",
     "xmin_pos",

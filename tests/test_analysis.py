@@ -448,6 +448,8 @@ def test_settings_are_recorded(model: Model, tmp_path: Path) -> None:
     assert analyze(model, SAMPLING, include="fc", device="cpu").settings == {
         "source": "Model",
         "base": None,
+        "include": ["fc"],
+        "exclude": [],
         "sampling": "FixedAspectSampling(rows=10, q=1.0, per_dim=3, compat=None)",
         "xmin": "median",
         "xmin_pos": 2.0,

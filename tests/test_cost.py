@@ -70,9 +70,9 @@ def test_whole_layers_are_predicted_as_measured(machine: Machine) -> None:
             order = int(found[1])
             solved = eigenvalues_cost(machine, order, order, 225).seconds
             fitted = fit_cost(machine, order, 225, "peak", 0, 2**24).seconds
-            # These windows share the work of their Gram matrices, which is not in the prediction.
-            # The CPU that was measured had other work as well.
-            least, most = (1.0, 1.15) if machine.kind == "cuda" else (0.65, 1.35)
+            # These windows share the work of their Gram matrices, which is not in the prediction: a
+            # tenth of all of it on a GPU, a third on a CPU with windows of 250.
+            least, most = (1.0, 1.15) if machine.kind == "cuda" else (1.0, 1.5)
             assert least * seconds < solved + fitted < most * seconds
             checked += 1
     assert checked == 2

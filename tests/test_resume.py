@@ -79,9 +79,17 @@ def test_what_is_there_is_not_computed_again(tmp_path: Path, computed: list[str]
     assert computed == ["layer3"]
     assert changed["layer3"].alpha != first["layer3"].alpha
     computed.clear()
-    some = analyze(weights, SAMPLING, store=path, include="layer[0-3]", exclude="layer1")
-    assert [layer.name for layer in some] == ["layer0", "layer2", "layer3"]
-    assert computed == []
+
+
+def test_a_selection_of_layers_is_another_run(tmp_path: Path, computed: list[str]) -> None:
+    weights, path = weights_of(), tmp_path / "run.sqlite"
+    whole = analyze(weights, SAMPLING, store=path)
+    for _ in range(2):
+        some = analyze(weights, SAMPLING, store=path, include="layer[0-3]", exclude="layer1")
+        assert [layer.name for layer in some] == ["layer0", "layer2", "layer3"]
+    assert computed[6:] == ["layer0", "layer2", "layer3"]
+    # The run of all layers is what it was.
+    assert_equal(Analysis.from_store(path, 1), whole)
 
 
 def test_other_settings_are_another_run(tmp_path: Path, computed: list[str]) -> None:
