@@ -128,6 +128,19 @@ def test_a_layer_that_is_too_much_alone_is_given_up_and_the_rest_go_on(stage: st
     assert stages.given_up == [("4", f"{stage} of 4 is too much")]
 
 
+def test_an_error_of_memory_without_a_message_is_one_too() -> None:
+    class Wordless(Recorder):
+        def solve(self, loaded: list[str]) -> list[str]:
+            if "1" in loaded:
+                raise torch.OutOfMemoryError
+            return super().solve(loaded)
+
+    stages = Wordless()
+    run(batches(3), stages, CPU)
+    assert stages.finished == ["0", "2"]
+    assert stages.given_up == [("1", "")]
+
+
 @pytest.mark.parametrize("stage", ["read", "solve", "finish"])
 def test_another_error_ends_the_run_after_the_batches_before(stage: str) -> None:
     stages = Recorder(fails={"2": stage})

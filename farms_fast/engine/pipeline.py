@@ -120,19 +120,21 @@ def _drop(ahead: Future[Any] | None) -> None:
 
 def _alone(batch: Batch, stages: Stages, device: torch.device) -> None:
     """All stages of a batch with nothing else under way; in halves where it does not fit."""
-    error = ""
+    error: str | None = None
     try:
         stages.finish(stages.solve(stages.read(batch)))
     except torch.OutOfMemoryError as caught:
         error = str(caught)
     # Beyond the handler, where the failed stage's tensors are no longer held by its frames.
-    if error and device.type == "cuda":
+    if error is None:
+        return
+    if device.type == "cuda":
         torch.cuda.empty_cache()
-    if error and len(batch.layers) == 1:
+    if len(batch.layers) == 1:
         stages.give_up(batch, error)
-    elif error:
-        for half in batch.halves():
-            _alone(half, stages, device)
+        return
+    for half in batch.halves():
+        _alone(half, stages, device)
 
 
 class _Lane:
