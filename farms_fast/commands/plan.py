@@ -19,6 +19,7 @@ from farms_fast.commands.options import (
     Exclude,
     Full,
     Include,
+    Memory,
     PerDim,
     Rows,
     ShowSkipped,
@@ -55,13 +56,7 @@ def plan(
         ),
     ] = None,
     dtype: Dtype = "float64",
-    memory: Annotated[
-        str | None,
-        typer.Option(
-            help="Most device memory to use, such as 40GiB or 500MB.",
-            show_default="half of the device's",
-        ),
-    ] = None,
+    memory: Memory = None,
     base: Base = None,
     include: Include = None,
     exclude: Exclude = None,

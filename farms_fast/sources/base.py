@@ -7,10 +7,11 @@ from typing import Protocol
 
 import torch
 
-from farms_fast.layers import LayerSpec, Skipped
+from farms_fast.layers import LayerSpec, Skipped, TensorHeader, layers_from_headers
+from farms_fast.model_config import ModelConfig
 from farms_fast.stacks import Found
 
-__all__ = ["BaseSource", "Change", "Patterns", "Source", "no_such_tensor"]
+__all__ = ["BaseSource", "Change", "HeaderSource", "Patterns", "Source", "no_such_tensor"]
 
 Patterns = str | Sequence[str] | None
 Change = Callable[[Sequence[Found]], list[Found]]
@@ -43,6 +44,40 @@ class BaseSource(Source, Protocol):
         change: Change | None = None,
     ) -> tuple[list[LayerSpec], list[Skipped]]:
         """As in `Source`, of the weights as ``change`` leaves them."""
+
+
+class HeaderSource:
+    """A source that knows its tensors by name, shape and dtype, and its layers from those.
+
+    Args:
+        description: For titles and messages.
+        config: Of the model.
+
+    Attributes:
+        description: For titles and messages.
+        headers: The tensors that it can load.
+        skipped: What else it holds, with the reason.
+    """
+
+    def __init__(self, description: str, config: ModelConfig | None) -> None:
+        """No tensor is known yet."""
+        self.description = description
+        self.headers: list[TensorHeader] = []
+        self.skipped: list[Skipped] = []
+        self._config = config
+
+    def layers(
+        self,
+        include: Patterns = None,
+        exclude: Patterns = None,
+        *,
+        change: Change | None = None,
+    ) -> tuple[list[LayerSpec], list[Skipped]]:
+        """As `layers_from_headers`; what is no tensor to load is listed as skipped too."""
+        layers, skipped = layers_from_headers(
+            self.headers, include, exclude, config=self._config, change=change
+        )
+        return layers, skipped + self.skipped
 
 
 def no_such_tensor(description: str, name: str) -> ValueError:

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from farms_fast.layers import LayerSpec, Skipped, TensorHeader, layers_from_headers
+from farms_fast.layers import Skipped, TensorHeader
 from farms_fast.model_config import ModelConfig
-from farms_fast.sources.base import Change, Patterns, no_such_tensor
+from farms_fast.sources.base import HeaderSource, no_such_tensor
 from farms_fast.sources.memory import MappingSource
 
 __all__ = ["PickleSource", "SafetensorsSource"]
@@ -65,7 +65,7 @@ class _Place:
     dtype: torch.dtype
 
 
-class SafetensorsSource:
+class SafetensorsSource(HeaderSource):
     """Tensors of one safetensors file or of several.
 
     safetensors keeps no order of its own, so layers come in the order of their names, with numbers
@@ -87,28 +87,13 @@ class SafetensorsSource:
         config: ModelConfig | None = None,
     ) -> None:
         """Read the headers of all files."""
-        self.description = description
-        self.skipped: list[Skipped] = []
-        self._config = config
+        super().__init__(description, config)
         self._places: dict[str, _Place] = {}
         self._states: dict[Path, tuple[int, int]] = {}
         headers: list[TensorHeader] = []
         for path, names in files.items():
             headers.extend(self._read_headers(path, names))
         self.headers = sorted(headers, key=lambda header: _natural_order(header.name))
-
-    def layers(
-        self,
-        include: Patterns = None,
-        exclude: Patterns = None,
-        *,
-        change: Change | None = None,
-    ) -> tuple[list[LayerSpec], list[Skipped]]:
-        """As `layers_from_headers`."""
-        layers, skipped = layers_from_headers(
-            self.headers, include, exclude, config=self._config, change=change
-        )
-        return layers, skipped + self.skipped
 
     def load(self, name: str) -> torch.Tensor:
         """The tensor, on the CPU; of a large one, pages come from the file when they are read.
@@ -130,10 +115,7 @@ class SafetensorsSource:
     def _read_headers(self, path: Path, names: Sequence[str] | None) -> list[TensorHeader]:
         stored, start = _safetensors_header(path)
         self._states[path] = _state(path)
-        expected = set(stored if names is None else names)
-        lacking = sorted(expected - set(stored))
-        if lacking:
-            raise ValueError(f"{path}: expected the tensor {lacking[0]!r} of the index in it")
+        expected = _expected(path, stored, names)
         headers: list[TensorHeader] = []
         for name, entry in stored.items():
             shape, dtype = tuple(entry["shape"]), entry["dtype"]
@@ -203,7 +185,7 @@ def _bytes_of(descriptor: int, place: _Place) -> torch.Tensor:
     return content
 
 
-class PickleSource:
+class PickleSource(HeaderSource):
     """Pickled state dicts in one file or several, by torch's restricted reader.
 
     Files in torch's zip format are memory-mapped, one at a time. The older format cannot be: one
@@ -225,29 +207,13 @@ class PickleSource:
         config: ModelConfig | None = None,
     ) -> None:
         """Read the headers of all files, in their order."""
-        self.description = description
-        self.headers: list[TensorHeader] = []
-        self.skipped: list[Skipped] = []
-        self._config = config
+        super().__init__(description, config)
         self._paths: dict[str, Path] = {}
         self._states: dict[Path, tuple[int, int]] = {}
         self._opened: tuple[Path, MappingSource] | None = None
         self._handed_out = 0
         for path, names in files.items():
             self._read_headers(path, names)
-
-    def layers(
-        self,
-        include: Patterns = None,
-        exclude: Patterns = None,
-        *,
-        change: Change | None = None,
-    ) -> tuple[list[LayerSpec], list[Skipped]]:
-        """As `layers_from_headers`; values that are not tensors are listed as skipped."""
-        layers, skipped = layers_from_headers(
-            self.headers, include, exclude, config=self._config, change=change
-        )
-        return layers, skipped + self.skipped
 
     def load(self, name: str) -> torch.Tensor:
         """The tensor, on the CPU.
@@ -279,10 +245,7 @@ class PickleSource:
         opened = self._open(path)
         self.skipped.extend(opened.skipped)
         stored = {header.name: header for header in opened.headers}
-        expected = set(stored if names is None else names)
-        lacking = sorted(expected - set(stored))
-        if lacking:
-            raise ValueError(f"{path}: expected the tensor {lacking[0]!r} of the index in it")
+        expected = _expected(path, stored, names)
         for name in stored if names is None else names:
             header = stored[name]
             # Another file's tensors may come to lie at the same address later.
@@ -317,6 +280,14 @@ def _read_pickle(path: Path) -> Mapping[str, Any]:
             f"{path}: expected a mapping of names to tensors, got {type(loaded).__name__}"
         )
     return loaded
+
+
+def _expected(path: Path, stored: Mapping[str, object], names: Sequence[str] | None) -> set[str]:
+    """The names to read from a file, all of which it must have; None is what it has."""
+    expected = set(stored if names is None else names)
+    if lacking := sorted(expected - set(stored)):
+        raise ValueError(f"{path}: expected the tensor {lacking[0]!r} of the index in it")
+    return expected
 
 
 def _state(file: Path | int) -> tuple[int, int]:

@@ -15,14 +15,13 @@ from farms_fast.layers import (
     LayerSpec,
     Skipped,
     TensorHeader,
-    layers_from_headers,
     layers_from_module,
     module_tensor,
     sparse_layout,
     tensor_identity,
 )
 from farms_fast.model_config import ModelConfig
-from farms_fast.sources.base import Change, Patterns, no_such_tensor
+from farms_fast.sources.base import Change, HeaderSource, Patterns, no_such_tensor
 
 __all__ = ["MappingSource", "ModuleSource"]
 
@@ -57,7 +56,7 @@ class ModuleSource:
         return module_tensor(self.module, name)
 
 
-class MappingSource:
+class MappingSource(HeaderSource):
     """Tensors or NumPy arrays by name, such as a state dict or an unpickled checkpoint.
 
     Args:
@@ -80,10 +79,8 @@ class MappingSource:
         config: ModelConfig | None = None,
     ) -> None:
         """Take the mapping's items as they are now; the tensors themselves are shared."""
-        self.description = description
-        self.skipped = list(skipped)
-        self.headers: list[TensorHeader] = []
-        self._config = config
+        super().__init__(description, config)
+        self.skipped += skipped
         self._values: dict[str, torch.Tensor | np.ndarray[Any, Any]] = {}
         for name, value in self._unwrapped(tensors).items():
             if not isinstance(name, str):
@@ -102,19 +99,6 @@ class MappingSource:
                 f"{description}: expected tensors by name, got a mapping without any tensor"
                 f" (keys: {keys or 'none'})"
             )
-
-    def layers(
-        self,
-        include: Patterns = None,
-        exclude: Patterns = None,
-        *,
-        change: Change | None = None,
-    ) -> tuple[list[LayerSpec], list[Skipped]]:
-        """As `layers_from_headers`; values that are not tensors are listed as skipped."""
-        layers, skipped = layers_from_headers(
-            self.headers, include, exclude, config=self._config, change=change
-        )
-        return layers, skipped + self.skipped
 
     def load(self, name: str) -> torch.Tensor:
         """The tensor, detached; an array as a tensor of the same memory where torch allows it."""
