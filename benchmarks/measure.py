@@ -114,9 +114,15 @@ class Bench:
         rounds = 1 if self.quick else self._rounds(first, run, fresh, inputs[0])
         rotation = itertools.cycle(range(len(inputs)))
         last = 0
+        # pytest-benchmark would hold the last result while the next is computed.
+        results: list[Any] = []
+
+        def timed(given: Any) -> None:
+            results.append(self._synchronised(run, given))
 
         def setup() -> tuple[tuple[Any], dict[str, Any]]:
             nonlocal last
+            results.clear()
             last = next(rotation)
             given = fresh(inputs[last])
             if self.device.type == "cuda":
@@ -130,16 +136,14 @@ class Bench:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-        result = benchmark.pedantic(
-            lambda given: self._synchronised(run, given), setup=setup, rounds=rounds
-        )
+        benchmark.pedantic(timed, setup=setup, rounds=rounds)
         if self.device.type == "cuda":
             # Beyond the inputs, and only what torch allocates; CuPy and workspaces of libraries
             # have their own allocators.
             info["peak_bytes"] = torch.cuda.max_memory_allocated() - before
             info["budget_bytes"] = budget_bytes
         # What was timed is right too.
-        check(result, last)
+        check(results.pop(), last)
         if benchmark.stats is not None and scale != 1.0:
             durations = benchmark.stats.stats.data
             durations[:] = [duration * scale for duration in durations]

@@ -2,6 +2,7 @@
 
     python -m benchmarks.report                        # from benchmarks/saved/*.json
     python -m benchmarks.report save cpu RAW.json ...  # first takes pytest-benchmark's files over
+    python -m benchmarks.report save cpu --update RAW.json   # only the kinds of case that it has
 
 A saved run is `NAME.json`, with the roofline of the same machine as `NAME-roofline.json` beside it.
 """
@@ -21,6 +22,7 @@ ROOT = Path(__file__).parent
 SAVED = ROOT / "saved"
 RESULTS = ROOT / "RESULTS.md"
 README = ROOT.parent / "README.md"
+NOT_MEASURED = "—"
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 
 FAMILIES = {
@@ -45,30 +47,60 @@ _EXPLAIN = {
 Run = dict[str, Any]
 
 
-def save(name: str, files: Sequence[Path], folder: Path = SAVED) -> Path:
-    """Merges pytest-benchmark's files of one machine into one that is small enough to keep."""
+def save(name: str, files: Sequence[Path], folder: Path = SAVED, *, update: bool = False) -> Path:
+    """Merges pytest-benchmark's files of one machine into one that is small enough to keep.
+
+    Args:
+        name: of the saved run.
+        files: pytest-benchmark's.
+        folder: of the saved runs.
+        update: keep what the saved run has of other kinds of case than the files; the report gives
+            the day of those that are not of the run's own.
+    """
     runs = [json.loads(path.read_text()) for path in files]
+    for run in runs:
+        run["benchmarks"] = [
+            {
+                "group": entry["group"],
+                "stats": {k: _short(v) for k, v in entry["stats"].items() if k != "data"},
+                "extra_info": entry["extra_info"],
+            }
+            for entry in run["benchmarks"]
+        ]
+    merged = _merged(runs)
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}.json"
+    if update:
+        merged = _updated(json.loads(path.read_text()), merged)
+    path.write_text(json.dumps(merged, indent=1) + "\n")
+    return path
+
+
+def _merged(runs: Sequence[Run]) -> Run:
+    if len({(run["run"]["device"], run["run"]["profile"]) for run in runs}) != 1:
+        raise ValueError("files: expected runs of one device and profile")
     merged: Run = {key: runs[0][key] for key in ("machine_info", "commit_info", "datetime")}
     merged["run"] = dict(runs[0]["run"])
-    merged["benchmarks"] = []
+    merged["benchmarks"] = [entry for run in runs for entry in run["benchmarks"]]
     for key in ("skipped", "failed"):
         merged["run"][key] = [entry for run in runs for entry in run["run"][key]]
     merged["run"]["seconds"] = sum(run["run"]["seconds"] for run in runs)
-    if len({(run["run"]["device"], run["run"]["profile"]) for run in runs}) != 1:
-        raise ValueError(f"files: expected runs of one device and profile, got {files}")
-    for run in runs:
-        for entry in run["benchmarks"]:
-            merged["benchmarks"].append(
-                {
-                    "group": entry["group"],
-                    "stats": {k: _short(v) for k, v in entry["stats"].items() if k != "data"},
-                    "extra_info": entry["extra_info"],
-                }
-            )
-    folder.mkdir(exist_ok=True)
-    path = folder / f"{name}.json"
-    path.write_text(json.dumps(merged, indent=1) + "\n")
-    return path
+    return merged
+
+
+def _updated(saved: Run, new: Run) -> Run:
+    """The saved run with the families of the new one in place of its own."""
+    if title(saved) != title(new):
+        raise ValueError(f"update: expected a run of {title(saved)}, got one of {title(new)}")
+    families = {entry["extra_info"]["family"] for entry in new["benchmarks"]}
+    for key in ("skipped", "failed"):
+        kept = [entry for entry in saved["run"][key] if entry["family"] not in families]
+        saved["run"][key] = kept + new["run"][key]
+    kept = [e for e in saved["benchmarks"] if e["extra_info"]["family"] not in families]
+    saved["benchmarks"] = kept + new["benchmarks"]
+    dates = saved["run"].setdefault("dates", {})
+    dates.update(dict.fromkeys(sorted(families), new["datetime"]))
+    return saved
 
 
 def _short(value: Any) -> Any:
@@ -119,7 +151,11 @@ def _section(run: Run, roofline: Run | None) -> list[str]:
         entries = [e["extra_info"] | {"stats": e["stats"]} for e in run["benchmarks"]]
         entries = [entry for entry in entries if entry["family"] == family]
         if entries:
-            parts += [f"### {heading}\n", _EXPLAIN[family] + "\n", _table(entries, family, gpu)]
+            explained = _EXPLAIN[family]
+            measured = run["run"].get("dates", {}).get(family, run["datetime"])[:10]
+            if measured != run["datetime"][:10]:
+                explained += f" Measured on {measured}."
+            parts += [f"### {heading}\n", explained + "\n", _table(entries, family, gpu)]
             parts.append(_notes(entries, run["run"], family))
     if roofline is not None:
         parts += ["### Against the machine's limits\n", _roofline(roofline, gpu)]
@@ -179,7 +215,7 @@ def _table(entries: Sequence[dict[str, Any]], family: str, gpu: bool) -> str:
 def ratio(mine: dict[str, Any] | None, peer: dict[str, Any] | None) -> str:
     """A peer's time over farms_fast's, as the tables show it."""
     if mine is None or peer is None:
-        return "—"
+        return NOT_MEASURED
     factor = peer["stats"]["median"] / mine["stats"]["median"]
     return ("~" if peer["sample"] else "") + significant(factor)
 
@@ -192,13 +228,18 @@ def significant(value: float) -> str:
 
 def _absolute(mine: dict[str, Any] | None, family: str) -> list[str]:
     if mine is None:
-        return ["—", "—"]
+        return [NOT_MEASURED, NOT_MEASURED]
     seconds = mine["stats"]["median"]
     per_window = family in ("eigenvalues", "gram")
     time = significant(seconds / mine["units"] * 1e6 if per_window else seconds * 1e3)
     peak, budget = mine.get("peak_bytes"), mine.get("budget_bytes")
-    memory = "—" if peak is None else f"{peak / 1e9:.2f} GB"
-    return [time, memory + (f" of {budget / 1e9:.0f}" if budget else "")]
+    memory = NOT_MEASURED if peak is None else _bytes(peak)
+    return [time, memory + (f" of {_bytes(budget)}" if budget else "")]
+
+
+def _bytes(count: float) -> str:
+    unit, name = (1e9, "GB") if count >= 1e9 else (1e6, "MB")
+    return f"{significant(count / unit)} {name}"
 
 
 def _notes(entries: Sequence[dict[str, Any]], run: Run, family: str) -> str:
@@ -283,9 +324,12 @@ def readme_block(runs: Sequence[tuple[Run, Run | None]]) -> str:
         peers = [p for p in _README_PEERS if any(e["peer"] == p for e in shown)]
         by_key = {(entry["case"], entry["peer"]): entry for entry in shown}
         rows = []
-        for case in dict.fromkeys(entry["case"] for entry in shown):
+        for case, family in dict.fromkeys((entry["case"], entry["family"]) for entry in shown):
             mine = by_key.get((case, CONTENDER))
-            rows.append([case, *(ratio(mine, by_key.get((case, peer))) for peer in peers)])
+            ratios = [ratio(mine, by_key.get((case, peer))) for peer in peers]
+            if any(shown != NOT_MEASURED for shown in ratios):
+                heading = f"{FAMILIES[family]}, " if family == "details" else ""
+                rows.append([heading + case, *ratios])
         parts += [f"{title(run)}:\n", _markdown(["case", *peers], rows)]
     return "\n".join([*parts, END])
 
@@ -311,10 +355,13 @@ def main(arguments: list[str] | None = None) -> None:
     saving.add_argument("name", help="of the file in benchmarks/saved")
     saving.add_argument("files", nargs="+", type=Path)
     saving.add_argument("--roofline", type=Path, help="of the same machine")
+    saving.add_argument(
+        "--update", action="store_true", help="keep the saved run's other kinds of case"
+    )
     saving.add_argument("--note", help="what a reader has to know about the run")
     asked = parser.parse_args(arguments)
     if asked.command == "save":
-        path = save(asked.name, asked.files)
+        path = save(asked.name, asked.files, update=asked.update)
         if asked.note:
             run = json.loads(path.read_text())
             run["run"]["note"] = asked.note

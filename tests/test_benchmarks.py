@@ -240,15 +240,51 @@ def test_ratios_are_times_over_the_contenders() -> None:
     assert "| k=512 x 9 | ~5.00 | 1,000 | 1.00 GB |\n" in gpu
 
 
+def raw_run(path: Path, family: str, median: float, day: str, cpu: str = "a CPU") -> Path:
+    run = a_run("cpu") | {"datetime": day, "commit_info": {}}
+    run["machine_info"]["cpu"] = cpu
+    missing = {"family": family, "case": "one", "peer": "CuPy", "reason": day}
+    run["run"] |= {"seconds": 1.0, "skipped": [missing]}
+    run["benchmarks"] = [entry("farms_fast", median)]
+    run["benchmarks"][0]["extra_info"]["family"] = family
+    path.write_text(json.dumps(run))
+    return path
+
+
+def test_an_update_replaces_the_families_that_it_has(tmp_path: Path) -> None:
+    first = [
+        raw_run(tmp_path / "a.json", "gram", 1.0, "2026-01-02"),
+        raw_run(tmp_path / "b.json", "fit", 2.0, "2026-01-02"),
+    ]
+    report.save("here", first, tmp_path)
+    again = raw_run(tmp_path / "c.json", "fit", 3.0, "2026-03-04")
+    saved = json.loads(report.save("here", [again], tmp_path, update=True).read_text())
+    medians = {e["extra_info"]["family"]: e["stats"]["median"] for e in saved["benchmarks"]}
+    assert medians == {"gram": 1.0, "fit": 3.0}
+    skipped = {e["family"]: e["reason"] for e in saved["run"]["skipped"]}
+    assert skipped == {"gram": "2026-01-02", "fit": "2026-03-04"}
+    text = report.results([(saved, None)])
+    assert text.count("Measured on 2026-03-04.") == 1
+    elsewhere = raw_run(tmp_path / "d.json", "fit", 1.0, "2026-03-04", "another CPU")
+    with pytest.raises(ValueError, match=r"expected a run of CPU, 2 cores \(a CPU\)"):
+        report.save("here", [elsewhere], tmp_path, update=True)
+
+
 def test_only_the_marked_block_of_readme_is_rewritten(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    block = report.readme_block([(a_run("cpu"), None)])
+    run = a_run("cpu")
+    alone = entry("farms_fast", 1.0)
+    alone["extra_info"]["case"] = "k=1000 x 9"
+    run["benchmarks"].append(alone)
+    block = report.readme_block([(run, None)])
     assert report.write_readme(block, readme)
     text = readme.read_text()
     assert text.startswith(f"before\n{report.BEGIN}\n")
     assert text.endswith(f"{report.END}\nafter\n")
     assert "| k=512 x 9 | ~5.00 |" in text
     assert "old" not in text
+    # A case without any peer says nothing there.
+    assert "k=1000 x 9" not in text
     readme.write_text("nothing marked\n")
     assert not report.write_readme(block, readme)
