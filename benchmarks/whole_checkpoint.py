@@ -4,7 +4,9 @@
     python -m benchmarks.whole_checkpoint run FOLDER [--memory 40GiB] [--store RUN.sqlite]
 
 `run` analyses it with 15 x 15 windows of 2000 and the peak rule, twice: the second time under
-torch's profiler, which says what the device did. The first time is the one that is told.
+torch's profiler, which says what the device did. The first time is the one that is told. Started by
+`torchrun --nproc-per-node N -m benchmarks.whole_checkpoint run ...` it shares the layers out over N
+devices, without the second time, and tells what the whole took.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from safetensors.torch import save_file
 
 from farms_fast import FixedAspectSampling, analyze
 from farms_fast.commands.options import parse_memory
+from farms_fast.engine.distributed import Ranks, local_device, torchrun_group
 
 app = typer.Typer(add_completion=False)
 
@@ -129,10 +132,19 @@ def run(
     sampling = FixedAspectSampling(rows=rows, per_dim=per_dim)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    start = time.perf_counter()
-    analysis = analyze(folder, sampling, xmin, store=store, **options)
-    seconds = time.perf_counter() - start
+    with torchrun_group() as group:
+        ranks = Ranks.of(group)
+        ranks.wait()
+        start = time.perf_counter()
+        device = local_device()
+        analysis = analyze(
+            folder, sampling, xmin, store=store, process_group=group, device=device, **options
+        )
+        seconds = time.perf_counter() - start
+    if not ranks.leads:
+        return
     told: dict[str, Any] = {
+        "processes": ranks.size,
         "layers": len(analysis),
         "failed": len(analysis.failed),
         "windows": sum(layer.windows for layer in analysis),
@@ -143,7 +155,7 @@ def run(
     if torch.cuda.is_available():
         told["device GiB, allocated"] = torch.cuda.max_memory_allocated() / 2**30
         told["device GiB, reserved"] = torch.cuda.max_memory_reserved() / 2**30
-    if profiled and torch.cuda.is_available():
+    if profiled and ranks.size == 1 and torch.cuda.is_available():
         from torch.profiler import ProfilerActivity, profile
 
         with profile(activities=[ProfilerActivity.CUDA]) as recorded:

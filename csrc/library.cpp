@@ -8,6 +8,7 @@
 #include <tuple>
 #include <vector>
 
+#include "allocate.h"
 #include "check.h"
 #include "eigvalsh.h"
 #include "gram.h"
@@ -67,10 +68,6 @@ ScalarType scalar_type(DType dtype) {
   }
 }
 
-Tensor empty_like_device(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType type) {
-  return torch::stable::empty(sizes, type, std::nullopt, like.device());
-}
-
 // The windows of the table, on the weights. Every row is checked here, on the host: a kernel never sees a window that
 // leaves its weight.
 struct Windows {
@@ -126,8 +123,8 @@ Tensor window_gram(std::vector<Tensor> weights, Tensor windows, int64_t order, S
   const char* op = "window_gram";
   const DType precision = precision_of(op, dtype);
   const Windows resolved = resolve_windows(op, weights, windows, order);
-  Tensor gram = empty_like_device(weights.front(), {resolved.count(), order, order},
-                                  scalar_type(gram_dtype(resolved.dtype, precision)));
+  Tensor gram = allocate({resolved.count(), order, order}, scalar_type(gram_dtype(resolved.dtype, precision)),
+                         weights.front().device());
   if (resolved.count() == 0) return gram;
 #ifdef FARMS_FAST_CUDA
   if (gram.is_cuda()) {
@@ -157,7 +154,7 @@ Tensor eigvalsh(Tensor gram, std::string solver, int64_t memory_budget) {
   FARMS_CHECK(dtype != DType::f16 && dtype != DType::bf16, op, "gram",
               "expected float32, float64, complex64 or complex128, got ",
               torch::headeronly::toString(gram.scalar_type()));
-  Tensor evals = empty_like_device(gram, {gram.size(0), gram.size(1)}, scalar_type(real_dtype(dtype)));
+  Tensor evals = allocate({gram.size(0), gram.size(1)}, scalar_type(real_dtype(dtype)), gram.device());
 #ifdef FARMS_FAST_CUDA
   if (gram.is_cuda()) {
     if (evals.numel() > 0) eigvalsh_cuda(gram, dtype, solver, memory_budget, evals);
@@ -178,7 +175,7 @@ Tensor window_eigvalsh(std::vector<Tensor> weights, Tensor windows, int64_t orde
   const DType precision = precision_of(op, dtype);
   const Windows resolved = resolve_windows(op, weights, windows, order);
   const int64_t count = resolved.count();
-  Tensor evals = empty_like_device(weights.front(), {count, order}, dtype);
+  Tensor evals = allocate({count, order}, dtype, weights.front().device());
 #ifdef FARMS_FAST_CUDA
   if (evals.is_cuda()) {
     if (count > 0)
@@ -228,8 +225,8 @@ FitTensors fit_power_law(Tensor evals, Tensor offsets, std::string rule, double 
   FARMS_CHECK(xmin_pos > 1 && xmin_pos < 1e300, op, "xmin_pos", "expected a finite number above 1, got ", xmin_pos);
   FARMS_CHECK(bins >= 1, op, "bins", "expected at least 1, got ", bins);
   const int64_t spectra = offsets.numel() - 1;
-  const auto doubles = [&] { return empty_like_device(evals, {spectra}, ScalarType::Double); };
-  const auto longs = [&] { return empty_like_device(evals, {spectra}, ScalarType::Long); };
+  const auto doubles = [&] { return allocate({spectra}, ScalarType::Double, evals.device()); };
+  const auto longs = [&] { return allocate({spectra}, ScalarType::Long, evals.device()); };
   FitTensors fits{doubles(), doubles(), doubles(), longs(), longs(), longs()};
   const FitOutputs outputs{
       std::get<0>(fits).mutable_data_ptr<double>(),  std::get<1>(fits).mutable_data_ptr<double>(),

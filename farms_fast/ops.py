@@ -7,8 +7,8 @@ are rows of a table (see `farms_fast.windows.window_table`): int64, on the CPU, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple, cast
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -22,6 +22,10 @@ _GRAM_DTYPES = {
     (torch.float32, True): torch.complex64,
 }
 _REAL_DTYPES = {torch.complex64: torch.float32, torch.complex128: torch.float64}
+
+
+# How csrc/allocate.h begins; an op of the stable ABI can raise no error of its own kind.
+_OUT_OF_MEMORY = "farms_fast: out of memory"
 
 
 class FitTensors(NamedTuple):
@@ -59,6 +63,7 @@ def window_gram(
 
     Raises:
         RuntimeError: an argument is not as above; the message names it.
+        torch.OutOfMemoryError: the device has no memory for it.
 
     Example:
         >>> import torch
@@ -68,7 +73,8 @@ def window_gram(
         tensor([[[ 5., 14.],
                  [14., 50.]]], dtype=torch.float64)
     """
-    return cast(Tensor, torch.ops.farms_fast.window_gram(weights, windows, order, dtype))
+    call = torch.ops.farms_fast.window_gram
+    return cast(Tensor, _called(call, weights, windows, order, dtype))
 
 
 def eigvalsh(gram: Tensor, solver: str = "auto", memory_budget: int = 0) -> Tensor:
@@ -85,6 +91,7 @@ def eigvalsh(gram: Tensor, solver: str = "auto", memory_budget: int = 0) -> Tens
 
     Raises:
         RuntimeError: an argument is not as above, or the budget does not hold one matrix.
+        torch.OutOfMemoryError: the device has no memory for it.
 
     Example:
         >>> import torch
@@ -92,7 +99,7 @@ def eigvalsh(gram: Tensor, solver: str = "auto", memory_budget: int = 0) -> Tens
         >>> ops.eigvalsh(torch.diag(torch.tensor([3.0, 1.0, 2.0])).unsqueeze(0))
         tensor([[1., 2., 3.]])
     """
-    return cast(Tensor, torch.ops.farms_fast.eigvalsh(gram, solver, memory_budget))
+    return cast(Tensor, _called(torch.ops.farms_fast.eigvalsh, gram, solver, memory_budget))
 
 
 def window_eigvalsh(
@@ -122,6 +129,7 @@ def window_eigvalsh(
 
     Raises:
         RuntimeError: as for `window_gram` and `eigvalsh`.
+        torch.OutOfMemoryError: the device has no memory for it.
 
     Example:
         >>> import torch
@@ -130,10 +138,8 @@ def window_eigvalsh(
         >>> ops.window_eigvalsh([weight], torch.tensor([[0, 0, 0, 0, 2, 2]]), order=2)
         tensor([[1., 4.]], dtype=torch.float64)
     """
-    return cast(
-        Tensor,
-        torch.ops.farms_fast.window_eigvalsh(weights, windows, order, dtype, solver, memory_budget),
-    )
+    call = torch.ops.farms_fast.window_eigvalsh
+    return cast(Tensor, _called(call, weights, windows, order, dtype, solver, memory_budget))
 
 
 def fit_power_law(
@@ -160,6 +166,7 @@ def fit_power_law(
 
     Raises:
         RuntimeError: an argument is not as above; the message names it.
+        torch.OutOfMemoryError: the device has no memory for it.
 
     Example:
         >>> import torch
@@ -169,11 +176,18 @@ def fit_power_law(
         >>> fit.n_tail, fit.status
         (tensor([2]), tensor([0]))
     """
-    return FitTensors(
-        *torch.ops.farms_fast.fit_power_law(
-            evals, offsets, rule, float(xmin_pos), int(bins), log10_lower_bound
-        )
-    )
+    call = torch.ops.farms_fast.fit_power_law
+    rest = rule, float(xmin_pos), int(bins), log10_lower_bound
+    return FitTensors(*_called(call, evals, offsets, *rest))
+
+
+def _called(op: Callable[..., Any], *arguments: object) -> Any:
+    try:
+        return op(*arguments)
+    except RuntimeError as error:
+        if _OUT_OF_MEMORY in str(error):
+            raise torch.OutOfMemoryError(str(error)) from None
+        raise
 
 
 @torch.library.register_fake("farms_fast::window_gram")

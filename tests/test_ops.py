@@ -243,3 +243,13 @@ def test_gram_and_fit_can_be_captured_in_a_graph() -> None:
     torch.cuda.synchronize()
     for found, wanted in zip(captured, expected, strict=True):
         assert torch.equal(found, wanted)
+
+
+def test_no_memory_for_a_result_is_torchs_own_error(device: torch.device) -> None:
+    weight = torch.ones(1, 2000, 2000, device=device)
+    # 25 PB, which no allocator has.
+    table = torch.tensor([[0, 0, 0, 0, 2000, 2000]]).expand(800_000, -1).contiguous()
+    with pytest.raises(torch.OutOfMemoryError, match=r"of shape \(800000, 2000, 2000\)"):
+        ops.window_gram([weight], table, 2000)
+    # Nothing is wrong afterwards.
+    assert ops.window_gram([weight], table[:1], 2000)[0, 0, 0] == 2000

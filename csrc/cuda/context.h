@@ -4,11 +4,11 @@
 #include <cuda_runtime_api.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
 
+#include "../allocate.h"
 #include "../check.h"
 
 namespace farms_fast {
@@ -29,7 +29,7 @@ class CudaContext {
 
   // Uninitialised device memory that the caching allocator takes back when the tensor goes.
   torch::stable::Tensor bytes(int64_t count) const {
-    return torch::stable::empty({count}, torch::headeronly::ScalarType::Byte, std::nullopt, device_);
+    return allocate({count}, torch::headeronly::ScalarType::Byte, device_);
   }
 
  private:
