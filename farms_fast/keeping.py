@@ -92,9 +92,9 @@ class Keeping:
 class _StoreKeeping(Keeping):
     """Records in a store as soon as they are there.
 
-    Of several ranks each writes to a file of its own beside the store, which the leading one merges
-    into it: nothing then depends on how well a network's file system lets many machines write to
-    one file.
+    Ranks on the machine of the leading one write to the store itself. On other machines each writes
+    to a file of its own beside it, which the leading one merges at the end: nothing then depends on
+    how well a network's file system lets many machines write to one file.
     """
 
     needs_digests = True
@@ -175,7 +175,7 @@ def keeping(
             ranks.wait()
         part = opened.enter_context(contextlib.ExitStack())
         mine = main
-        if ranks.size > 1:
+        if not ranks.beside_the_leader():
             own = part.enter_context(_own_part(path, ranks.rank))
             mine = part.enter_context(ResultsStore(own)).run(settings, deciding=_DECIDING)
         yield _StoreKeeping(ranks, path, main, mine, part)

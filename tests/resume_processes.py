@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from farms_fast import Analysis, FixedAspectSampling, analyze
+from farms_fast.engine import distributed
 from farms_fast.engine.distributed import torchrun_group
 from farms_fast.keeping import Keeping, Kept, _StoreKeeping
 from farms_fast.store import ResultsStore
@@ -109,6 +110,11 @@ def kill(path: Path, kills: int) -> dict[str, object]:
     }
 
 
+def machine_of_its_own() -> None:
+    """Every rank takes itself for a machine, as if they were far from each other."""
+    distributed._machine = lambda: os.environ["RANK"]
+
+
 def share(folder: Path) -> None:
     """One rank of a shared analysis, in memory and with a store."""
     with torchrun_group() as group:
@@ -170,4 +176,6 @@ if __name__ == "__main__":
     elif what == "resume":
         print(json.dumps(resume(Path(where))))
     else:
-        {"share": share, "die": die}[what](Path(where))
+        if what.endswith("_apart"):
+            machine_of_its_own()
+        {"share": share, "die": die}[what.removesuffix("_apart")](Path(where))

@@ -209,8 +209,9 @@ def test_killed_at_twenty_moments(tmp_path: Path) -> None:
     assert told["equal to an unbroken run"]
 
 
-def test_ranks_share_the_layers(tmp_path: Path) -> None:
-    result = process("share", tmp_path, ranks=2)
+@pytest.mark.parametrize("how", ["share", "share_apart"])
+def test_ranks_share_the_layers(tmp_path: Path, how: str) -> None:
+    result = process(how, tmp_path, ranks=2)
     assert result.returncode == 0, result.stderr[-3000:]
     told = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert sorted(told[0]["computed"] + told[1]["computed"]) == told[0]["all"]
@@ -223,11 +224,14 @@ def test_ranks_share_the_layers(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.glob("run.sqlite*")] == ["run.sqlite"]
 
 
-def test_a_rank_that_dies_ends_the_run_and_loses_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["die", "die_apart"])
+def test_a_rank_that_dies_ends_the_run_and_loses_nothing(tmp_path: Path, how: str) -> None:
     path = tmp_path / "run.sqlite"
-    result = process("die", tmp_path, ranks=2)
+    result = process(how, tmp_path, ranks=2)
     assert result.returncode != 0
     assert "exitcode  : 3" in result.stderr
+    # A file of one's own is what is left of a rank on another machine.
+    assert bool(list(tmp_path.glob("run.sqlite.rank*"))) == (how == "die_apart")
     # With another number of ranks: one, here and now.
     result = process("resume", tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]

@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import heapq
 import os
+import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -65,10 +67,24 @@ class Ranks:
         dist.gather_object(value, values, dst=first, group=self.group)
         return [] if values is None else [v for v in values if v is not None]
 
+    def beside_the_leader(self) -> bool:
+        """Whether this process is on the machine of the one that leads. All ranks have to ask."""
+        if self.group is None:
+            return True
+        told = [_machine()]
+        dist.broadcast_object_list(told, src=dist.get_global_rank(self.group, 0), group=self.group)
+        return told[0] == _machine()
+
     def wait(self) -> None:
         """Goes on when all ranks have come this far."""
         if self.group is not None:
             dist.barrier(self.group)
+
+
+def _machine() -> str:
+    """What tells this machine, or this container, from any other."""
+    booted = Path("/proc/sys/kernel/random/boot_id")
+    return platform.node() + (booted.read_text() if booted.exists() else "")
 
 
 def share(costs: Sequence[float], size: int) -> list[int]:
