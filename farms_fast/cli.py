@@ -18,7 +18,7 @@ import typer
 
 from farms_fast.commands.console import (
     EXIT_LAYERS_FAILED,
-    check_writable,
+    check_outputs,
     echo,
     one_line_errors,
 )
@@ -262,9 +262,7 @@ def analyze(
         from farms_fast.engine.distributed import Ranks, local_device, torchrun_group
 
         sampling = sampling_of(rows, q, per_dim, full)
-        check_writable("csv", csv)
-        check_writable("json", json)
-        check_writable("store", store)
+        check_outputs(store=store, csv=csv, json=json)
         group = context.enter_context(torchrun_group())
         leads = Ranks.of(group).leads
         where = device if device is not None else local_device()

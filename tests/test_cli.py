@@ -221,6 +221,9 @@ def test_unwritable_output_is_found_before_the_work(
     name = option.removeprefix("--")
     assert_one_error_line(run("m", option, tmp_path), f"{name}: ", "is a directory")
     assert_one_error_line(run("m", option, tmp_path / "no" / "x"), f"{name}: ", "does not exist")
+    other = "--json" if option != "--json" else "--csv"
+    twice = run("m", option, tmp_path / "x", other, tmp_path / "x")
+    assert_one_error_line(twice, "is the file of ", " too")
     assert "model" not in analysed
 
 

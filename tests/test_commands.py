@@ -76,7 +76,8 @@ def test_export_takes_the_newest_and_says_that_it_is_not_finished(store: Path) -
         ((), "expected at least one of --csv, --json, --parquet, --safetensors, --npz"),
         (("--csv", "none/a.csv"), "csv: the directory of 'none/a.csv' does not exist"),
         (("--npz", "."), "npz: '.' is a directory, expected a file"),
-        (("--json", "run.sqlite"), "json: 'run.sqlite' is the store itself"),
+        (("--json", "run.sqlite"), "json: 'run.sqlite' is the file of store too"),
+        (("--csv", "a", "--npz", "./a"), "npz: 'a' is the file of csv too"),
         (("--run", "7", "--csv", "a.csv"), "run: expected one of 1, 2, got 7"),
     ],
 )

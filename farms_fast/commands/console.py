@@ -15,7 +15,7 @@ __all__ = [
     "EXIT_BAD_INPUT",
     "EXIT_INTERRUPTED",
     "EXIT_LAYERS_FAILED",
-    "check_writable",
+    "check_outputs",
     "echo",
     "one_line_errors",
 ]
@@ -36,14 +36,19 @@ def echo(text: str) -> None:
     typer.echo(text)
 
 
-def check_writable(option: str, path: Path | None) -> None:
-    """Fails before the work, not after it."""
-    if path is None:
-        return
-    if path.is_dir():
-        raise IsADirectoryError(f"{option}: {str(path)!r} is a directory, expected a file")
-    if not path.resolve().parent.is_dir():
-        raise FileNotFoundError(f"{option}: the directory of {str(path)!r} does not exist")
+def check_outputs(**paths: Path | None) -> None:
+    """Fails before the work, not after it: every file can be written, and none twice."""
+    taken: dict[Path, str] = {}
+    for option, path in paths.items():
+        if path is None:
+            continue
+        if path.is_dir():
+            raise IsADirectoryError(f"{option}: {str(path)!r} is a directory, expected a file")
+        if not path.resolve().parent.is_dir():
+            raise FileNotFoundError(f"{option}: the directory of {str(path)!r} does not exist")
+        other = taken.setdefault(path.resolve(), option)
+        if other != option:
+            raise ValueError(f"{option}: {str(path)!r} is the file of {other} too")
 
 
 @contextlib.contextmanager

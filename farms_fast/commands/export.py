@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from farms_fast.commands.console import check_writable, echo, one_line_errors
+from farms_fast.commands.console import check_outputs, echo, one_line_errors
 from farms_fast.commands.options import AnalysisJson, MetricsCsv
 from farms_fast.results import printable
 from farms_fast.store import ResultsStore, RunInfo
@@ -59,11 +59,7 @@ def export(
         }
         if not any(given.values()):
             raise ValueError(f"expected at least one of {', '.join(f'--{name}' for name in given)}")
-        for option, path in given.items():
-            check_writable(option, path)
-            # Each file is replaced as a whole: the store must not be what is replaced.
-            if path is not None and path.exists() and store.exists() and path.samefile(store):
-                raise ValueError(f"{option}: {str(path)!r} is the store itself")
+        check_outputs(store=store, **given)
         with ResultsStore(store, create=False) as opened:
             analysis = opened.load(run)
             known = opened.runs()

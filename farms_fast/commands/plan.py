@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from farms_fast.commands.console import check_writable, echo, one_line_errors
+from farms_fast.commands.console import check_outputs, echo, one_line_errors
 from farms_fast.commands.options import (
     AspectRatio,
     Base,
@@ -81,7 +81,7 @@ def plan(
         from farms_fast.sources import open_source
 
         sampling = sampling_of(rows, q, per_dim, full)
-        check_writable("json", json)
+        check_outputs(json=json)
         machine = _machine(device)
         layers, skipped = open_source(path, base=base).layers(include or None, exclude or None)
         planned = plan_layers(
