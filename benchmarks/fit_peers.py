@@ -7,6 +7,8 @@ import io
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
+from unittest import mock
 
 from torch import Tensor
 
@@ -80,9 +82,24 @@ def _published(evals: Tensor, rule: str, xmin: float, seconds: float) -> FitRun:
     return FitRun(lambda values: published.fit(values, chosen), len(chosen) / len(possible))
 
 
+def no_gpu() -> contextlib.AbstractContextManager[object]:
+    """Whoever asks torch for a GPU is told that there is none."""
+    return mock.patch("torch.cuda.is_available", return_value=False)
+
+
+def on_the_cpu() -> Any:
+    """WeightWatcher as it is on a machine without a GPU.
+
+    Where it finds one it rounds weights to half precision, which is another table. It looks when it
+    is imported, and again as it goes.
+    """
+    with quiet(), no_gpu():
+        import weightwatcher
+    return weightwatcher
+
+
 def _weightwatcher(evals: Tensor, rule: str, xmin: float, seconds: float) -> FitRun:
-    with quiet():
-        from weightwatcher.WW_powerlaw import WWFit
+    WWFit = on_the_cpu().WW_powerlaw.WWFit
 
     def run(values: Tensor) -> Fit:
         fit = WWFit(values.numpy())

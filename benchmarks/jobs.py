@@ -27,7 +27,7 @@ from benchmarks.agreement import (
     check_fit,
     fit_truth,
 )
-from benchmarks.fit_peers import quiet
+from benchmarks.fit_peers import no_gpu, on_the_cpu, quiet
 from benchmarks.peers import CONTENDER, missing_modules, places
 from farms_fast import FixedAspectSampling, FullMatrix, LayerRecord, analyze
 from farms_fast.sources import open_source
@@ -267,8 +267,7 @@ def _published(
 def _weightwatcher(
     case: JobCase, device: torch.device, pooled: dict[str, Tensor]
 ) -> Callable[[Any], Any]:
-    with quiet():
-        import weightwatcher
+    package = on_the_cpu()
 
     def run(given: Any) -> dict[str, LayerResult]:
         linear = nn.ModuleList()
@@ -276,12 +275,11 @@ def _weightwatcher(
         for layer in layers_of(given, case.sampling, device)[:: case.stride]:
             assert len(layer.stack) == 1, "linear layers only"
             module = nn.Linear(layer.stack.shape[2], layer.stack.shape[1], bias=False)
-            module.weight = nn.Parameter(layer.stack[0].float().contiguous())
+            module.weight = nn.Parameter(layer.stack[0].float().cpu().contiguous())
             linear.append(module)
             names.append(layer.name)
-        with quiet():
-            watcher = weightwatcher.WeightWatcher(model=linear)
-            table = watcher.analyze()
+        with quiet(), no_gpu():
+            table = package.WeightWatcher(model=linear).analyze()
         results = {}
         for name, (_, row) in zip(names, table.iterrows(), strict=True):
             results[name] = LayerResult((float(row.alpha), float(row.D), float(row.xmin)), None)
@@ -301,10 +299,9 @@ JOB_PEERS = (
     JobPeer(
         "WeightWatcher",
         _weightwatcher,
-        ("cpu",),
         full_only=True,
         needs=("weightwatcher",),
-        note="analyze() with its defaults; it has no windows",
+        note="analyze() with its defaults, on the CPU; it has no windows",
     ),
 )
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.fit_peers import quiet
+from benchmarks.fit_peers import no_gpu, on_the_cpu, quiet
 from benchmarks.jobs import MINILM, minilm_folder, network, tiny
 from benchmarks.measure import Bench
 from benchmarks.models import resnet18
@@ -90,13 +90,12 @@ def _contender(case: DetailsCase, device: torch.device) -> Callable[[Any], Any]:
 
 
 def _package(case: DetailsCase, device: torch.device) -> Callable[[Any], Any]:
-    with quiet():
-        import weightwatcher as package
+    package = on_the_cpu()
 
     def run(given: Any) -> Any:
         logging.disable(logging.CRITICAL)
         try:
-            with quiet():
+            with quiet(), no_gpu():
                 return package.WeightWatcher(model=given).analyze(**case.options)
         finally:
             logging.disable(logging.NOTSET)
@@ -109,10 +108,10 @@ DETAILS_PEERS = (
     DetailsPeer(
         "WeightWatcher",
         _package,
-        # On CUDA it rounds weights to half precision, which is another table.
-        ("cpu",),
+        ("cpu", "cuda"),
         needs=("weightwatcher",),
-        note="WeightWatcher(model).analyze() with the same options",
+        note="WeightWatcher(model).analyze() with the same options, on the CPU: on a GPU it rounds "
+        "weights to half precision",
     ),
 )
 
@@ -164,6 +163,8 @@ def test_details(case: DetailsCase, peer: DetailsPeer, bench: Bench) -> None:
     bench.require(peer)
     if reason := missing_modules(case.needs):
         pytest.skip(reason)
+    if peer.name != CONTENDER and bench.device.type == "cuda" and "randomize" in case.options:
+        pytest.skip("takes a minute of the GPU's machine without the GPU, see the CPU's table")
     inputs = [case.sources(seed, bench.device) for seed in range(case.seeds)]
     is_contender = peer.name == CONTENDER
 
