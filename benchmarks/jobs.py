@@ -9,27 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from benchmarks import models, published
-from benchmarks.agreement import (
-    EXACT_FIT,
-    FLOAT32,
-    FLOAT32_FIT,
-    FLOAT64,
-    JACOBI32,
-    Accuracy,
-    FloatArray,
-    candidates_of,
-    check_eigenvalues,
-    check_fit,
-    fit_truth,
-)
+from benchmarks.agreement import FloatArray, candidates_of
 from benchmarks.fit_peers import no_gpu, on_the_cpu, quiet
 from benchmarks.peers import CONTENDER, missing_modules, places
-from farms_fast import FixedAspectSampling, FullMatrix, LayerRecord, analyze
+from farms_fast import Analysis, FixedAspectSampling, FullMatrix, analyze
+from farms_fast.live import LiveAnalysis
 from farms_fast.sources import open_source
 from farms_fast.windows import Sampling
 
@@ -49,6 +37,7 @@ class JobCase:
         memory: bytes that the run may take on the device.
         seeds: how many sets of weights are rotated.
         full: whole matrices, what WeightWatcher does too.
+        live: one analysis of many of a model in memory, as in a training loop.
     """
 
     id: str
@@ -60,6 +49,7 @@ class JobCase:
     memory: int | None = None
     seeds: int = 2
     full: bool = False
+    live: bool = False
 
 
 def network(build: Callable[[], nn.Module], seed: int, device: torch.device) -> nn.Module:
@@ -97,10 +87,17 @@ def job_cases(profile: str) -> list[JobCase]:
             JobCase("tiny network", tiny, FixedAspectSampling(rows=8, per_dim=3)),
             JobCase("tiny network, peak", tiny, FixedAspectSampling(rows=8), "peak", stride=5),
             JobCase("tiny linear, full, ks", _linear, FullMatrix(), "ks", full=True),
+            JobCase("tiny network, live", tiny, FixedAspectSampling(rows=8, per_dim=3), live=True),
         ]
     cuda = profile == "cuda"
     epoch = JobCase("", tiny, stride=3 if cuda else 2)
+    networks = {"ResNet-18": models.resnet18}
     if cuda:
+        networks |= {
+            "ResNet-34": models.resnet34,
+            "VGG-16": models.vgg16,
+            "VGG-19": models.vgg19,
+        }
         windows = FixedAspectSampling(rows=2000)
         shapes = ((4096, 4096), (4096, 11_008))
         layers = [
@@ -131,6 +128,12 @@ def job_cases(profile: str) -> list[JobCase]:
         *layers,
         _renamed(epoch, "ResNet-18 (CIFAR), one epoch", partial(network, models.resnet18)),
         _renamed(epoch, "VGG-19 (CIFAR), one epoch", partial(network, models.vgg19)),
+        *(
+            JobCase(
+                f"{name} (CIFAR), live", partial(network, build), stride=epoch.stride, live=True
+            )
+            for name, build in networks.items()
+        ),
         JobCase("MiniLM checkpoint, windows of 192", minilm_folder, minilm, needs=MINILM, seeds=1),
         JobCase(
             "MiniLM checkpoint, whole matrices, ks",
@@ -197,6 +200,7 @@ class JobPeer:
         prepare: (case, device) to a function from a source to results by layer.
         devices: where it runs.
         full_only: it does whole matrices, not windows.
+        live_only: it is measured on live models.
         needs: modules.
         note: what it does.
     """
@@ -205,28 +209,48 @@ class JobPeer:
     prepare: Callable[[JobCase, torch.device, dict[str, Tensor]], Callable[[Any], Any]]
     devices: tuple[str, ...] = ("cpu", "cuda")
     full_only: bool = False
+    live_only: bool = False
     needs: tuple[str, ...] = ()
     note: str = ""
 
     def missing(self) -> str:
         return missing_modules(self.needs)
 
+    def measures(self, case: JobCase) -> bool:
+        """Whether the case is one for it: the published way is one of windows."""
+        if self.name == CONTENDER:
+            return True
+        return self.full_only == case.full and (case.live or not self.live_only)
+
+    def source(self, case: JobCase, given: Any) -> Any:
+        """What is made of a source once, before any analysis."""
+        if not (case.live and self.name == CONTENDER):
+            return given
+        return LiveAnalysis(given, case.sampling, case.xmin, memory=case.memory)
+
+
+def analysis_of(given: Any, case: JobCase, device: torch.device) -> Analysis:
+    return analyze(
+        given,
+        case.sampling,
+        case.xmin,
+        bootstrap=0,
+        device=device,
+        memory=case.memory,
+        progress=False,
+    )
+
+
+def _analyze(
+    case: JobCase, device: torch.device, pooled: dict[str, Tensor]
+) -> Callable[[Any], Analysis]:
+    return partial(analysis_of, case=case, device=device)
+
 
 def _contender(
     case: JobCase, device: torch.device, pooled: dict[str, Tensor]
 ) -> Callable[[Any], Any]:
-    def run(given: Any) -> Any:
-        return analyze(
-            given,
-            case.sampling,
-            case.xmin,
-            bootstrap=0,
-            device=device,
-            memory=case.memory,
-            progress=False,
-        )
-
-    return run
+    return LiveAnalysis.__call__ if case.live else _analyze(case, device, pooled)
 
 
 def _published(
@@ -289,7 +313,12 @@ def _weightwatcher(
 
 
 JOB_PEERS = (
-    JobPeer(CONTENDER, _contender, note="analyze(), without the bootstrap, which no peer has"),
+    JobPeer(
+        CONTENDER,
+        _contender,
+        note="analyze(), without the bootstrap, which no peer has; LiveAnalysis for a live model",
+    ),
+    JobPeer("analyze", _analyze, live_only=True, note="analyze(), made for one analysis of many"),
     JobPeer(
         "published FARMS",
         _published,
@@ -304,89 +333,3 @@ JOB_PEERS = (
         note="analyze() with its defaults, on the CPU; it has no windows",
     ),
 )
-
-
-def check_contender(found: Any, layers: list[Layer], case: JobCase, thorough: bool) -> float:
-    """Every layer's fit and moments; with `thorough`, the cheapest layers against LAPACK."""
-    assert not found.failed, f"failed layers: {[record.name for record in found.failed]}"
-    records: dict[str, LayerRecord] = {record.name: record for record in found}
-    assert sorted(records) == sorted(layer.name for layer in layers), "other layers"
-    worst = 0.0
-    lapack_flops = 0.0
-    for layer in sorted(layers, key=lambda x: x.order**3 * len(x.places) * len(x.stack)):
-        record = records[layer.name]
-        evals = np.asarray(record.evals)
-        windows = layer.windows()
-        norm = sum(float(window.double().square().sum()) for window in windows)
-        assert evals.size == len(windows) * layer.order, f"{layer.name}: {evals.size} eigenvalues"
-        assert abs(evals.sum() - norm) <= 1e-10 * norm, f"{layer.name}: wrong sum of eigenvalues"
-        if not thorough:
-            continue
-        lapack_flops += 10 * layer.order**3 * len(windows)
-        if lapack_flops < 2e10:
-            worst = max(worst, _against_lapack(layer, windows, evals))
-        values = torch.from_numpy(evals[evals > 0])
-        truth = fit_truth(values, case.xmin, record.xmin, 1e8)
-        error = check_fit(record.alpha, record.D, record.xmin, truth, EXACT_FIT)
-        worst = max(worst, error)
-    return worst
-
-
-def _against_lapack(layer: Layer, windows: list[Tensor], evals: FloatArray) -> float:
-    from farms_fast.reference import eigenvalues
-
-    spectra = [eigenvalues(window.double().cpu().numpy()) for window in windows]
-    expected = np.sort(np.concatenate(spectra))
-    allowed = FLOAT64.bound(layer.order) * expected[-1]
-    error = float(np.abs(evals - expected).max())
-    assert error <= allowed, f"{layer.name}: eigenvalues differ by {error:.3g}"
-    return error / allowed
-
-
-def check_published(
-    found: dict[str, LayerResult],
-    layers: list[Layer],
-    case: JobCase,
-    pooled: dict[str, Tensor],
-    accuracy: Accuracy,
-) -> float:
-    """A window of every layer against float64, and the fits of the spectra that were fitted."""
-    worst = 0.0
-    for layer in layers:
-        result = found[layer.name]
-        assert result.spectra is not None
-        window = layer.windows()[0].double()
-        vectors = window if window.shape[0] <= window.shape[1] else window.T
-        expected = torch.linalg.eigvalsh(vectors @ vectors.T).cpu().numpy()
-        norm = np.array([float(window.square().sum())])
-        one = {0: expected}
-        shape = (1, layer.order)
-        worst = max(worst, check_eigenvalues(result.spectra[0][None], shape, one, norm, accuracy))
-        fitted = pooled[layer.name]
-        if result.pooled is not None:
-            fitted = torch.from_numpy(result.pooled)
-        truth = fit_truth(fitted, case.xmin, result.fit[2], 1e8)
-        if len(candidates_of(fitted, case.xmin)) > 0:
-            worst = max(worst, check_fit(*result.fit, truth, FLOAT32_FIT))
-    return worst
-
-
-# WeightWatcher's largest relative error of alpha.
-_WEIGHTWATCHER = 1e-9
-
-
-def check_weightwatcher(found: dict[str, LayerResult], pooled: dict[str, Tensor]) -> float:
-    """Its alpha per layer against the fit of the right spectrum."""
-    from farms_fast import fit_power_law
-
-    worst = 0.0
-    for name, result in found.items():
-        evals = pooled[name]
-        expected = fit_power_law(evals[evals > 0], "ks").alpha
-        error = abs(result.fit[0] - expected) / expected / _WEIGHTWATCHER
-        worst = max(worst, error)
-        assert error <= 1, f"{name}: WeightWatcher's alpha {result.fit[0]}, expected {expected}"
-    return worst
-
-
-ACCURACY = {"cpu": FLOAT32, "cuda": JACOBI32}

@@ -10,15 +10,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.jobs import (
+from benchmarks.job_checks import (
     ACCURACY,
+    check_contender,
+    check_live,
+    check_published,
+    check_weightwatcher,
+)
+from benchmarks.jobs import (
     JOB_PEERS,
     JobCase,
     JobPeer,
     Layer,
-    check_contender,
-    check_published,
-    check_weightwatcher,
+    analysis_of,
     job_cases,
     layers_of,
 )
@@ -32,8 +36,7 @@ def parametrise(metafunc: pytest.Metafunc, profile: str) -> None:
         pytest.param(case, peer, id=f"{case.id}-{peer.name}")
         for case in job_cases(profile)
         for peer in JOB_PEERS
-        # The published way is one of windows, WeightWatcher's of whole matrices.
-        if peer.name == CONTENDER or peer.full_only == case.full
+        if peer.measures(case)
     ]
     metafunc.parametrize(("case", "peer"), pairs)
 
@@ -67,10 +70,15 @@ def test_job(case: JobCase, peer: JobPeer, bench: Bench) -> None:
     _CASES[case.id] = case
     given = problem(case.id, bench.device)
     is_contender = peer.name == CONTENDER
+    is_whole = is_contender or peer.live_only
 
     def check(found: Any, number: int) -> float | None:
         layers = given.layers[number]
-        if is_contender:
+        if is_contender and case.live:
+            analysis = analysis_of(given.sources[number], case, bench.device)
+            check_live(found, analysis)
+            found = analysis
+        if is_whole:
             return check_contender(found, layers, case, thorough=number == 0)
         if number > 0:
             return None
@@ -80,22 +88,23 @@ def test_job(case: JobCase, peer: JobPeer, bench: Bench) -> None:
         return check_published(found, layers, case, given.pooled, accuracy)
 
     scale, sample = 1.0, ""
-    if not is_contender and case.stride > 1:
+    if not is_whole and case.stride > 1:
         scale, sample = float(case.stride), f"1/{case.stride} of windows and candidates"
         if peer.full_only:
             layers = len(given.layers[0])
             taken = len(range(0, layers, case.stride))
             scale, sample = layers / taken, f"{taken} of {layers} layers"
     budget = None
-    if is_contender and bench.device.type == "cuda":
+    if is_whole and bench.device.type == "cuda":
         memory = torch.cuda.get_device_properties(bench.device).total_memory
         budget = case.memory or memory // 2
+    sources = [peer.source(case, source) for source in given.sources]
     bench.measure(
         family="jobs",
         case=case.id,
         peer=peer.name,
         run=peer.prepare(case, bench.device, given.pooled),
-        inputs=given.sources if is_contender else given.sources[:1],
+        inputs=sources if is_whole else sources[:1],
         check=check,
         scale=scale,
         budget_bytes=budget,

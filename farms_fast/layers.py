@@ -8,11 +8,12 @@ list of skipped ones, with its reason.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from farms_fast.layer_rules import (
     HeaderIndex,
@@ -163,6 +164,9 @@ def layers_from_module(
             name = f"{prefix}.{leaf}" if prefix else leaf
             visible, elsewhere = visible_name(name, wrappers)
             header = _header(visible, name, tensor)
+            if parametrize.is_parametrized(owner, leaf):
+                # Computed just now and gone in a moment: the next one may lie in the same place.
+                header = replace(header, identity=(id(owner), leaf))
             owned.append(_Owned(header, owner, reason or sparse_layout(tensor) or elsewhere))
     config = _config_of(module)
     # Which stored tensor is where: what is made of several takes the place of the first.

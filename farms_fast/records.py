@@ -192,7 +192,7 @@ class LayerRecord:
             kind=kind,
             shape=shape,
             status=fit.status,
-            message=message or _fit_message(fit),
+            message=message or fit_message(fit),
             windows=len(per_window),
             window_rows=window_rows,
             window_cols=window_cols,
@@ -299,7 +299,8 @@ INT_FIELDS = frozenset(
 CSV_COLUMNS = tuple(LayerRecord.without_spectrum("", "", (0, 0, 0), "", "").scalars())
 
 
-def _fit_message(fit: PowerLawFit) -> str:
+def fit_message(fit: PowerLawFit) -> str:
+    """Why a fit failed, for the reader of a report; empty where it did not."""
     used = f"{fit.n} eigenvalues, {fit.dropped} dropped, xmin rule {fit.xmin_rule!r}"
     return {
         "ok": "",

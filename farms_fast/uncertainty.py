@@ -13,9 +13,8 @@ true spread on random matrices, the standard error was 1.7 times too large for w
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -48,8 +47,11 @@ class FitRule:
 
     def fit(self, packed: Tensor, lengths: Sequence[int]) -> PowerLawFits:
         """Fits packed ascending spectra of the given lengths."""
-        offsets = torch.tensor([0, *np.cumsum(lengths).tolist()], dtype=torch.int64)
-        offsets = offsets.to(packed.device, non_blocking=True)
+        offsets = torch.tensor([0, *np.cumsum(lengths).tolist()], dtype=torch.int64, device="cpu")
+        return self.fit_at(packed, offsets.to(packed.device, non_blocking=True))
+
+    def fit_at(self, packed: Tensor, offsets: Tensor) -> PowerLawFits:
+        """Fits packed ascending spectra that begin and end at offsets on the same device."""
         return fit_power_laws(
             packed, offsets, self.xmin, self.xmin_pos, self.bins, compat=self.compat
         )
@@ -122,19 +124,22 @@ def fit_layers(
         most = max(1, values_per_call // spectra[layers[0]].numel())
         for begin in range(0, len(layers), most):
             groups.append(_Group(layers[begin : begin + most], spectra))
-    parts = [part for group in groups for part in group.parts()]
-    fits = iter(_fit_rows(parts, rule, values_per_call))
+    if not groups:
+        return []
+    fits = _fit_rows([part for group in groups for part in group.parts()], rule, values_per_call)
     found: dict[int, LayerFits] = {}
+    end = 0
     for group in groups:
         first = group.layers[0]
         counts = resampled_counts(entries[first], grids[first], bootstrap)
-        results = group.results(fits, counts, rule, values_per_call)
+        mine = slice(end, end := end + group.spectra)
+        results = group.results(_of(fits, mine), counts, rule, values_per_call)
         found.update(zip(group.layers, results, strict=True))
     return [found[layer] for layer in range(len(spectra))]
 
 
-def _fit_rows(parts: Sequence[Tensor], rule: FitRule, values_per_call: int) -> list[PowerLawFit]:
-    """Fits of every row of every part, as many in one call as it takes."""
+def _fit_rows(parts: Sequence[Tensor], rule: FitRule, values_per_call: int) -> PowerLawFits:
+    """Fits of every row of every part, as many in one call as it takes; on the host."""
     calls: list[list[Tensor]] = [[]]
     room = values_per_call
     for part in parts:
@@ -149,12 +154,32 @@ def _fit_rows(parts: Sequence[Tensor], rule: FitRule, values_per_call: int) -> l
             calls[-1].append(part[begin : begin + rows])
             room -= rows * length
             begin += rows
-    fits: list[PowerLawFit] = []
+    reals: list[Tensor] = []
+    integers: list[Tensor] = []
     for call in calls:
         lengths = [length for part in call for length in part.shape[1:] * part.shape[0]]
         if lengths:
-            fits += rule.fit(torch.cat([part.flatten() for part in call]), lengths).to_list()
-    return fits
+            fits = rule.fit(torch.cat([part.flatten() for part in call]), lengths)
+            reals.append(torch.stack((fits.alpha, fits.D, fits.xmin)).cpu())
+            counts = fits.n_tail, fits.n, fits.dropped, fits.status
+            integers.append(torch.stack(counts).cpu())
+    alpha, distance, xmin = torch.cat(reals, dim=1)
+    n_tail, n, dropped, status = torch.cat(integers, dim=1)
+    return PowerLawFits(alpha, distance, xmin, n_tail, n, dropped, status, rule.xmin)
+
+
+def _of(fits: PowerLawFits, rows: slice) -> PowerLawFits:
+    """Some of the fits; an object for each of thousands of windows takes longer than to fit it."""
+    return replace(
+        fits,
+        alpha=fits.alpha[rows],
+        D=fits.D[rows],
+        xmin=fits.xmin[rows],
+        n_tail=fits.n_tail[rows],
+        n=fits.n[rows],
+        dropped=fits.dropped[rows],
+        status=fits.status[rows],
+    )
 
 
 class _Group:
@@ -170,6 +195,12 @@ class _Group:
         self._values, indices = self._windows.flatten(1).sort(dim=1)
         # Where each sorted value comes from.
         self._window_of = indices.floor_divide_(self._windows.shape[2]).to(torch.int32)
+
+    @property
+    def spectra(self) -> int:
+        """How many are fitted: rows of all parts."""
+        layers, windows, _ = self._windows.shape
+        return layers if windows == 1 else layers * (3 + windows)
 
     def parts(self) -> list[Tensor]:
         """What is fitted, a row a spectrum: pooled, even windows, odd windows, every window."""
@@ -190,19 +221,16 @@ class _Group:
 
     def results(
         self,
-        fits: Iterator[PowerLawFit],
+        fits: PowerLawFits,
         counts: NDArray[np.int64],
         rule: FitRule,
         values_per_call: int,
     ) -> list[LayerFits]:
-        """Takes the fits of the parts, in their order, and resamples; one entry a layer."""
+        """From the fits of the parts, in their order, and resamples; one entry a layer."""
         layers, windows, _ = self._windows.shape
-        pooled = list(islice(fits, layers))
+        pooled = _of(fits, slice(layers)).to_list()
         several = windows > 1
-        even, odd, single = (
-            np.array([fit.alpha for fit in islice(fits, number * several)])
-            for number in (layers, layers, layers * windows)
-        )
+        even, odd, single = np.split(fits.alpha[layers:].numpy().copy(), [layers, 2 * layers])
         pooled_evals = self._values.cpu().numpy()
         resampled = self._resampled_alphas(counts if several else counts[:0], rule, values_per_call)
         return [

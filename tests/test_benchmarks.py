@@ -62,7 +62,7 @@ def test_the_quick_set_measures_every_case_against_peers(quick: Any) -> None:
         "eigenvalues": len(EIGENVALUES["quick"]),
         "gram": len(GRAM["quick"]),
         "fit": len(FIT["quick"]) * len(RULES),
-        "jobs": 3,
+        "jobs": 4,
         "faces": 2,
         "details": 2,
     }

@@ -357,6 +357,15 @@ def test_meta_modules_can_be_planned_but_not_loaded() -> None:
         module_tensor(module, "0.weight")
 
 
+def test_parametrised_weights_of_one_shape_are_not_taken_for_tied_ones() -> None:
+    # Each is computed when it is looked at, often where the one before it lay.
+    layers = [parametrizations.weight_norm(nn.Linear(20, 16)) for _ in range(8)]
+    model = nn.Sequential(*layers, layers[0])
+    specs, skipped = layers_from_module(model)
+    assert [spec.name for spec in specs] == [str(number) for number in range(8)]
+    assert Skipped("8", (16, 20), "tied to 0") in skipped
+
+
 @pytest.mark.parametrize("norm", [parametrizations.weight_norm, parametrizations.spectral_norm])
 def test_parametrised_weight_is_taken_as_used_and_the_module_unchanged(norm: object) -> None:
     module = nn.Sequential(norm(nn.Linear(5, 3)))  # type: ignore[operator]

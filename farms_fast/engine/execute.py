@@ -153,29 +153,11 @@ class BatchStages:
                 tables.append(window_table(grid, entries, weight=len(stacks)))
                 stacks.append(state.stack)
         if stacks:
-            loaded.evals = self._eigenvalues(stacks, torch.cat(tables), loaded.batch)
+            loaded.evals = solve_windows(stacks, torch.cat(tables), loaded.batch, self._settings)
             # The launched work holds on to the weights' memory; nobody else needs them any more.
             for state in loaded.layers:
                 state.stack = None
         return loaded
-
-    def _eigenvalues(self, stacks: list[Tensor], table: Tensor, batch: Batch) -> Tensor:
-        """The fused op; when the device runs out of memory, again with half of the workspace."""
-        settings = self._settings
-        order, budget = batch.order, batch.workspace
-        while True:
-            try:
-                return window_eigenvalues(
-                    stacks, table, order, settings.dtype, settings.solver, budget
-                )
-            except torch.OutOfMemoryError:
-                if settings.device.type != "cuda":
-                    raise
-                torch.cuda.empty_cache()
-                budget //= 2
-                # One matrix and its workspace must fit; below that the op names what it needs.
-                if budget < order * order * settings.dtype.itemsize:
-                    raise
 
     def finish(self, solved: SolvedBatch) -> None:
         """Fits the spectra and hands over the records of the batch."""
@@ -237,3 +219,36 @@ def _used_on_current_stream(tensor: Tensor) -> None:
     """Keeps the allocator from reusing memory of another thread's stream too early."""
     if tensor.is_cuda:
         tensor.record_stream(torch.cuda.current_stream(tensor.device))
+
+
+def solve_windows(
+    stacks: Sequence[Tensor], table: Tensor, batch: Batch, settings: Settings
+) -> Tensor:
+    """Eigenvalues of a batch; when a CUDA device's memory ends, again with half of the workspace.
+
+    Args:
+        stacks: (S, R, C) each, on the settings' device.
+        table: the batch's windows of the stacks (see `farms_fast.windows.window_table`).
+        batch: their order, and the workspace to begin with.
+        settings: the precision and the solver.
+
+    Returns:
+        (windows, k) of the settings' dtype, on the device; only launched on CUDA.
+
+    Raises:
+        torch.OutOfMemoryError: one matrix and its workspace do not fit.
+    """
+    budget = batch.workspace
+    while True:
+        try:
+            return window_eigenvalues(
+                stacks, table, batch.order, settings.dtype, settings.solver, budget
+            )
+        except torch.OutOfMemoryError:
+            if settings.device.type != "cuda":
+                raise
+            torch.cuda.empty_cache()
+            budget //= 2
+            # One matrix and its workspace must fit; below that the op names what it needs.
+            if budget < batch.order**2 * settings.dtype.itemsize:
+                raise
