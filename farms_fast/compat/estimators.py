@@ -10,6 +10,7 @@ import difflib
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -25,17 +26,16 @@ from farms_fast.compat.published_windows import (
 )
 from farms_fast.compat.spectra import (
     FittedSpectrum,
-    TailRule,
     Weight,
     WindowedLayer,
     alpha_hat,
     fitted_spectra,
     kernel_positions,
-    positive,
     warn_of_missing_fit,
     weights_of,
     workspace,
 )
+from farms_fast.compat.tails import TailRule, positive
 
 __all__ = ["net_esd_estimator", "net_esd_estimator_farms", "whole_layers"]
 
@@ -344,7 +344,7 @@ def _farms_row(name: str, spectra: Sequence[FittedSpectrum]) -> dict[str, Any]:
 
 
 def _mean(values: Sequence[float]) -> float:
-    return float(np.mean(values))
+    return fmean(values)
 
 
 def _mean_of_fits(values: Sequence[float]) -> float:

@@ -14,12 +14,11 @@ from torch import nn
 from farms_fast.arguments import natural
 from farms_fast.compat.estimators import Results, whole_layers
 from farms_fast.compat.spectra import (
-    TailRule,
     fitted_spectra,
-    number,
     warn_of_missing_fit,
     workspace,
 )
+from farms_fast.compat.tails import TailRule, number
 
 __all__ = ["net_esd_estimator"]
 

@@ -61,21 +61,16 @@ class PublishedWindows:
         Returns:
             (entries · count, 6): weight, entry, row, column, rows, columns.
         """
-        entry, row, column = np.meshgrid(
-            np.arange(entries), self.row_starts, self.column_starts, indexing="ij"
-        )
+        rows, columns = len(self.row_starts), len(self.column_starts)
+        table = np.empty((entries, rows, columns, 6), np.int64)
+        table[..., 0] = weight
+        table[..., 1] = np.arange(entries)[:, None, None]
+        table[..., 2] = np.array(self.row_starts, np.int64)[:, None]
+        table[..., 3] = np.array(self.column_starts, np.int64)
+        table[..., 4:] = self.rows, self.columns
         if self.by_row:
-            entry, row, column = (x.swapaxes(0, 1) for x in (entry, row, column))
-        size = entry.size
-        columns = (
-            np.full(size, weight),
-            entry.ravel(),
-            row.ravel(),
-            column.ravel(),
-            np.full(size, self.rows),
-            np.full(size, self.columns),
-        )
-        return np.stack(columns, axis=1).astype(np.int64)
+            table = table.swapaxes(0, 1)
+        return table.reshape(-1, 6)
 
 
 def whole(rows: int, columns: int) -> PublishedWindows:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, chain, cycle
 
 import numpy as np
 import torch
@@ -15,21 +17,20 @@ from torch import Tensor, nn
 from farms_fast.arguments import natural
 from farms_fast.arrays import FLOATING
 from farms_fast.compat.published_windows import PublishedWindows
+from farms_fast.compat.tails import TailRule
+from farms_fast.engine.lanes import beside, side_by_side
 from farms_fast.layers import module_tensor, sparse_layout
-from farms_fast.power_law import STATUSES, XMIN_RULES, fit_power_laws
+from farms_fast.power_law import STATUSES, sort_spectra
 from farms_fast.spectrum import window_eigenvalues
 
 __all__ = [
     "FitWarning",
     "FittedSpectrum",
-    "TailRule",
     "Weight",
     "WindowedLayer",
     "alpha_hat",
     "fitted_spectra",
     "kernel_positions",
-    "number",
-    "positive",
     "warn_of_missing_fit",
     "weights_of",
     "workspace",
@@ -74,76 +75,6 @@ class WindowedLayer:
 
 
 @dataclass(frozen=True)
-class TailRule:
-    """Where a tail starts, and which eigenvalues there are at all.
-
-    Attributes:
-        xmin: "median", "ks" or "peak".
-        xmin_pos: for the median rule.
-        bins: for the peak rule.
-        threshold: only eigenvalues above it enter the fit, unless none is; None for all.
-    """
-
-    xmin: str
-    xmin_pos: float
-    bins: int
-    threshold: float | None
-
-    @classmethod
-    def published(
-        cls,
-        fix_fingers: str | None,
-        xmin_pos: float,
-        bins: int,
-        EVALS_THRESH: float,
-        filter_zeros: bool,
-    ) -> TailRule:
-        """From the published arguments, checked.
-
-        Raises:
-            TypeError: an argument of another kind.
-            ValueError: an unknown rule or a number out of range.
-        """
-        if fix_fingers is not None and fix_fingers not in XMIN_RULES:
-            choices = ", ".join(repr(choice) for choice in (None, *XMIN_RULES))
-            raise ValueError(f"fix_fingers: expected one of {choices}; got {fix_fingers!r}")
-        number("EVALS_THRESH", EVALS_THRESH)
-        xmin = "ks" if fix_fingers is None else XMIN_RULES[fix_fingers]
-        rule = cls(xmin, xmin_pos, bins, float(EVALS_THRESH) if filter_zeros else None)
-        # A fit of nothing checks the rest.
-        rule.fit(torch.empty((0, 1), dtype=torch.float64))
-        return rule
-
-    def fit(self, evals: Tensor) -> Tensor:
-        """(spectra, 3) alpha, D and status of every row of (spectra, values), each ascending."""
-        spectra, values = evals.shape
-        entering = self._entering(evals).contiguous().flatten()
-        offsets = torch.arange(spectra + 1, device=evals.device) * values
-        fits = fit_power_laws(
-            entering, offsets, self.xmin, self.xmin_pos, self.bins, compat="farms"
-        )
-        return torch.stack([fits.alpha, fits.D, fits.status.to(torch.float64)], dim=1)
-
-    def _entering(self, evals: Tensor) -> Tensor:
-        """The spectra with 0, which no fit counts, for what does not enter."""
-        out = torch.zeros_like(evals, dtype=torch.bool)
-        if self.threshold is not None:
-            below = evals <= self.threshold
-            out = below & ~below.all(dim=1, keepdim=True)
-        found = evals.masked_fill(out, 0.0)
-        if self.xmin == "median" and evals.numel():
-            # A zero has its place below the median as any eigenvalue has. At or above it there is
-            # no tail with zeros, and then it starts at the median of the positive ones.
-            left_out = out.sum(dim=1, keepdim=True)
-            entering = (evals.shape[1] - left_out).to(torch.float64)
-            start = left_out + (entering / self.xmin_pos).long()
-            counts = found.gather(1, start.clamp_(max=evals.shape[1] - 1)) > 0
-            zero = (evals == 0) & ~out & counts
-            found = found.masked_fill(zero, torch.finfo(torch.float64).tiny)
-        return found
-
-
-@dataclass(frozen=True)
 class FittedSpectrum:
     """A spectrum and its fit.
 
@@ -167,7 +98,7 @@ class FittedSpectrum:
         """The largest eigenvalue."""
         return float(self.evals[-1]) if self.evals.size else math.nan
 
-    @property
+    @cached_property
     def norm(self) -> float:
         """The sum of all eigenvalues."""
         return float(self.evals.sum()) if self.evals.size else math.nan
@@ -231,21 +162,9 @@ def fitted_spectra(
         The spectra of each layer, in the order given.
     """
     found: list[list[FittedSpectrum]] = [[] for _ in layers]
-    # What was computed is fetched late, so that the device does not wait for the host in between.
-    computed: list[_Computed] = []
-    for batch in _batches(layers):
-        pooled = _pooled(batch, layers, memory)
-        # Spectra of one length are sorted and fitted in one call.
-        by_length: dict[int, list[tuple[int, Tensor]]] = {}
-        for index, spectra in zip(batch, pooled, strict=True):
-            by_length.setdefault(spectra.shape[1], []).append((index, spectra))
-        for group in by_length.values():
-            evals = torch.cat([spectra for _, spectra in group]).sort(dim=1).values
-            owners = [index for index, spectra in group for _ in range(len(spectra))]
-            computed.append(_Computed(owners, evals, rule.fit(evals)))
-        if sum(one.evals.numel() for one in computed) > _VALUES_PER_BATCH:
-            _fetch(computed, rule, found)
-    _fetch(computed, rule, found)
+    for batches in _together(_batches(layers), layers):
+        for index, spectrum in _solved(batches, layers, rule, memory):
+            found[index].append(spectrum)
     empty = np.empty(0)
     return [one or [FittedSpectrum(empty, empty, math.nan, math.nan, "too_few")] for one in found]
 
@@ -269,23 +188,6 @@ def alpha_hat(alpha: float, spectral_norm: float) -> float:
         6.0
     """
     return alpha * math.log10(spectral_norm) if spectral_norm > 0 else math.nan
-
-
-def number(argument: str, value: object) -> float:
-    """The value as a float; TypeError unless it is a number."""
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
-        raise TypeError(f"{argument}: expected a number, got {value!r}")
-    if math.isnan(value):
-        raise ValueError(f"{argument}: expected a number, got {value!r}")
-    return float(value)
-
-
-def positive(argument: str, value: object) -> float:
-    """The value as a float; an error unless it is a positive finite number."""
-    found = number(argument, value)
-    if not 0 < found < math.inf:
-        raise ValueError(f"{argument}: expected a positive finite number, got {value!r}")
-    return found
 
 
 def workspace(memory: int | None) -> int:
@@ -312,6 +214,52 @@ def _batches(layers: Sequence[WindowedLayer]) -> list[list[int]]:
     return batches
 
 
+def _together(
+    batches: Sequence[Sequence[int]], layers: Sequence[WindowedLayer]
+) -> list[list[Sequence[int]]]:
+    """Batches of one device, as many at a time as may be held."""
+    parts: list[list[Sequence[int]]] = []
+    room = 0
+    for batch in batches:
+        values = sum(layers[index].count for index in batch)
+        device = layers[batch[0]].stack.device
+        if not parts or values > room or layers[parts[-1][0][0]].stack.device != device:
+            parts.append([])
+            room = _VALUES_PER_BATCH
+        parts[-1].append(batch)
+        room -= values
+    return parts
+
+
+def _solved(
+    batches: Sequence[Sequence[int]], layers: Sequence[WindowedLayer], rule: TailRule, memory: int
+) -> Iterator[tuple[int, FittedSpectrum]]:
+    """Every spectrum of the batches' layers, with the layer's index."""
+    device = layers[batches[0][0]].stack.device
+    streams = []
+    if device.type == "cuda":
+        streams = beside(torch.cuda.current_stream(device))
+    pooled: list[Tensor] = []
+    with side_by_side(streams) as lanes:
+        for batch, lane in zip(batches, cycle(lanes)):
+            with lane:
+                pooled += _pooled(batch, layers, memory)
+    owners, lengths = [], []
+    for index, spectra in zip(chain.from_iterable(batches), pooled, strict=True):
+        owners += [index] * len(spectra)
+        lengths += [spectra.shape[1]] * len(spectra)
+    offsets = torch.tensor([0, *accumulate(lengths)], device="cpu").to(device, non_blocking=True)
+    evals = sort_spectra(torch.cat([spectra.flatten() for spectra in pooled]), offsets)
+    # The one place where the host waits for the device.
+    fits = rule.fit(evals, offsets).tolist()
+    values = evals.cpu().numpy()
+    end = 0
+    for index, length, (alpha, distance, code) in zip(owners, lengths, fits, strict=True):
+        own = values[end : end + length]
+        end += length
+        yield index, _one(own, alpha, distance, STATUSES[int(code)], rule)
+
+
 def _pooled(batch: Sequence[int], layers: Sequence[WindowedLayer], memory: int) -> list[Tensor]:
     """The spectra of a batch's layers, (spectra, values) each, not sorted."""
     chosen = [layers[index] for index in batch]
@@ -329,24 +277,6 @@ def _pooled(batch: Sequence[int], layers: Sequence[WindowedLayer], memory: int) 
         part.reshape(layer.windows.spectra, -1) * layer.scale
         for layer, part in zip(chosen, parts, strict=True)
     ]
-
-
-@dataclass(frozen=True)
-class _Computed:
-    """Spectra and fits on the device, and the layer of each."""
-
-    owners: list[int]
-    evals: Tensor
-    fits: Tensor
-
-
-def _fetch(computed: list[_Computed], rule: TailRule, found: list[list[FittedSpectrum]]) -> None:
-    """Moves what was computed to its layers."""
-    for part in computed:
-        rows = zip(part.owners, part.evals.cpu().numpy(), part.fits.cpu().tolist(), strict=True)
-        for index, values, (alpha, distance, code) in rows:
-            found[index].append(_one(values, alpha, distance, STATUSES[int(code)], rule))
-    computed.clear()
 
 
 def _one(

@@ -11,14 +11,12 @@ from torch import Tensor
 
 from farms_fast.engine.distributed import share
 from farms_fast.engine.execute import Settings, solve_windows
+from farms_fast.engine.lanes import LANES, beside, side_by_side
 from farms_fast.engine.plan import Batch, LayerWindows, Plan
 from farms_fast.live.pending import RESULT_COLUMNS, Launched
 from farms_fast.live.weights import Read, Snapshot, Stacks
+from farms_fast.power_law import sort_spectra
 from farms_fast.windows import window_table
-
-# Batches are solved side by side on so many streams: most kernels of a small network leave part of
-# the device idle.
-_LANES = 2
 
 
 @dataclass(frozen=True)
@@ -29,21 +27,11 @@ class _Pool:
         begin: of their values among those of the pass.
         end: of them.
         offsets: (layers + 1,), int64, on the device, from `begin`.
-        numbers: (layers,), 0, 1, ... in as few bits as will do, on the device.
     """
 
     begin: int
     end: int
     offsets: Tensor
-    numbers: Tensor
-
-    def sorted(self, values: Tensor) -> Tensor:
-        """Ascending within each layer, NaN last: two sorts, however many layers there are."""
-        ascending, indices = values.sort()
-        if len(self.numbers) == 1:
-            return ascending
-        owners = self.numbers.repeat_interleave(self.offsets.diff(), output_size=values.numel())
-        return ascending[owners[indices].sort(stable=True).indices]
 
 
 @dataclass(frozen=True)
@@ -91,7 +79,7 @@ class DevicePasses:
         self._plan = plan
         self._streams: list[torch.cuda.Stream] = []
         if settings.device.type == "cuda":
-            self._streams = [torch.cuda.Stream(settings.device) for _ in range(_LANES)]
+            self._streams = beside(torch.cuda.Stream(settings.device))
         self._stacks, self._copied_stacks = Stacks(), Stacks()
         self._snapshot = Snapshot()
         with self._on_main():
@@ -248,7 +236,7 @@ class DevicePasses:
             packed = torch.where(packed < self._threshold, 0.0, packed)
         rows = []
         for pool in wanted.pools:
-            values = pool.sorted(packed[pool.begin : pool.end])
+            values = sort_spectra(packed[pool.begin : pool.end], pool.offsets)
             fits = self._settings.rule.fit_at(values, pool.offsets)
             kept = fits.alpha, fits.D, fits.xmin, fits.n_tail, fits.status, fits.dropped
             rows.append(torch.stack(kept, dim=1))
@@ -258,28 +246,13 @@ class DevicePasses:
         """(windows, k) of each batch."""
         evals = []
         begin = 0
-        with self._lanes() as lanes:
+        with side_by_side(self._streams) as lanes:
             for batch, table, lane in zip(wanted.batches, wanted.tables, wanted.lanes, strict=True):
                 end = begin + len(batch.layers)
                 with lanes[lane]:
                     evals.append(solve_windows(stacks[begin:end], table, batch, self._settings))
                 begin = end
         return evals
-
-    @contextlib.contextmanager
-    def _lanes(self) -> Iterator[Sequence[contextlib.AbstractContextManager[object]]]:
-        """Contexts of the streams side by side, all after the first and before what follows it."""
-        if not self._streams:
-            yield [contextlib.nullcontext()] * _LANES
-            return
-        main, *others = self._streams
-        for stream in others:
-            stream.wait_stream(main)
-        try:
-            yield [torch.cuda.stream(stream) for stream in self._streams]
-        finally:
-            for stream in others:
-                main.wait_stream(stream)
 
     def _prepared(self, batches: Sequence[Batch]) -> _Pass:
         device = self._settings.device
@@ -298,7 +271,7 @@ class DevicePasses:
         return _Pass(
             tuple(batches),
             tuple(tables),
-            tuple(share([batch.cost.seconds for batch in batches], _LANES)),
+            tuple(share([batch.cost.seconds for batch in batches], LANES)),
             last.to(device),
             window_layers.to(device),
             tuple(_pools((windows * orders).tolist(), _fit_values(batches), device)),
@@ -367,8 +340,6 @@ def _pools(sizes: Sequence[int], most: int, device: torch.device) -> Iterator[_P
     for run in runs:
         lengths = torch.tensor(run, dtype=torch.int64, device="cpu")
         offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-        narrow = torch.uint8 if len(run) <= 256 else torch.int32
-        numbers = torch.arange(len(run), dtype=narrow, device="cpu")
         end = begin + sum(run)
-        yield _Pool(begin, end, offsets.to(device), numbers.to(device))
+        yield _Pool(begin, end, offsets.to(device))
         begin = end
