@@ -1,0 +1,1 @@
+"""What is done with alphas: learning rates per layer, sparsities per layer."""

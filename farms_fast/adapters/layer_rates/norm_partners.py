@@ -1,0 +1,117 @@
+"""Which normalisation follows which layer, so that both are trained at one rate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from torch import nn
+
+__all__ = ["NORM_RULES", "is_norm", "norm_partners"]
+
+NORM_RULES = ("name", "order", None)
+
+_WORDS = ("batch_norm", "batchnorm", "layer_norm", "layernorm", "norm", "bn", "gn", "ln")
+_LAYER_WORDS = ("conv", "fc", "linear", "lin", "dense", "proj")
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module scales what it normalises: torch's own, and others by their class name."""
+    kinds = (
+        nn.modules.batchnorm._BatchNorm,
+        nn.modules.instancenorm._InstanceNorm,
+        nn.LayerNorm,
+        nn.GroupNorm,
+    )
+    if isinstance(module, kinds):
+        return True
+    own = list(module.parameters())
+    return "Norm" in type(module).__name__ and bool(own) and all(p.dim() <= 1 for p in own)
+
+
+def norm_partners(model: nn.Module, rule: str | None, owners: Mapping[str, str]) -> dict[str, str]:
+    """The layer at whose rate each normalisation is trained.
+
+    Args:
+        model: the module.
+        rule: "name": by their names, `bn1` beside `conv1`, `block.norm2` beside `block.conv2`, and
+            in a Sequential the one that follows it (`downsample.0`, `downsample.1`). "order": the
+            first normalisation after a layer, in the order of the modules, if it has as many
+            features as the layer has outputs. None: no partners.
+        owners: layer names by the name of the module that has their weight.
+
+    Returns:
+        Layer names by the name of the normalisation, of those that have a partner.
+
+    Raises:
+        ValueError: the rule is unknown.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        >>> norm_partners(model, "order", {"0": "0"})
+        {'1': '0'}
+    """
+    if rule not in NORM_RULES:
+        raise ValueError(f"norm: expected 'name', 'order' or None, got {rule!r}")
+    if rule is None:
+        return {}
+    return _by_name(model, owners) if rule == "name" else _by_order(model, owners)
+
+
+def _by_name(model: nn.Module, owners: Mapping[str, str]) -> dict[str, str]:
+    partners = {}
+    for path, module in model.named_modules():
+        if is_norm(module):
+            partner = next((name for name in _named_like(path) if name in owners), None)
+            if partner is not None:
+                partners[path] = owners[partner]
+    return partners
+
+
+def _named_like(path: str) -> Iterator[str]:
+    """Names that the layer before a normalisation may have, the likeliest first."""
+    parent, dot, leaf = path.rpartition(".")
+    if leaf.isdigit():
+        yield f"{parent}{dot}{int(leaf) - 1}"
+    for word in _WORDS:
+        if word in leaf:
+            for other in _LAYER_WORDS:
+                yield f"{parent}{dot}{leaf.replace(word, other)}"
+            for removed in (f"_{word}", f"{word}_"):
+                if removed in leaf:
+                    yield f"{parent}{dot}{leaf.replace(removed, '')}"
+            break
+    for word in _WORDS:  # lists of them: `norms.0` beside `convs.0`
+        if word in parent.rpartition(".")[2]:
+            above, point, name = parent.rpartition(".")
+            for other in _LAYER_WORDS:
+                yield f"{above}{point}{name.replace(word, other)}.{leaf}"
+            break
+
+
+def _by_order(model: nn.Module, owners: Mapping[str, str]) -> dict[str, str]:
+    partners = {}
+    before: tuple[str, int | None] | None = None
+    for path, module in model.named_modules():
+        if path in owners:
+            before = owners[path], _extent(module, ("out_channels", "out_features", "nf"))
+        elif is_norm(module):
+            if before is not None and before[1] is not None and before[1] == _features(module):
+                partners[path] = before[0]
+            before = None
+    return partners
+
+
+def _features(norm: nn.Module) -> int | None:
+    shape = getattr(norm, "normalized_shape", None)
+    if isinstance(shape, tuple):
+        return shape[0] if len(shape) == 1 else None
+    found = _extent(norm, ("num_features", "num_channels"))
+    if found is None:
+        found = max((p.numel() for p in norm.parameters()), default=None)
+    return found
+
+
+def _extent(module: nn.Module, names: tuple[str, ...]) -> int | None:
+    found = (getattr(module, name, None) for name in names)
+    return next((value for value in found if isinstance(value, int)), None)

@@ -1,0 +1,169 @@
+"""Parameter groups: made for an optimizer, and found again in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from farms_fast.adapters.layer_rates.assignment import Assignment
+
+__all__ = ["FoundGroups", "NoDecay", "base_rate", "make_groups", "set_rate"]
+
+Group = dict[str, Any]
+# None, "vectors" or globs of parameter names.
+NoDecay = str | Sequence[str] | None
+
+
+def make_groups(
+    assignment: Assignment,
+    lr: float | torch.Tensor,
+    factors: Mapping[str, float],
+    no_decay: NoDecay,
+    options: Mapping[str, Any],
+) -> list[Group]:
+    """The groups for an optimizer: the rest first, even where it has no parameter.
+
+    Args:
+        assignment: which parameter belongs where.
+        lr: the base rate.
+        factors: rate over base rate, by layer.
+        no_decay: as in `LayerRates.param_groups`.
+        options: further entries of every group.
+
+    Raises:
+        TypeError: `no_decay` is something else.
+        ValueError: a glob matches no parameter.
+    """
+    undecayed = _undecayed(assignment, no_decay)
+    groups = []
+    for layer, parameters in assignment.sets():
+        factor = factors.get(layer, 1.0)
+        rate = lr * factor if layer in assignment.layers else lr
+        parts: list[tuple[str, list[nn.Parameter], Group]] = [
+            (layer, [p for name, p in parameters.items() if name not in undecayed], {})
+        ]
+        exempt = [p for name, p in parameters.items() if name in undecayed]
+        if exempt:
+            parts.append((f"{layer} (no decay)", exempt, {"weight_decay": 0.0}))
+        for name, members, changed in parts:
+            if members or name == assignment.rest_name:
+                own = rate.clone() if isinstance(rate, torch.Tensor) else rate
+                groups.append(
+                    {"params": members, "name": name, "layer": layer, **options, **changed}
+                )
+                groups[-1]["lr"] = own
+    return groups
+
+
+def _undecayed(assignment: Assignment, no_decay: NoDecay) -> set[str]:
+    everything = {n: p for _, parameters in assignment.sets() for n, p in parameters.items()}
+    if no_decay is None:
+        return set()
+    if no_decay == "vectors":
+        return {name for name, parameter in everything.items() if parameter.dim() <= 1}
+    globs = [no_decay] if isinstance(no_decay, str) else no_decay
+    if not isinstance(globs, Sequence) or not all(isinstance(glob, str) for glob in globs):
+        raise TypeError(f"no_decay: expected None, 'vectors' or globs, got {no_decay!r}")
+    for glob in globs:
+        if not any(fnmatchcase(name, glob) for name in everything):
+            raise ValueError(
+                f"no_decay: expected globs that match a trainable parameter, got {glob!r}, "
+                f"which matches none of {len(everything)}"
+            )
+    return {name for name in everything if any(fnmatchcase(name, glob) for glob in globs)}
+
+
+@dataclass(frozen=True, eq=False)
+class FoundGroups:
+    """The groups of an assignment in an optimizer.
+
+    Attributes:
+        layers: (layer, group) pairs.
+        rest: The groups of what is not tuned; the first has the base rate.
+        groups: All groups of the optimizer.
+    """
+
+    layers: list[tuple[str, Group]]
+    rest: list[Group]
+    groups: list[Group]
+
+    @staticmethod
+    def of(optimizer: Optimizer, assignment: Assignment) -> FoundGroups:
+        """Finds the groups by their parameters; groups of other parameters are left alone.
+
+        Raises:
+            TypeError: `optimizer` has no groups.
+            ValueError: its groups are not those that `param_groups` gave.
+        """
+        groups = getattr(optimizer, "param_groups", None)
+        if not isinstance(groups, list):
+            raise TypeError(
+                f"optimizer: expected a torch optimizer, got {type(optimizer).__name__}"
+            )
+        owner = {id(p): layer for layer, named in assignment.sets() for p in named.values()}
+        missing = {id(p): n for _, named in assignment.sets() for n, p in named.items()}
+        found = FoundGroups([], [], list(groups))
+        for group in groups:
+            owners = {owner[id(p)] for p in group["params"] if id(p) in owner}
+            for parameter in group["params"]:
+                missing.pop(id(parameter), None)
+            if len(owners) > 1:
+                some = ", ".join(sorted(owners)[:3])
+                raise ValueError(
+                    "optimizer: expected the groups that param_groups() gave, one a layer; got "
+                    f"one with the parameters of {len(owners)} of them ({some})"
+                )
+            if owners == {assignment.rest_name}:
+                found.rest.append(group)
+            elif owners:
+                found.layers.append((owners.pop(), group))
+            elif not group["params"] and group.get("name") == assignment.rest_name:
+                found.rest.append(group)
+        if missing:
+            raise ValueError(
+                "optimizer: expected the groups that param_groups() gave, got none with "
+                f"{len(missing)} of their parameters (the first is {next(iter(missing.values()))})"
+            )
+        return found
+
+    def still_of(self, optimizer: Optimizer) -> bool:
+        """Whether the optimizer has the same groups, none replaced, added or taken away."""
+        now = optimizer.param_groups
+        return len(now) == len(self.groups) and all(
+            group is known for group, known in zip(now, self.groups, strict=True)
+        )
+
+
+def base_rate(found: FoundGroups, lr: float | None, rest_name: str) -> float:
+    """The rate of what is not tuned: that of its group, or the one given, which it then gets.
+
+    Raises:
+        ValueError: there is no such group, and none is given; or the one given is negative.
+    """
+    if lr is not None:
+        rate = float(lr)
+        if not (rate >= 0 and rate != float("inf")):
+            raise ValueError(f"lr: expected a rate that is not negative, got {lr!r}")
+        for group in found.rest:
+            set_rate(group, rate)
+        return rate
+    if not found.rest:
+        raise ValueError(
+            f"optimizer: expected the group {rest_name!r} of param_groups(), whose rate is the "
+            "base rate; without it give the base rate as lr="
+        )
+    return float(found.rest[0]["lr"])
+
+
+def set_rate(group: Group, rate: float) -> None:
+    """Sets a group's rate; one that is a tensor is written in place, as compiled steps need it."""
+    if isinstance(group["lr"], torch.Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate

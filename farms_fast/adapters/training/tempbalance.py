@@ -1,0 +1,125 @@
+"""TempBalance: a layer with a larger alpha, less trained than the others, learns faster."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from farms_fast.adapters.layer_rates import LayerRates
+from farms_fast.windows import FixedAspectSampling, Sampling
+
+__all__ = ["ASSIGNMENTS", "TempBalance"]
+
+ASSIGNMENTS = ("linear", "sqrt", "log2", "step")
+
+_DEFAULT_SAMPLING = FixedAspectSampling()
+
+
+class TempBalance(LayerRates):
+    """Learning rates per layer from alpha (TempBalance, arXiv 2312.00359; with FARMS, 2506.06280).
+
+    With base rate η and the alphas α of the n kept layers, the rate of a layer is
+
+    - ``"linear"``: η·[a + (b − a)·(α − min α)/(max α − min α)]
+    - ``"sqrt"``: η·n·√α / Σ√α
+    - ``"log2"``: η·n·log₂α / Σ log₂α
+    - ``"step"``: η·[a + (b − a)·r/n], r the layer's rank among the alphas, 0 for the smallest;
+      of equal alphas the earlier layer has the lower rank
+
+    and η for layers that are left alone, that have no fit, and where there is nothing to compare:
+    one layer, or equal alphas.
+
+    Args:
+        model: as in `LayerRates`, and so are all arguments that are not listed here.
+        sampling: see there.
+        xmin: see there.
+        assign: the rule.
+        lr_range: (a, b), positive and in order; used by "linear" and "step".
+        skip_first: see there.
+        skip_last: see there.
+        min_evals: see there; 5 as published.
+        **options: `per, xmin_pos, bins, evals_threshold, norm, every, unit, overlap, initial,
+            include, exclude, dtype, solver, memory, process_group, log`.
+
+    Raises:
+        TypeError: an argument of another kind.
+        ValueError: an unknown rule, a range out of order, or as `LayerRates`.
+
+    Example:
+        >>> import torch
+        >>> from farms_fast import FixedAspectSampling
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Sequential(*(torch.nn.Linear(32, 32) for _ in range(4)))
+        >>> rates = TempBalance(model, FixedAspectSampling(rows=16))
+        >>> optimizer = torch.optim.SGD(rates.param_groups(lr=0.1))
+        >>> scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=10)
+        >>> model(torch.randn(8, 32)).square().mean().backward()
+        >>> optimizer.step()
+        >>> scheduler.step()
+        >>> table = rates.step(optimizer)
+        >>> [(row.name, row.status, row.factor) for row in table]
+        [('0', 'skipped', 1.0), ('1', 'ok', 1.5), ('2', 'ok', 0.5), ('3', 'skipped', 1.0)]
+        >>> [(group["name"], round(group["lr"], 4)) for group in optimizer.param_groups]
+        [('rest', 0.0976), ('1', 0.1463), ('2', 0.0488)]
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sampling: Sampling = _DEFAULT_SAMPLING,
+        xmin: str = "median",
+        *,
+        assign: str = "linear",
+        lr_range: tuple[float, float] = (0.5, 1.5),
+        skip_first: bool = True,
+        skip_last: bool = True,
+        min_evals: int = 5,
+        **options: Any,
+    ) -> None:
+        """Checks the rule, and finds the layers."""
+        if assign not in ASSIGNMENTS:
+            known = ", ".join(map(repr, ASSIGNMENTS))
+            raise ValueError(f"assign: expected one of {known}, got {assign!r}")
+        self.assign = assign
+        self.lr_range = _range(lr_range)
+        super().__init__(
+            model,
+            sampling,
+            xmin,
+            skip_first=skip_first,
+            skip_last=skip_last,
+            min_evals=min_evals,
+            **options,
+        )
+
+    def factors(self, scores: Sequence[float]) -> list[float]:
+        """Rate over base rate for each alpha.
+
+        Args:
+            scores: at least two alphas, not all equal.
+        """
+        n = len(scores)
+        low, high = self.lr_range
+        if self.assign == "linear":
+            least, most = min(scores), max(scores)
+            return [low + (high - low) * ((a - least) / (most - least)) for a in scores]
+        if self.assign == "step":
+            by_alpha = sorted(range(n), key=lambda index: scores[index])
+            ranks = {index: rank for rank, index in enumerate(by_alpha)}
+            return [low + (high - low) * ranks[index] / n for index in range(n)]
+        shaped = [math.sqrt(a) if self.assign == "sqrt" else math.log2(a) for a in scores]
+        total = math.fsum(shaped)
+        return [n * value / total for value in shaped]
+
+
+def _range(lr_range: object) -> tuple[float, float]:
+    try:
+        low, high = (float(end) for end in lr_range)  # type: ignore[attr-defined]
+    except (TypeError, ValueError):
+        raise TypeError(f"lr_range: expected two numbers, got {lr_range!r}") from None
+    if not 0 < low <= high < math.inf:
+        raise ValueError(f"lr_range: expected positive numbers in order, got {lr_range!r}")
+    return low, high

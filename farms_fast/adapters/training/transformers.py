@@ -1,0 +1,81 @@
+"""A callback for the Trainer of Hugging Face's transformers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from farms_fast.adapters.layer_rates import LayerRates
+from farms_fast.adapters.layer_rates.due import Clock
+
+try:
+    from transformers import TrainerCallback
+    from transformers.trainer_callback import ExportableState
+except ImportError as error:
+    raise ImportError(
+        "TrainerRates needs transformers: pip install 'farms-fast[transformers]'"
+    ) from error
+
+__all__ = ["TrainerRates"]
+
+
+class TrainerRates(TrainerCallback, ExportableState):  # type: ignore[misc]
+    """Makes and sets the rates of a `LayerRates` while a transformers Trainer trains.
+
+    Before each step it sets every tuned group to the base rate times its factor, after whatever
+    the scheduler did; at the first step of an epoch, or at every step, as the rates' `unit` says,
+    it counts a call, and every so many calls (`every`) the rates are made anew. The learning rate
+    that the Trainer reports is the base rate. The rates are saved in `trainer_state.json` and
+    restored by `train(resume_from_checkpoint=...)`.
+
+    Args:
+        rates: from whose `param_groups` the Trainer's optimizer is made.
+
+    Raises:
+        TypeError: `rates` is something else.
+        ValueError: a checkpoint is of another model, or the optimizer of other groups.
+
+    Example:
+        >>> import torch
+        >>> from farms_fast.adapters.training import TempBalance
+        >>> from farms_fast.adapters.training.transformers import TrainerRates
+        >>> model = torch.nn.Sequential(*(torch.nn.Linear(16, 16) for _ in range(4)))
+        >>> rates = TempBalance(model)
+        >>> optimizer = torch.optim.AdamW(rates.param_groups(lr=2e-5, no_decay="vectors"))
+        >>> callback = TrainerRates(rates)
+        >>> # Trainer(model, args, ..., optimizers=(optimizer, None), callbacks=[callback])
+    """
+
+    def __init__(self, rates: LayerRates | None = None) -> None:
+        """Remembers the rates, which are None only where the Trainer makes a callback anew."""
+        if rates is not None and not isinstance(rates, LayerRates):
+            raise TypeError(f"rates: expected LayerRates, got {type(rates).__name__}")
+        self._clock = None if rates is None else Clock(rates)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Takes what a checkpoint had."""
+        kept = state.stateful_callbacks.get(type(self).__name__)
+        if state.global_step == 0 or kept is None:
+            return
+        self._the_clock().load_state_dict(kept["attributes"]["restored"])
+
+    def on_step_begin(
+        self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        """Sets the rates for the step."""
+        # A sum of fractions may fall short of the whole epoch.
+        epochs = math.floor((state.epoch or 0) + 1e-9)
+        self._the_clock().tick(optimizer, epochs, state.global_step)
+
+    def state(self) -> dict[str, Any]:
+        """What the Trainer saves."""
+        restored = None if self._clock is None else self._clock.state_dict()
+        return {"args": {}, "attributes": {"restored": restored}}
+
+    def _the_clock(self) -> Clock:
+        if self._clock is None:
+            raise ValueError(
+                "rates: expected LayerRates, got none; restore_callback_states_from_checkpoint "
+                "makes callbacks anew without them and is not needed here"
+            )
+        return self._clock
