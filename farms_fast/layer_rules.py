@@ -13,11 +13,11 @@ from functools import cached_property
 
 from farms_fast.arrays import FLOATING
 from farms_fast.model_config import ModelConfig
+from farms_fast.operator_layers import spectral_parts
 from farms_fast.stacks import (
     AsStored,
     HeadRows,
     Part,
-    RealAndImaginary,
     Rows,
     TensorHeader,
     TrailingPositions,
@@ -28,6 +28,7 @@ __all__ = [
     "convolution_part",
     "embedding_part",
     "expert_parts",
+    "is_stack",
     "linear_parts",
     "matrix_parts",
     "parts_by_name",
@@ -270,6 +271,16 @@ def stacked_part(name: str, shape: tuple[int, ...], *, kind: str) -> Part:
     return Part(name, kind, (shape[0], shape[1], shape[2]), AsStored())
 
 
+def is_stack(header: TensorHeader) -> bool:
+    """Whether a 3-D weight looks like ``(steps, in, out)``, not like a kernel ``(out, in, width)``.
+
+    Such as one matrix for each time step or block: fewer of them than channels, as a kernel has
+    fewer positions than channels.
+    """
+    shape = header.shape
+    return len(shape) == 3 and not header.dtype.is_complex and shape[0] < shape[2]
+
+
 def embedding_part(name: str, shape: tuple[int, ...]) -> Part:
     """A table of embeddings, ``(rows, dim)`` or ``(1, rows, dim)``: left out unless asked for."""
     stack = (1, shape[-2], shape[-1])
@@ -286,22 +297,17 @@ def parts_by_name(header: TensorHeader, index: HeaderIndex) -> list[Part] | str:
     bias = index.beside(header.name, "bias") if _is_weight(header.name) else None
     if bias is not None and bias.shape == shape:
         return "elementwise scale (its bias has the same shape), not a matrix"
-    if header.dtype.is_complex and rank > 2:
-        # (in, out, *modes): as a kernel's positions, with the roles of in and out exchanged.
-        modes = math.prod(shape[2:])
-        return [Part(name, "spectral", (modes, shape[0], shape[1]), TrailingPositions())]
-    if _is_afno_weight(header, index):
-        return [Part(name, "spectral", (shape[1], shape[2], shape[3]), RealAndImaginary())]
-    if rank == 3 and _leaf(header.name) in ("b1", "b2"):
-        weight = index.beside(header.name, _leaf(header.name).replace("b", "w"))
-        if weight is not None and _is_afno_weight(weight, index):
-            return "a bias (of an AFNO block), not a weight"
+    spectral = spectral_parts(header, name, index)
+    if spectral:
+        return spectral
     if rank == 2:
         return _matrix_by_name(header, index, has_bias=bias is not None)
     if rank == 3 and _is_stack_of_experts(name):
         return expert_parts(header, index)
     if rank == 3 and shape[0] == 1 and _is_embedding(name):
         return [embedding_part(name, shape)]
+    if is_stack(header) and not _leaf(header.name).startswith("weight"):
+        return [stacked_part(name, shape, kind="stacked")]
     if rank <= 5:
         transposed = index.stored_in_by_out(header)
         return [convolution_part(name, shape, transposed=transposed)]
@@ -352,18 +358,6 @@ def _recurrent_parts(header: TensorHeader, index: HeaderIndex) -> list[Part]:
         return matrix_parts(header.name, header.shape)
     kind, roles = _GATES[gates]
     return matrix_parts(header.name, header.shape, kind=kind, roles=roles)
-
-
-def _is_afno_weight(header: TensorHeader, index: HeaderIndex) -> bool:
-    """Block-diagonal complex weight of an adaptive Fourier neural operator.
-
-    ``w1`` is ``(2, blocks, in, out)``, real parts first; its bias ``b1`` is ``(2, blocks, out)``.
-    """
-    leaf, shape = _leaf(header.name), header.shape
-    if leaf not in ("w1", "w2") or len(shape) != 4 or shape[0] != 2:
-        return False
-    bias = index.beside(header.name, leaf.replace("w", "b"))
-    return bias is not None and bias.shape == (2, shape[1], shape[3])
 
 
 def _is_stack_of_experts(name: str) -> bool:

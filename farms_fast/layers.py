@@ -20,6 +20,7 @@ from farms_fast.layer_rules import (
     convolution_part,
     embedding_part,
     expert_parts,
+    is_stack,
     linear_parts,
     parts_by_name,
     stacked_part,
@@ -28,6 +29,7 @@ from farms_fast.layer_rules import (
 from farms_fast.lora_modules import Wrapper, module_wrappers, visible_name
 from farms_fast.model_config import ModelConfig
 from farms_fast.module_tensors import module_tensor, own_tensors, sparse_layout, tensor_identity
+from farms_fast.operator_layers import assembled, module_notes
 from farms_fast.quantised import restore
 from farms_fast.stacks import Combined, Found, LayerSpec, Part, Skipped, TensorHeader
 
@@ -109,7 +111,7 @@ def layers_from_headers(
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"headers: expected each name once, got {twice!r} more than once")
-    found = restore(headers, config)
+    found = assembled(restore(headers, config))
     if change is not None:
         found = change(found)
     index = HeaderIndex((header for header, _ in found), config)
@@ -175,6 +177,7 @@ def layers_from_module(
         item if item.reason else _as_wrapped(item.header, wrappers)
         for item in restore([item.header for item in owned if not item.reason], config)
     ]
+    found = assembled(found, module_notes(module))
     if change is not None:
         found = change(found)
     index = HeaderIndex((header for header, _ in found), config)
@@ -239,8 +242,11 @@ def _parts_by_module(
             return [embedding_part(name, shape)]
         if isinstance(owner, nn.Bilinear):
             return [stacked_part(name, shape, kind="bilinear")]
-    if len(shape) == 3 and "expert" in type(owner).__name__.lower() and "bias" not in leaf:
+    kind = type(owner).__name__.lower()
+    if len(shape) == 3 and "expert" in kind and "bias" not in leaf:
         return expert_parts(header, index)
+    if leaf.startswith("weight") and is_stack(header) and "conv" not in kind:
+        return [stacked_part(name, shape, kind="stacked")]
     return parts_by_name(header, index)
 
 

@@ -79,6 +79,9 @@ def _effective(owner: nn.Module, leaf: str) -> torch.Tensor:
         # Spectral norm in training mode writes its buffers at each evaluation: take a copy's.
         with torch.no_grad():
             found = copy.deepcopy(owner.parametrizations[leaf]).eval()()  # type: ignore[index, union-attr]
+    elif leaf in owner._parameters:
+        # As it is stored: tensorly-torch's complex factors answer by attribute as another tensor.
+        found = owner._parameters[leaf]
     else:
         found = getattr(owner, leaf)
     return plain(found) if isinstance(found, torch.Tensor) else found  # type: ignore[no-any-return]

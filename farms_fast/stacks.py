@@ -37,7 +37,7 @@ class LayerSpec:
             has its role appended (``attn.in_proj.q``, ``lstm.weight_ih_l0.f``).
         kind: ``linear``, ``attention``, ``conv1d``..``conv3d``, ``conv_transpose1d``..
             ``conv_transpose3d``, ``lstm``, ``gru``, ``rnn``, ``experts``, ``bilinear``,
-            ``spectral`` or ``embedding``.
+            ``spectral``, ``stacked`` (any other stack of matrices) or ``embedding``.
         tensors: Names of the source tensors, in the order in which ``to_stack`` takes them: one,
             or several where a weight is computed (a quantised one with its scales, one with its
             LoRA update).

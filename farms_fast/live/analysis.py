@@ -16,7 +16,7 @@ from farms_fast.arguments import check_dtype, check_sampling, check_solver, natu
 from farms_fast.engine.execute import Settings
 from farms_fast.engine.machine import machine_of
 from farms_fast.engine.plan import Plan, plan
-from farms_fast.layers import LayerSpec, layers_from_module, module_tensor
+from farms_fast.layers import Change, LayerSpec, layers_from_module, module_tensor
 from farms_fast.live.passes import DevicePasses
 from farms_fast.live.pending import Demands, LayerAlpha, PendingAlphas
 from farms_fast.live.weights import LiveWeights
@@ -52,6 +52,7 @@ class LiveAnalysis:
         exclude: glob or globs of the layers to leave out.
         min_evals: layers with fewer eigenvalues get the status "too_few".
         evals_threshold: eigenvalues below it are dropped: they neither count nor enter the fit.
+        change: what stands for the model's weights, as in `farms_fast.layers.layers_from_module`.
 
     Attributes:
         specs: the layers, in the model's order. Their `tensors` are names in its state dict.
@@ -93,6 +94,7 @@ class LiveAnalysis:
         exclude: str | Sequence[str] | None = None,
         min_evals: int = 0,
         evals_threshold: float = 0.0,
+        change: Change | None = None,
     ) -> None:
         """Finds the layers and plans everything that depends on shapes alone."""
         if not isinstance(model, nn.Module):
@@ -105,7 +107,7 @@ class LiveAnalysis:
         # A spectrum without values: the rule checks its own settings.
         rule.fit(torch.empty(0, dtype=torch.float64, device="cpu"), [0])
         with _undisturbed():
-            specs, skipped = layers_from_module(model, include, exclude)
+            specs, skipped = layers_from_module(model, include, exclude, change=change)
             places = _places(model, specs)
         plans: dict[torch.device, Plan] = {}
         for device in dict.fromkeys(places):

@@ -1,0 +1,179 @@
+"""Two-dimensional compressible Navier–Stokes data in PDEBench's HDF5 layout.
+
+PDEBench (Takamoto et al., NeurIPS 2022 Datasets and Benchmarks, arXiv 2210.07182) keeps each
+quantity of a flow as one dataset ``density``, ``pressure``, ``Vx``, ``Vy`` of shape
+``(samples, times, x, y)``, the grid as ``x-coordinate``, ``y-coordinate`` and ``t-coordinate``, and
+the parameters as attributes ``eta`` (shear viscosity), ``zeta`` (bulk viscosity) and ``M`` (Mach
+number). The published ``t-coordinate`` has one entry more than there are times.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from farms_fast.arguments import natural
+
+__all__ = ["FIELDS", "CompressibleFlow", "read_pdebench", "write_pdebench"]
+
+#: The quantities of a flow, in the order of the channels.
+FIELDS = ("density", "pressure", "Vx", "Vy")
+_AXES = ("t-coordinate", "x-coordinate", "y-coordinate")
+_PARAMETERS = ("eta", "zeta", "M")
+
+
+@dataclass(frozen=True)
+class CompressibleFlow:
+    """Flows on one grid, at one viscosity.
+
+    Attributes:
+        fields: density, pressure, velocity along x and along y: float32, (N, T, 4, X, Y).
+        t: the T times, float32.
+        x: the X coordinates, float32.
+        y: the Y coordinates, float32.
+        eta: shear viscosity.
+        zeta: bulk viscosity.
+        mach: Mach number.
+    """
+
+    fields: torch.Tensor
+    t: torch.Tensor
+    x: torch.Tensor
+    y: torch.Tensor
+    eta: float
+    zeta: float
+    mach: float
+
+    def __len__(self) -> int:
+        """Number of flows."""
+        return self.fields.shape[0]
+
+
+def read_pdebench(
+    path: str | os.PathLike[str],
+    *,
+    first: int = 0,
+    samples: int | None = None,
+    space_step: int = 1,
+    time_step: int = 1,
+) -> CompressibleFlow:
+    """Reads flows of a PDEBench file; of what is not asked for, nothing is read.
+
+    Args:
+        path: the HDF5 file, such as ``2D_CFD_Rand_M0.1_Eta0.01_Zeta0.01_periodic_128_Train.hdf5``.
+        first: flow to begin with.
+        samples: flows to read, None for all from ``first`` on.
+        space_step: takes every so many points in both dimensions.
+        time_step: takes every so many times.
+
+    Returns:
+        The flows.
+
+    Raises:
+        ImportError: h5py is not installed.
+        FileNotFoundError: there is no such file.
+        ValueError: the file has not this layout (the message names what is missing or does not
+            fit), has not so many flows, or holds a value that is not finite.
+        TypeError: a count is not an integer.
+
+    Example:
+        >>> import pathlib, tempfile, torch
+        >>> flow = CompressibleFlow(torch.ones(3, 2, 4, 8, 8), torch.arange(2.0),
+        ...                         torch.arange(8.0), torch.arange(8.0), 0.01, 0.01, 0.1)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder, "flow.hdf5")
+        ...     write_pdebench(path, flow)
+        ...     again = read_pdebench(path, samples=2, space_step=4)
+        >>> again.fields.shape, again.eta
+        (torch.Size([2, 2, 4, 2, 2]), 0.01)
+    """
+    h5py = _h5py()
+    start = natural("first", first)
+    count = None if samples is None else natural("samples", samples, least=1)
+    space, time = natural("space_step", space_step, 1), natural("time_step", time_step, 1)
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"path: expected an HDF5 file, got {os.fspath(path)!r}")
+    try:
+        file = h5py.File(path, "r")
+    except OSError as error:
+        raise ValueError(
+            f"path: expected an HDF5 file, got {os.fspath(path)!r} ({error})"
+        ) from None
+    with file:
+        n, times, rows, columns = _layout(file, os.fspath(path))
+        stop = n if count is None else start + count
+        if start >= n or stop > n:
+            raise ValueError(
+                f"samples: expected at most the {n} flows of {os.fspath(path)!r}, "
+                f"got first={start}, samples={count}"
+            )
+        pick = (slice(start, stop), slice(None, None, time), *2 * (slice(None, None, space),))
+        parts = [np.asarray(file[name][pick], dtype=np.float32) for name in FIELDS]
+        t, x, y = (np.asarray(file[name], dtype=np.float32) for name in _AXES)
+        parameters = [float(file.attrs[name]) for name in _PARAMETERS]
+    fields = torch.from_numpy(np.stack(parts, axis=2))
+    for name, part in zip(FIELDS, parts, strict=True):
+        if not np.isfinite(part).all():
+            raise ValueError(f"{os.fspath(path)}: expected finite values, {name!r} has others")
+    axes = (t[:times:time], x[:rows:space], y[:columns:space])
+    t_axis, x_axis, y_axis = (torch.from_numpy(axis.copy()) for axis in axes)
+    return CompressibleFlow(fields, t_axis, x_axis, y_axis, *parameters)
+
+
+def write_pdebench(path: str | os.PathLike[str], flow: CompressibleFlow) -> None:
+    """Writes flows in the same layout, with one time more in ``t-coordinate`` as published.
+
+    Args:
+        path: the file to make; one that exists is replaced.
+        flow: what to write.
+
+    Raises:
+        ImportError: h5py is not installed.
+    """
+    t = flow.t.double()
+    spacing = t[-1] - t[-2] if t.numel() > 1 else torch.ones(())
+    axes = (torch.cat((t, (t[-1:] + spacing))), flow.x, flow.y)
+    with _h5py().File(path, "w") as file:
+        for channel, name in enumerate(FIELDS):
+            file.create_dataset(name, data=flow.fields[:, :, channel].float().cpu().numpy())
+        for name, axis in zip(_AXES, axes, strict=True):
+            file.create_dataset(name, data=axis.float().cpu().numpy())
+        for name, value in zip(_PARAMETERS, (flow.eta, flow.zeta, flow.mach), strict=True):
+            file.attrs[name] = value
+
+
+def _layout(file: Any, path: str) -> tuple[int, int, int, int]:
+    """The shape that all quantities have; ValueError for any other layout."""
+    missing = [name for name in (*FIELDS, *_AXES) if name not in file]
+    missing += [f"attribute {name}" for name in _PARAMETERS if name not in file.attrs]
+    if missing:
+        raise ValueError(
+            f"{path}: expected PDEBench's layout of 2D compressible flow, without"
+            f" {', '.join(missing)} (it has: {', '.join(sorted(file)) or 'nothing'})"
+        )
+    shapes = {name: tuple(file[name].shape) for name in FIELDS}
+    shape = shapes[FIELDS[0]]
+    if len(shape) != 4 or 0 in shape or len(set(shapes.values())) > 1:
+        raise ValueError(f"{path}: expected one shape (samples, times, x, y) for all, got {shapes}")
+    for name, size in zip(_AXES, shape[1:], strict=True):
+        length = file[name].shape[0] if file[name].ndim == 1 else -1
+        if length not in ((size, size + 1) if name == "t-coordinate" else (size,)):
+            raise ValueError(
+                f"{path}: expected {size} values of {name!r}, got shape {file[name].shape}"
+            )
+    return shape  # type: ignore[return-value]
+
+
+def _h5py() -> Any:
+    try:
+        import h5py
+    except ImportError:
+        raise ImportError(
+            "h5py: it reads and writes PDEBench's files; pip install 'farms-fast[sciml]'"
+        ) from None
+    return h5py

@@ -1,0 +1,142 @@
+"""TB_Sigmoid: a learning rate for each layer, by how far its alpha is from the mean."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any
+
+from torch import nn
+
+from farms_fast.adapters.layer_rates import LayerRates
+from farms_fast.operator_layers import factor_matrices
+from farms_fast.windows import FixedAspectSampling, Sampling
+
+__all__ = ["TBSigmoid"]
+
+_DEFAULT_SAMPLING = FixedAspectSampling()
+_FACTORISED = ("reconstructed", "factors")
+
+
+class TBSigmoid(LayerRates):
+    """Learning rates per layer from alpha by a sigmoid, for fine-tuning with few data.
+
+    With base rate η, the alphas α of the layers and their mean ᾱ, the rate of a layer is η·10^φ,
+
+    φ = s·[1/(1 + e^(−τ(α − ᾱ))) − ½]
+
+    with s = s_high for α above ᾱ and s = s_low below it, so that it lies between η·10^(−s_low/2)
+    and η·10^(s_high/2) (TB_Sigmoid, arXiv 2410.12178; with FARMS, arXiv 2506.06280). A layer that
+    is left alone or has no fit keeps η and does not count for the mean, and so does every layer
+    where there is nothing to compare.
+
+    The layers of neural operators are among those that are analysed: spectral convolutions, one
+    complex matrix for each mode, all modes of a layer in one spectrum; AFNO blocks; factorised
+    weights. See `farms_fast.operator_layers`.
+
+    Args:
+        model: as in `LayerRates`, and so are all arguments that are not listed here.
+        sampling: see there; `FullMatrix()` for the rule as published without FARMS.
+        xmin: see there.
+        scale: (s_low, s_high), or one number for both; not negative. The published grid goes from
+            0.125 to 1.5.
+        tau: the slope of the sigmoid, positive.
+        per: "layer" for ᾱ over layers, as in scientific machine learning; "block" for the mean over
+            transformer blocks, each with the mean of its layers' alphas, as in language models; or
+            a function from a layer's name to its block's.
+        min_evals: see there; 5 as in `TempBalance`.
+        filter_zeros: eigenvalues below it are left out, as published; None or 0 for no such limit.
+            It is an absolute number: a layer whose weights are so small that hardly an eigenvalue
+            reaches it has the status "too_few". Exact zeros are never in a fit.
+        factorised: what a Tucker, CP or TT weight is analysed as: "reconstructed", the complex
+            matrices of its modes; or "factors", each factor a layer with a rate of its own.
+        **options: `xmin_pos, bins, skip_first, skip_last, norm, every, unit, overlap, initial,
+            include, exclude, dtype, solver, memory, process_group, log`.
+
+    Raises:
+        TypeError: an argument of another kind.
+        ValueError: an argument out of range, or as `LayerRates`, such as a model without any layer
+            that can be analysed.
+
+    Example:
+        >>> import torch
+        >>> from farms_fast import FullMatrix
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(4, 16, 1), torch.nn.Conv2d(16, 16, 1))
+        >>> model.modes = torch.nn.Parameter(torch.randn(16, 16, 8, 5, dtype=torch.complex64))
+        >>> rates = TBSigmoid(model, FullMatrix(), filter_zeros=None, min_evals=1)
+        >>> optimizer = torch.optim.Adam(rates.param_groups(lr=1e-3))
+        >>> table = rates.step(optimizer)
+        >>> [(row.name, row.n_evals, row.status) for row in table]
+        [('modes', 640, 'ok'), ('0', 4, 'ok'), ('1', 16, 'ok')]
+        >>> [round(f, 3) for f in TBSigmoid(model, scale=1.0, tau=2.0).factors([2.0, 4.0])]
+        [0.416, 2.403]
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sampling: Sampling = _DEFAULT_SAMPLING,
+        xmin: str = "median",
+        *,
+        scale: float | tuple[float, float] = (1.0, 2.0),
+        tau: float = 10.0,
+        min_evals: int = 5,
+        filter_zeros: float | None = 1e-5,
+        factorised: str = "reconstructed",
+        **options: Any,
+    ) -> None:
+        """Checks the rule, and finds the layers."""
+        if "evals_threshold" in options:
+            raise TypeError("evals_threshold: expected its name here, filter_zeros")
+        if factorised not in _FACTORISED:
+            known = " or ".join(map(repr, _FACTORISED))
+            raise ValueError(f"factorised: expected {known}, got {factorised!r}")
+        self.scale = _scale(scale)
+        self.tau = _number("tau", tau)
+        if self.tau == 0:
+            raise ValueError("tau: expected a positive number, got 0")
+        if factorised == "factors":
+            options["change"] = factor_matrices
+        super().__init__(
+            model,
+            sampling,
+            xmin,
+            min_evals=min_evals,
+            evals_threshold=0.0 if filter_zeros is None else _number("filter_zeros", filter_zeros),
+            **options,
+        )
+
+    def factors(self, scores: Sequence[float]) -> list[float]:
+        """10^φ for each alpha.
+
+        Args:
+            scores: at least one alpha, or mean of a block's alphas.
+        """
+        mean = math.fsum(scores) / len(scores)
+        return [self._factor(score - mean) for score in scores]
+
+    def _factor(self, above: float) -> float:
+        low, high = self.scale
+        # ½·tanh(x/2) is the sigmoid less one half, without an overflow far from the mean.
+        share = 0.5 * math.tanh(0.5 * self.tau * above)
+        return math.pow(10.0, (high if above > 0 else low) * share)
+
+
+def _scale(scale: object) -> tuple[float, float]:
+    if isinstance(scale, Real):
+        both = _number("scale", scale)
+        return both, both
+    if not isinstance(scale, (tuple, list)) or len(scale) != 2:
+        raise TypeError(f"scale: expected a number or a pair (s_low, s_high), got {scale!r}")
+    return _number("scale", scale[0]), _number("scale", scale[1])
+
+
+def _number(argument: str, value: object) -> float:
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{argument}: expected a number, got {value!r}")
+    number = float(value)
+    if not (math.isfinite(number) and number >= 0):
+        raise ValueError(f"{argument}: expected a finite number that is not negative, got {value}")
+    return number
