@@ -44,6 +44,7 @@ from farms_fast.commands.options import (
     sampling_of,
 )
 from farms_fast.commands.plan import plan
+from farms_fast.commands.prune import prune
 from farms_fast.commands.tables import cells, pad, skipped_lines
 from farms_fast.records import LayerRecord
 from farms_fast.results import Analysis, printable
@@ -320,6 +321,7 @@ def _report(analysis: Analysis, seconds: float, show_skipped: bool) -> None:
 
 
 app.command()(plan)
+app.command()(prune)
 register_exports(app)
 
 

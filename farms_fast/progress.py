@@ -13,7 +13,7 @@ Progress = Callable[[int, int, str], None]
 
 @contextlib.contextmanager
 def reporter(
-    progress: bool | Progress, layers: int, windows: int
+    progress: bool | Progress, layers: int, windows: int, unit: str = "windows"
 ) -> Iterator[Callable[[str, int, bool], None]]:
     """A function to call with every layer that is done.
 
@@ -22,6 +22,7 @@ def reporter(
             function that is called in the bar's place with layers done, layers in all and a name.
         layers: how many there are.
         windows: how many windows they have together.
+        unit: what these are called, where they are something else.
 
     Yields:
         `report(name, windows, computed)`: the layer's name, its windows, and whether they had to be
@@ -46,7 +47,7 @@ def reporter(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.fields[layers]}", markup=False),
-        TextColumn("{task.completed:,.0f}/{task.total:,.0f} windows", markup=False),
+        TextColumn("{task.completed:,.0f}/{task.total:,.0f} " + unit, markup=False),
         TextColumn("{task.fields[rate]}", markup=False),
         TimeRemainingColumn(),
         console=Console(stderr=True),

@@ -28,7 +28,7 @@ from farms_fast.commands.options import (
     parse_memory,
     sampling_of,
 )
-from farms_fast.commands.tables import cells, pad, skipped_lines
+from farms_fast.commands.tables import columns, skipped_lines
 
 if TYPE_CHECKING:
     from farms_fast.engine.cost import Cost, Machine
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from farms_fast.layers import Skipped
 
 __all__ = ["plan"]
-
-_GAP = "  "
 
 
 def plan(
@@ -163,7 +161,7 @@ def _lines(planned: Plan, machine: Machine) -> Iterator[str]:
                 _number(cost.memory / 1e9),
             ]
         )
-    yield from _columns(table)
+    yield from columns(table)
     yield ""
     cost, layers = planned.cost, len(planned.layers)
     weights = sum(batch.weight_bytes for batch in planned.batches)
@@ -177,13 +175,6 @@ def _lines(planned: Plan, machine: Machine) -> Iterator[str]:
         f"{_number(weights / 1e9)} GB of weights, {_number(cost.flops / 1e12)} TFLOP"
     )
     yield f"about {_time(cost.seconds)} on {where}, {memory} GB of the {allowed} GB allowed"
-
-
-def _columns(table: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Rows of texts, aligned to the right."""
-    widths = [max(map(cells, column)) for column in zip(*table, strict=True)]
-    for row in table:
-        yield _GAP.join(pad(text, w, right=True) for text, w in zip(row, widths, strict=True))
 
 
 def _number(value: float) -> str:

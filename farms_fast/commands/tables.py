@@ -16,7 +16,9 @@ from farms_fast.results import printable
 if TYPE_CHECKING:
     from farms_fast.layers import Skipped
 
-__all__ = ["cells", "pad", "skipped_lines"]
+__all__ = ["cells", "columns", "pad", "skipped_lines"]
+
+_GAP = "  "
 
 
 def cells(text: str) -> int:
@@ -31,6 +33,13 @@ def pad(text: str, width: int, *, right: bool) -> str:
     """Fills up with spaces to a width on a terminal."""
     fill = " " * (width - cells(text))
     return fill + text if right else text + fill
+
+
+def columns(table: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Rows of texts, aligned to the right."""
+    widths = [max(map(cells, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        yield _GAP.join(pad(text, w, right=True) for text, w in zip(row, widths, strict=True))
 
 
 def skipped_lines(tensors: Sequence[Skipped], names: bool) -> Iterator[str]:

@@ -1,0 +1,239 @@
+"""What a pruned model is worth: perplexity over a text, and accuracies without examples."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from farms_fast.adapters.pruning.blocks import find_blocks
+from farms_fast.adapters.pruning.calibration import (
+    BlockRunner,
+    block_device,
+    evaluating,
+    input_device,
+)
+from farms_fast.adapters.pruning.tokens import check_positions, token_ids
+from farms_fast.arguments import natural
+
+__all__ = ["SEVEN_TASKS", "perplexity", "zero_shot"]
+
+#: The zero-shot tasks that the literature on pruning reports, by their names in lm_eval: BoolQ,
+#: RTE, HellaSwag, WinoGrande, ARC easy and challenge, OpenBookQA.
+SEVEN_TASKS = (
+    "boolq",
+    "rte",
+    "hellaswag",
+    "winogrande",
+    "arc_easy",
+    "arc_challenge",
+    "openbookqa",
+)
+_BATCH_TOKENS = 4096
+
+
+def perplexity(
+    model: nn.Module,
+    tokens: Tensor,
+    *,
+    seqlen: int,
+    stride: int | None = None,
+    batch_size: int | None = None,
+    device: str | torch.device | None = None,
+    memory: int | None = None,
+) -> float:
+    """Exponential of the mean negative log likelihood of a text's tokens, over windows of the text.
+
+    Windows of ``seqlen`` tokens start every ``stride`` tokens; the last one ends with the text and
+    is shorter. A window scores those of its tokens that no window before it has scored; the
+    rest are context. Without a stride windows lie side by side, as in the literature, and the first
+    token of each, which has no context, is not scored. With a smaller stride every token but the
+    text's first is scored once, with at least ``seqlen - stride`` tokens before it.
+
+    Args:
+        model: Called with token ids (n, seqlen); returns logits (n, seqlen, vocabulary), or an
+            output with ``logits``, or a tuple with them first. It runs in evaluation mode.
+        tokens: int64 (n,) or (1, n), a text.
+        seqlen: Tokens of a window.
+        stride: Tokens from a window's start to that of the next, at most seqlen; None is seqlen.
+        batch_size: Windows at a time; None is about 4096 tokens.
+        device: Where the model's repeated blocks run, one at a time, what is around them running
+            where it is; None runs the model where it is, as does the device that it is on.
+        memory: With a device: as `farms_fast.adapters.pruning.sequential.prune_model` takes it.
+
+    Returns:
+        The perplexity; infinity where it is beyond the range of a float. Log likelihoods are summed
+        in float64, each computed in float32 or the model's wider dtype.
+
+    Raises:
+        TypeError: An argument of another kind.
+        ValueError: Fewer than two tokens, a seqlen below 2 or beyond the model's positions, a
+            stride out of range, an unknown token, or logits that are NaN.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(10, 10))
+        >>> _ = torch.nn.init.zeros_(model[0].weight)
+        >>> round(perplexity(model, torch.arange(10), seqlen=4), 6)
+        10.0
+    """
+    length = natural("seqlen", seqlen, least=2)
+    step = length if stride is None else natural("stride", stride, least=1)
+    if step > length:
+        raise ValueError(f"stride: expected at most the seqlen of {length}, got {step}")
+    if isinstance(tokens, Tensor) and (tokens.dim() > 2 or tokens.shape[:-1] not in ((), (1,))):
+        raise ValueError(f"tokens: expected shape (n,) or (1, n), got {tuple(tokens.shape)}")
+    if isinstance(tokens, Tensor) and tokens.numel() < 2:
+        raise ValueError(f"tokens: expected at least two, got {tokens.numel()}")
+    text = token_ids(model, tokens, "tokens").flatten()
+    check_positions(model, min(length, len(text)), "tokens")
+    size = max(1, _BATCH_TOKENS // length)
+    if batch_size is not None:
+        size = natural("batch_size", batch_size, least=1)
+    place = input_device(model)
+    where = place if device is None else block_device(device, place)
+    total, count = 0.0, 0
+    for start, windows, scored in _windows(text, length, step):
+        if where == place:
+            outputs = _outputs(model, windows, size, place)
+        else:
+            outputs = _outputs_by_blocks(model, windows, batch_size, where, memory)
+        done = 0
+        # Closed also after an error: until then the model is not as it was.
+        with contextlib.closing(outputs):
+            for output in outputs:
+                logits = _logits(output)[:, -scored - 1 : -1]
+                targets = windows[done : done + len(logits), -scored:].to(logits.device)
+                if logits.dtype in (torch.float16, torch.bfloat16):
+                    logits = logits.float()
+                loss = float(
+                    functional.cross_entropy(
+                        logits.flatten(0, 1), targets.flatten(), reduction="none"
+                    ).sum(dtype=torch.float64)
+                )
+                if math.isnan(loss):
+                    raise ValueError(
+                        "model: its logits are NaN in the windows that start with token "
+                        f"{start + done * step}"
+                    )
+                done += len(logits)
+                total += loss
+                count += targets.numel()
+    mean = total / count
+    return math.exp(mean) if mean < 709 else math.inf
+
+
+def _windows(text: Tensor, length: int, step: int) -> Iterator[tuple[int, Tensor, int]]:
+    """Windows of equal length: the first one's start, (n, length), and tokens that each scores."""
+    count = len(text)
+    starts = [0]
+    while starts[-1] + length < count:
+        starts.append(starts[-1] + step)
+    # The first token of a window has nothing before it.
+    first = text[None, :length]
+    yield 0, first, first.shape[1] - 1
+    full = [start for start in starts[1:] if start + length <= count]
+    if full:
+        yield full[0], text.unfold(0, length, 1)[full], min(step, length - 1)
+    last = starts[-1]
+    left = min(count - (last - step + length), count - last - 1)
+    if last + length > count and last and left:
+        yield last, text[None, last:], left
+
+
+def _outputs(
+    model: nn.Module, windows: Tensor, size: int, place: torch.device
+) -> Generator[Any, None, None]:
+    with torch.no_grad(), evaluating(model):
+        for batch in windows.split(size):
+            yield model(batch.to(place))
+
+
+def _outputs_by_blocks(
+    model: nn.Module,
+    windows: Tensor,
+    batch_size: int | None,
+    device: torch.device,
+    memory: int | None,
+) -> Generator[Any, None, None]:
+    blocks = find_blocks(model)
+    runner = BlockRunner(
+        model, blocks, windows, device=device, memory=memory, batch_size=batch_size
+    )
+    with runner:
+        for _ in blocks.blocks:
+            with runner.on_device():
+                runner.run(keep=True)
+        yield from runner.outputs()
+
+
+def _logits(output: Any) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
+    found = getattr(output, "logits", None)
+    if found is None and isinstance(output, Sequence) and output:
+        found = output[0]
+    if not isinstance(found, Tensor):
+        raise TypeError(
+            "model: expected logits (n, seqlen, vocabulary) or an output that has them, "
+            f"got {type(output).__name__}"
+        )
+    return found
+
+
+def zero_shot(
+    model: nn.Module,
+    tokenizer: Any,
+    tasks: Sequence[str] = SEVEN_TASKS,
+    *,
+    batch_size: int | str = "auto",
+    limit: int | None = None,
+) -> dict[str, float]:
+    """Accuracies on tasks of the lm-evaluation-harness, without examples in the prompt.
+
+    Data sets come from a hub, unless they have been fetched before.
+
+    Args:
+        model: A causal language model of transformers.
+        tokenizer: Its tokenizer.
+        tasks: Names of lm_eval's tasks.
+        batch_size: As lm_eval takes it.
+        limit: Examples of each task; None is all of them.
+
+    Returns:
+        Accuracy ("acc" of lm_eval, not length-normalised, as papers on pruning report it) by task.
+
+    Raises:
+        ImportError: lm_eval is not installed.
+        ValueError: No task.
+    """
+    if isinstance(tasks, str) or not tasks:
+        raise ValueError(f"tasks: expected a sequence of names of tasks, got {tasks!r}")
+    try:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+    except ImportError as error:
+        raise ImportError(
+            "zero_shot needs the lm-evaluation-harness, which is not installed: "
+            "pip install 'farms-fast[lm-eval]'"
+        ) from error
+    numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002
+    try:
+        # It seeds every generator for itself.
+        with torch.random.fork_rng(), evaluating(model):
+            wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+            found = lm_eval.simple_evaluate(
+                model=wrapped, tasks=list(tasks), num_fewshot=0, limit=limit
+            )
+    finally:
+        np.random.set_state(numpy_state)  # noqa: NPY002
+        random.setstate(python_state)
+    results = found["results"]
+    return {task: float(results[task]["acc,none"]) for task in tasks}

@@ -1,0 +1,161 @@
+"""Which weights go: exact numbers of lowest scores, over a matrix, a row or groups of N:M.
+
+A threshold alone prunes too many where scores are equal, as they often are in bfloat16. Among equal
+scores the earlier place goes first, so that a mask is the same on every device and in every run.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from farms_fast.arguments import natural
+
+__all__ = [
+    "check_target",
+    "check_weight",
+    "lowest",
+    "lowest_in_groups",
+    "lowest_in_rows",
+    "share_out",
+]
+
+
+def lowest(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Marks exactly ``count`` of the lowest scores.
+
+    Args:
+        scores: (rows, cols), floating, without NaN.
+        count: 0 to rows * cols.
+
+    Returns:
+        bool (rows, cols).
+
+    Example:
+        >>> lowest(torch.tensor([[1.0, 1.0], [1.0, 0.0]]), 2).tolist()
+        [[True, False], [False, True]]
+    """
+    return _lowest_in_each_row(scores.reshape(1, -1), count).reshape(scores.shape)
+
+
+def lowest_in_rows(scores: torch.Tensor, ratio: float) -> torch.Tensor:
+    """Marks a share of the lowest scores of every row, the same number to within one.
+
+    Args:
+        scores: (rows, cols), floating, without NaN.
+        ratio: share of all scores to mark: round(ratio * rows * cols) in total.
+
+    Returns:
+        bool (rows, cols).
+
+    Example:
+        >>> scores = torch.arange(6.0).reshape(2, 3)
+        >>> lowest_in_rows(scores, 0.5).tolist()
+        [[True, True, False], [True, False, False]]
+    """
+    rows, cols = scores.shape
+    ends = torch.tensor([round(ratio * cols * (row + 1)) for row in range(rows)])
+    counts = torch.diff(ends, prepend=torch.zeros(1, dtype=ends.dtype))
+    mask = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
+    for count in counts.unique().tolist():
+        chosen = (counts == count).to(scores.device)
+        mask[chosen] = _lowest_in_each_row(scores[chosen], count)
+    return mask
+
+
+def lowest_in_groups(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
+    """Marks all but the ``n`` highest of every ``m`` scores that stand side by side in a row.
+
+    Args:
+        scores: (rows, cols), floating, without NaN; cols a multiple of m.
+        n: scores of a group that stay unmarked.
+        m: scores of a group.
+
+    Returns:
+        bool (rows, cols).
+
+    Example:
+        >>> lowest_in_groups(torch.tensor([[3.0, 1.0, 2.0, 4.0]]), 2, 4).tolist()
+        [[False, True, True, False]]
+    """
+    groups = scores.reshape(scores.shape[0], -1, m)
+    order = groups.argsort(dim=-1, stable=True)
+    mask = torch.zeros(groups.shape, dtype=torch.bool, device=scores.device)
+    return mask.scatter_(-1, order[..., : m - n], True).reshape(scores.shape)
+
+
+def share_out(total: int, room: list[int]) -> list[int]:
+    """Divides a number over places in proportion to their room, none over its room.
+
+    Args:
+        total: 0 to sum(room).
+        room: how many each place can take.
+
+    Example:
+        >>> share_out(5, [4, 4, 2])
+        [2, 2, 1]
+    """
+    whole = sum(room)
+    shares, before, filled = [], 0, 0
+    for size in room:
+        filled += size
+        # Integers: a float would lose exactness past 2^53, and could exceed a place's room.
+        upto = (2 * total * filled + whole) // (2 * whole) if whole else 0
+        shares.append(upto - before)
+        before = upto
+    return shares
+
+
+def check_weight(weight: torch.Tensor, layer: str = "") -> None:
+    """Raises unless a weight is a floating matrix with finite values."""
+    if not isinstance(weight, torch.Tensor):
+        raise TypeError(f"weight: expected a torch.Tensor, got {type(weight).__name__}")
+    of = f" of layer {layer!r}" if layer else ""
+    if weight.ndim != 2 or not weight.is_floating_point() or not weight.numel():
+        raise ValueError(
+            f"weight{of}: expected a floating matrix (out, in), "
+            f"got {tuple(weight.shape)} of {weight.dtype}"
+        )
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError(f"weight{of}: expected finite values, got NaN or infinity")
+
+
+def check_target(
+    weight: torch.Tensor, ratio: float | None, n_m: tuple[int, int] | None, layer: str = ""
+) -> None:
+    """Raises unless there is one target, a ratio in [0, 1] or an N:M that divides the columns."""
+    of = f" of layer {layer!r}" if layer else ""
+    if (ratio is None) == (n_m is None):
+        raise ValueError(f"ratio, n_m: expected one of the two, got ratio={ratio}, n_m={n_m}")
+    if n_m is None:
+        if not isinstance(ratio, (int, float)) or not 0 <= ratio <= 1 or math.isnan(ratio):
+            raise ValueError(f"ratio{of}: expected a number from 0 to 1, got {ratio!r}")
+        return
+    try:
+        n, m = n_m
+    except (TypeError, ValueError):
+        raise ValueError(f"n_m{of}: expected (n, m), n kept of every m, got {n_m!r}") from None
+    if natural("n_m[0]", n) > natural("n_m[1]", m, least=1):
+        raise ValueError(f"n_m{of}: expected n <= m, n kept of every m, got {n}:{m}")
+    if weight.shape[1] % m:
+        raise ValueError(
+            f"n_m{of}: groups of {m} do not divide the {weight.shape[1]} columns of the weight"
+        )
+
+
+def _lowest_in_each_row(scores: torch.Tensor, count: int) -> torch.Tensor:
+    if count in (0, scores.shape[1]):
+        return torch.full(scores.shape, bool(count), device=scores.device)
+    last = _kth_lowest(scores, count)
+    mask = scores < last
+    equal = scores == last
+    missing = count - mask.sum(dim=1, keepdim=True)
+    return mask | (equal & (equal.cumsum(dim=1, dtype=torch.int32) <= missing))
+
+
+def _kth_lowest(scores: torch.Tensor, k: int) -> torch.Tensor:
+    # CUDA's kthvalue gives each row to one thread block, which is slow for a row of millions.
+    if scores.is_cuda and scores.shape[0] == 1:
+        return scores.sort(dim=1).values[:, k - 1 : k]
+    return scores.kthvalue(k, dim=1, keepdim=True).values

@@ -1,0 +1,121 @@
+"""Outlier-weighed layer-wise sparsity (OWL, arXiv 2310.05175): the baseline without spectra."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import torch
+
+from farms_fast.adapters.pruning.sparsities import Allocation, check_sparsity, shared_to_total
+from farms_fast.arguments import natural
+
+__all__ = ["outlier_ratio", "owl_sparsity"]
+
+
+def outlier_ratio(scores: Iterable[torch.Tensor], threshold: float = 5.0) -> float:
+    """How many scores of a block stand out: D of OWL.
+
+    Args:
+        scores: |W|·‖x‖ of every layer of a block
+            (:func:`~farms_fast.adapters.pruning.wanda.wanda_scores`), any shapes.
+        threshold: M, above how many times the mean over the block a score stands out.
+
+    Returns:
+        Percentage of the scores that are above threshold times their mean.
+
+    Raises:
+        ValueError: No scores, scores that are not finite, or a threshold that is not positive.
+
+    Example:
+        >>> outlier_ratio([torch.tensor([1.0, 1.0, 1.0]), torch.tensor([9.0])], 2.0)
+        25.0
+    """
+    if not threshold > 0:
+        raise ValueError(f"threshold: expected a number above 0, got {threshold!r}")
+    every = list(scores)
+    number = sum(tensor.numel() for tensor in every)
+    total = math.fsum(float(tensor.sum(dtype=torch.float64)) for tensor in every)
+    if not number or not math.isfinite(total):
+        raise ValueError(f"scores: expected finite ones, got {number} that sum to {total}")
+    limit = threshold * total / number
+    return 100.0 * sum(int((tensor > limit).sum()) for tensor in every) / number
+
+
+def owl_sparsity(
+    outliers: Mapping[str, float] | Sequence[float],
+    sparsity: float,
+    lam: float = 0.08,
+    *,
+    layers: Mapping[str, Mapping[str, int]] | None = None,
+) -> Allocation:
+    """Shares a model's sparsity out over its blocks by their outliers.
+
+    ``density = 2 lam (D - D_min) / (D_max - D_min) - mean + 1 - S``, where the mean is that of the
+    first term over all weights, so that the total is S exactly. Where a sparsity is above 1 the
+    block gets 1 and the excess is shared out over the others.
+
+    Args:
+        outliers: D (:func:`outlier_ratio`) by block name, or in order.
+        sparsity: S, share of the weights to prune in total, within (0, 1).
+        lam: Half the width of the range of densities, at least 0.
+        layers: Number of weights by layer name, by block name; None takes every block for one layer
+            of its own, all equally large.
+
+    Returns:
+        The ratios by layer.
+
+    Raises:
+        TypeError: A number of weights that is no integer.
+        ValueError: A sparsity out of range, a lam that is negative or makes a sparsity negative,
+            outliers that are not finite, or layers of other blocks.
+
+    Example:
+        >>> allocation = owl_sparsity([2.0, 4.0, 3.0], 0.7)
+        >>> [round(ratio, 3) for ratio in allocation.ratios.values()]
+        [0.78, 0.62, 0.7]
+    """
+    check_sparsity(sparsity)
+    if not 0 <= lam < math.inf:
+        raise ValueError(f"lam: expected a number of at least 0, got {lam!r}")
+    by_block = (
+        {str(block): float(value) for block, value in outliers.items()}
+        if isinstance(outliers, Mapping)
+        else {str(block): float(value) for block, value in enumerate(outliers)}
+    )
+    values = np.array(list(by_block.values()), dtype=np.float64)
+    if not len(values) or not np.isfinite(values).all():
+        raise ValueError(f"outliers: expected finite numbers by block, got {by_block}")
+    inside = {block: {block: 1} for block in by_block} if layers is None else layers
+    if set(inside) != set(by_block) or not all(inside.values()):
+        raise ValueError(
+            f"layers: expected those of the {len(by_block)} blocks of outliers, got those of "
+            f"{len(inside)} blocks, or a block without layers"
+        )
+    params = {
+        name: natural(f"layers[{block!r}][{name!r}]", count, least=1)
+        for block in by_block
+        for name, count in inside[block].items()
+    }
+    weights = np.array([float(sum(inside[block].values())) for block in by_block])
+    spread = np.ptp(values)
+    above = 2 * lam * (values - values.min()) / spread if spread else np.zeros_like(values)
+    relative = sparsity - above + (weights * above).sum() / weights.sum()
+    if (relative < 0).any():
+        worst = list(by_block)[int(relative.argmin())]
+        raise ValueError(
+            f"lam: {lam:g} makes the sparsity of block {worst!r} negative ({relative.min():.4f}) "
+            f"at a total of {sparsity:g}"
+        )
+    scale, ratios = shared_to_total(relative, weights, float(sparsity))
+    block_of = {name: number for number, block in enumerate(by_block) for name in inside[block]}
+    return Allocation(
+        ratios={name: float(ratios[block_of[name]]) for name in params},
+        params=params,
+        relative={name: float(relative[block_of[name]]) for name in params},
+        blocks={block: tuple(inside[block]) for block in by_block},
+        scale=scale,
+        settings={"allocation": "owl", "sparsity": float(sparsity), "lam": float(lam)},
+        outliers=by_block,
+    )

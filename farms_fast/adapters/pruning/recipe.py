@@ -1,0 +1,151 @@
+"""Ratios as a recipe for llm-compressor, so that it prunes the same layers by as much."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+
+from farms_fast.adapters.pruning.pruners import pruner
+from farms_fast.adapters.pruning.sparsities import Allocation
+
+__all__ = ["to_recipe"]
+
+# llm-compressor takes the score at place int(number * sparsity), which a sparsity of 1 is past.
+_LARGEST = 0.99999
+
+
+def to_recipe(
+    method: str,
+    ratios: Allocation | Mapping[str, float],
+    *,
+    n_m: Mapping[str, tuple[int, int]] | None = None,
+    block: int = 128,
+    damping: float = 0.01,
+) -> str:
+    """The YAML text of a recipe for llm-compressor.
+
+    Layers of one ratio get a modifier together, with the names of their modules as its targets, so
+    that nothing depends on the order in which llm-compressor goes over a model. Run it with
+    ``llmcompressor.oneshot(model=..., recipe="recipe.yaml", dataset=...)``. Checked with 0.14
+    (``python -m tests.recipe_in_llmcompressor``).
+
+    What it does differs in details from what is done here: its SparseGPT prunes one weight more in
+    every block of columns, and all that tie with it; its Wanda rounds the number of every row down;
+    it knows ``nn.Linear`` but not Hugging Face's Conv1D (GPT-2). Magnitude becomes a
+    ``MagnitudePruningModifier``, which acts while llm-compressor trains and not in a one-shot run.
+
+    Args:
+        method: "magnitude", "wanda" or "sparsegpt".
+        ratios: An Allocation over modules (see
+            :meth:`~farms_fast.adapters.pruning.sparsities.Allocation.for_modules`), or ratios by
+            module name.
+        n_m: (n, m), n kept of every m, by module name, in the place of the ratios. In a recipe the
+            first number is that of the weights that go: (3, 8) becomes "5:8".
+        block: Columns that SparseGPT prunes together.
+        damping: That of SparseGPT.
+
+    Returns:
+        The text. A ratio of 1 is 0.99999 for SparseGPT, by which llm-compressor prunes everything,
+        while it stops at 1 with an error.
+
+    Raises:
+        ValueError: An unknown method, no layers, a ratio outside of [0, 1], layers of n_m that are
+            not those of the ratios, or n_m with the magnitude method, for which llm-compressor has
+            no such thing.
+
+    Example:
+        >>> print(to_recipe("wanda", {"layers.0.q": 0.5, "layers.1.q": 0.7}))
+        sparsity_stage:
+          layers_0_q_modifiers:
+            WandaPruningModifier:
+              sparsity: 0.5
+              mask_structure: "0:0"
+              targets:
+              - "layers.0.q"
+          layers_1_q_modifiers:
+            WandaPruningModifier:
+              sparsity: 0.7
+              mask_structure: "0:0"
+              targets:
+              - "layers.1.q"
+        <BLANKLINE>
+    """
+    pruner(method)
+    by_layer = dict(ratios.ratios if isinstance(ratios, Allocation) else ratios)
+    if not by_layer:
+        raise ValueError("ratios: expected at least one layer, got none")
+    for name, ratio in by_layer.items():
+        if not 0 <= ratio <= 1:
+            raise ValueError(f"ratios: expected numbers from 0 to 1, got {ratio!r} for {name!r}")
+    if n_m is not None:
+        if method == "magnitude":
+            raise ValueError("n_m: llm-compressor has no N:M by magnitude, expected None")
+        if set(n_m) != set(by_layer):
+            raise ValueError(
+                f"n_m: expected the {len(by_layer)} layers of the ratios, got {len(n_m)} others"
+            )
+
+    groups: dict[object, list[str]] = {}
+    for name, ratio in by_layer.items():
+        groups.setdefault(ratio if n_m is None else n_m[name], []).append(name)
+    lines = ["sparsity_stage:"]
+    used: set[str] = set()
+    for names in groups.values():
+        pattern = None if n_m is None else n_m[names[0]]
+        settings = _settings(method, by_layer[names[0]], pattern, block, damping)
+        lines.append(f"  {_group_name(names, ratios, used)}_modifiers:")
+        lines += [f"    {line}" for line in settings]
+        lines += [f"      - {json.dumps(name)}" for name in names]
+    return "\n".join(lines) + "\n"
+
+
+def _settings(
+    method: str, ratio: float, pattern: tuple[int, int] | None, block: int, damping: float
+) -> list[str]:
+    """A modifier and its settings down to the targets, which follow."""
+    sparsity = _decimal(min(ratio, _LARGEST) if method == "sparsegpt" else ratio)
+    if method == "magnitude":
+        return [
+            "MagnitudePruningModifier:",
+            "  start: 0",
+            "  end: 1",
+            f"  init_sparsity: {sparsity}",
+            f"  final_sparsity: {sparsity}",
+            "  targets:",
+        ]
+    n, m = pattern or (0, 0)
+    settings = [
+        "WandaPruningModifier:" if method == "wanda" else "SparseGPTModifier:",
+        f"  sparsity: {sparsity}",
+        f'  mask_structure: "{m - n}:{m}"',
+    ]
+    if method == "sparsegpt":
+        settings += [f"  block_size: {block}", f"  dampening_frac: {_decimal(damping)}"]
+    return [*settings, "  targets:"]
+
+
+def _group_name(
+    names: Sequence[str], ratios: Allocation | Mapping[str, float], used: set[str]
+) -> str:
+    """The block's name where the layers are one, else that of the first layer; as a YAML key."""
+    label = names[0]
+    if isinstance(ratios, Allocation):
+        label = next(
+            (block for block, members in ratios.blocks.items() if set(members) == set(names)), label
+        )
+    word = re.sub(r"[^A-Za-z0-9]+", "_", label).strip("_") or "layers"
+    if word[0].isdigit():
+        word = f"layers_{word}"
+    unique, number = word, 1
+    while unique in used:
+        number += 1
+        unique = f"{word}_{number}"
+    used.add(unique)
+    return unique
+
+
+def _decimal(value: float) -> str:
+    """A number that every YAML parser takes for one, which it may not do for 1e-05."""
+    text = repr(float(value))
+    return text if "e" not in text else f"{value:.20f}"

@@ -1,0 +1,161 @@
+"""Writes a pruned model with what was done to it, whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from farms_fast._extension import __version__
+from farms_fast.adapters.pruning.sequential import PruningReport
+from farms_fast.exports import plain
+
+__all__ = ["SETTINGS_FILE", "check_output", "new_folder", "report_as_dict", "save_pruned"]
+
+#: Beside the model: what was done to it.
+SETTINGS_FILE = "farms_fast_pruning.json"
+
+
+def check_output(path: str | os.PathLike[str]) -> Path:
+    """The path of a folder to make, absolute.
+
+    Raises:
+        FileExistsError: It is a file, or a folder that is not empty.
+        FileNotFoundError: The folder that it is to be in does not exist.
+    """
+    target = Path(os.path.abspath(Path(path).expanduser()))
+    if target.is_dir():
+        if any(target.iterdir()):
+            raise FileExistsError(f"out: expected a new or empty folder, got {str(path)!r}")
+    elif target.exists() or target.is_symlink():
+        raise FileExistsError(f"out: expected a folder, got {str(path)!r}, which is none")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"out: the folder that {str(path)!r} is in does not exist")
+    return target
+
+
+@contextlib.contextmanager
+def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder beside the target that takes its place at the end.
+
+    After an error there is nothing under the target's name, and the folder is gone. A process that
+    is killed leaves it, under a name that begins with a point and ends in ``.partial``.
+
+    Args:
+        path: A folder that does not exist yet, or is empty.
+
+    Yields:
+        The folder to write to.
+
+    Raises:
+        FileExistsError: As `check_output`.
+        FileNotFoundError: As `check_output`.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as parent:
+        ...     with new_folder(parent + "/out") as folder:
+        ...         _ = (folder / "a.txt").write_text("a")
+        ...     sorted(p.name for p in Path(parent).rglob("*"))
+        ['a.txt', 'out']
+    """
+    target = check_output(path)
+    partial = target.with_name(f".{target.name[:100]}.{secrets.token_hex(6)}.partial")
+    partial.mkdir()
+    try:
+        yield partial
+        # Fails if something has come to be there meanwhile, and takes the place of an empty folder.
+        partial.replace(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def report_as_dict(
+    report: PruningReport, settings: Mapping[str, object] | None = None
+) -> dict[str, Any]:
+    """What `SETTINGS_FILE` has: settings, sparsity, and a line for each layer and skipped tensor.
+
+    Example:
+        >>> report = PruningReport("magnitude", (), (), 0.0, 0)
+        >>> sorted(report_as_dict(report, {"sparsity": 0.5}))
+        ['farms_fast', 'format', 'layers', 'method', 'settings', 'skipped', 'sparsity', 'version']
+    """
+    layers = [
+        {
+            "name": layer.name,
+            "block": layer.block,
+            "shape": layer.shape,
+            "ratio": layer.target,
+            "n_m": layer.n_m,
+            "zeros": layer.zeros,
+            "zeros_before": layer.zeros_before,
+            "reached": layer.reached,
+            "pruned_by": layer.pruned_by,
+        }
+        for layer in report.layers
+    ]
+    document = {
+        "format": "farms_fast.pruning",
+        "version": 1,
+        "farms_fast": __version__,
+        "method": report.method,
+        "sparsity": report.sparsity if report.layers else None,
+        "settings": settings or {},
+        "layers": layers,
+        "skipped": [vars(tensor) for tensor in report.skipped],
+    }
+    found: dict[str, Any] = plain(document)
+    return found
+
+
+def save_pruned(
+    model: nn.Module,
+    out: str | os.PathLike[str],
+    report: PruningReport,
+    *,
+    tokenizer: Any = None,
+    settings: Mapping[str, object] | None = None,
+    recipe: str | None = None,
+) -> None:
+    """Saves a pruned model so that ``from_pretrained`` loads it.
+
+    Beside the model's own files there are `SETTINGS_FILE` with the ratios, what was reached, and
+    the settings, and with ``recipe`` the file ``recipe.yaml``. The folder appears whole or not at
+    all.
+
+    Args:
+        model: With a ``save_pretrained``, as models of transformers have it.
+        out: A folder that does not exist yet, or is empty.
+        report: Of `prune_model`.
+        tokenizer: Saved too, if given.
+        settings: How the ratios were made, in values that JSON has a form for.
+        recipe: The text of a recipe for llm-compressor.
+
+    Raises:
+        TypeError: The model has no ``save_pretrained``.
+        FileExistsError: The folder is there and not empty.
+        FileNotFoundError: The folder that it is to be in does not exist.
+        OSError: It cannot be written.
+    """
+    save = getattr(model, "save_pretrained", None)
+    if save is None:
+        raise TypeError(
+            "model: expected one with save_pretrained, as models of transformers have it, "
+            f"got {type(model).__name__}"
+        )
+    with new_folder(out) as folder:
+        save(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        document = json.dumps(report_as_dict(report, settings), indent=1, allow_nan=False)
+        (folder / SETTINGS_FILE).write_text(document + "\n", encoding="utf-8")
+        if recipe is not None:
+            (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")

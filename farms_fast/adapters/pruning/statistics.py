@@ -1,0 +1,164 @@
+"""What a pruner has to know of a layer's inputs: mean squares, or all second moments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from farms_fast.arguments import natural
+
+__all__ = ["InputStatistics", "full_float32"]
+
+
+class InputStatistics:
+    """Running means over the tokens that a layer is given.
+
+    With tokens x_t, t = 1..T, the mean squares are Σ x_t² / T per column, and the Hessian is
+    Σ x_t x_tᵀ / T: that of ½‖(W − Ŵ)X‖²/T in a row of Ŵ, the loss that SparseGPT goes by. Published
+    code divides by sequences instead of tokens and may have a factor 2: no mask and no pruned
+    weight depends on the Hessian's scale.
+
+    The sums are float32 whatever the activations are, at full precision (:func:`full_float32`).
+    It takes 4·columns bytes, with the Hessian 4·columns² bytes, on its device.
+
+    Args:
+        columns: Inputs of the layer.
+        hessian: Whether to keep the second moments of all pairs of columns.
+        device: Where the sums are; None is that of the first activations.
+        dtype: Of the sums, torch.float32 or torch.float64.
+        layer: The layer's name for messages.
+
+    Attributes:
+        tokens: How many tokens were added.
+
+    Example:
+        >>> statistics = InputStatistics(2, hessian=True)
+        >>> statistics.add(torch.tensor([[1.0, 0.0], [1.0, 2.0]]))
+        >>> statistics.tokens, statistics.mean_squares.tolist()
+        (2, [1.0, 2.0])
+        >>> statistics.hessian.tolist()
+        [[1.0, 1.0], [1.0, 2.0]]
+    """
+
+    def __init__(
+        self,
+        columns: int,
+        *,
+        hessian: bool = False,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+        layer: str = "",
+    ) -> None:
+        """Starts with no tokens."""
+        self.columns = natural("columns", columns, least=1)
+        self.has_hessian = hessian
+        self.device = None if device is None else torch.device(device)
+        self.dtype = dtype
+        self.layer = layer
+        self.tokens = 0
+        self._moments: torch.Tensor | None = None
+
+    @torch.no_grad()
+    def add(self, activations: torch.Tensor) -> None:
+        """Adds the inputs of one call of the layer; nothing waits for the device.
+
+        Args:
+            activations: floating (..., columns), any leading dimensions, each place a token.
+
+        Raises:
+            ValueError: The last dimension is not the layer's number of inputs.
+        """
+        if activations.ndim < 1 or activations.shape[-1] != self.columns:
+            raise ValueError(
+                f"activations of layer {self.layer!r}: expected shape (..., {self.columns}), "
+                f"got {tuple(activations.shape)}"
+            )
+        if self.device is None:
+            self.device = activations.device
+        rows = activations.reshape(-1, self.columns).to(self.device, self.dtype)
+        if not len(rows):
+            return
+        kept = self.tokens / (self.tokens + len(rows))
+        self.tokens += len(rows)
+        if self._moments is None:
+            shape = (self.columns, self.columns) if self.has_hessian else (self.columns,)
+            self._moments = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        if self.has_hessian:
+            with full_float32():
+                self._moments.addmm_(rows.T, rows, beta=kept, alpha=1 / self.tokens)
+        else:
+            sums = torch.linalg.vector_norm(rows, dim=0).square_()
+            self._moments.mul_(kept).add_(sums, alpha=1 / self.tokens)
+
+    @property
+    def mean_squares(self) -> torch.Tensor:
+        """Mean of x² over the tokens, (columns,).
+
+        Raises:
+            ValueError: There were no tokens, or some were not finite (NaN, infinity, or squares
+                beyond the range of the sums).
+        """
+        moments = self._checked()
+        return moments.diagonal() if self.has_hessian else moments
+
+    @property
+    def norms(self) -> torch.Tensor:
+        """Root of the mean squares, (columns,).
+
+        Raises:
+            ValueError: As ``mean_squares``.
+        """
+        return self.mean_squares.sqrt()
+
+    @property
+    def hessian(self) -> torch.Tensor:
+        """Mean of x xᵀ over the tokens, (columns, columns); the statistics' own tensor.
+
+        Raises:
+            ValueError: As ``mean_squares``, or they were made without ``hessian=True``.
+        """
+        if not self.has_hessian:
+            raise ValueError(
+                f"statistics of layer {self.layer!r}: expected those made with hessian=True"
+            )
+        return self._checked()
+
+    def _checked(self) -> torch.Tensor:
+        if self._moments is None:
+            raise ValueError(
+                f"statistics of layer {self.layer!r}: no calibration activations reached it"
+            )
+        # A NaN, an infinity or an overflow in any token is still there in the column's mean.
+        squares = self._moments.diagonal() if self.has_hessian else self._moments
+        wrong = int(torch.isfinite(squares).logical_not().sum())
+        if wrong:
+            raise ValueError(
+                f"activations of layer {self.layer!r}: expected finite values, got NaN, infinity "
+                f"or overflow in {wrong} of {self.columns} columns"
+            )
+        return self._moments
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Float32 products at full precision within, whatever the caller has chosen for his own.
+
+    TF32 and bfloat16 products have errors of 1e-3, as large as what a damping of 0.01 leaves of a
+    Hessian's small eigenvalues.
+
+    Example:
+        >>> with full_float32():
+        ...     torch.backends.cuda.matmul.fp32_precision
+        'ieee'
+    """
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision

@@ -1,0 +1,183 @@
+"""``farms-fast prune``: a checkpoint in, the same with layer-wise sparsity out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from farms_fast.commands.console import echo, one_line_errors
+from farms_fast.commands.options import (
+    AspectRatio,
+    Dtype,
+    Memory,
+    PerDim,
+    Rows,
+    parse_memory,
+)
+from farms_fast.commands.pruning_run import LONGEST, PruningRun, parse_pattern, sampling_for
+
+__all__ = ["prune"]
+
+
+def prune(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A causal language model of transformers: its folder, or its name on the hub.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(help="The folder to write, new or empty.", show_default=False),
+    ],
+    sparsity: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the blocks' weights to set to zero.",
+            show_default="1 - N/M with --n-m",
+        ),
+    ] = None,
+    method: Annotated[
+        str, typer.Option(help="Pruner: magnitude, wanda or sparsegpt.")
+    ] = "sparsegpt",
+    allocation: Annotated[
+        str,
+        typer.Option(
+            help="How the sparsity is shared out: farms (alphas of windows), alpha (alphas of "
+            "whole matrices), owl (outliers) or uniform."
+        ),
+    ] = "farms",
+    epsilon: Annotated[
+        str,
+        typer.Option(
+            help="farms, alpha: how far ratios lie apart, 0 to 1; or llama-7b or llama-13b for "
+            "the paper's value for that model, the method and the sparsity."
+        ),
+    ] = "0.2",
+    level: Annotated[
+        str, typer.Option(help="farms, alpha: a ratio for each block or each layer.")
+    ] = "block",
+    n_m: Annotated[
+        str | None,
+        typer.Option(
+            help="Keep N of every M consecutive inputs, such as 2:4; with an allocation other "
+            "than uniform, N of each block comes from its ratio.",
+            show_default="unstructured",
+        ),
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            help="wikitext2, c4, or a text file; wanda, sparsegpt and owl need it.",
+            show_default=False,
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Samples of the calibration text.")] = 128,
+    seqlen: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of a sample, and of a window of --evaluate.",
+            show_default=f"{LONGEST}, or all that the model takes",
+        ),
+    ] = None,
+    evaluate: Annotated[
+        str | None,
+        typer.Option(
+            help="Print the perplexity on this text (wikitext2, c4 or a file) before and after.",
+            show_default=False,
+        ),
+    ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            help="--evaluate: tokens from one window to the next.", show_default="as --seqlen"
+        ),
+    ] = None,
+    rows: Rows = None,
+    q: AspectRatio = None,
+    per_dim: PerDim = None,
+    xmin: Annotated[
+        str | None,
+        typer.Option(
+            help="farms, alpha: rule for the start of the tail: median, ks or peak.",
+            show_default="median; peak with --compat farms",
+        ),
+    ] = None,
+    compat: Annotated[
+        str | None,
+        typer.Option(
+            help="farms: do as the published code does, with its windows, its rule for the tail, "
+            "and ratios that are clipped, so that the sparsity can be missed.",
+            show_default=False,
+        ),
+    ] = None,
+    owl_lambda: Annotated[float, typer.Option(help="owl: half the width of densities.")] = 0.08,
+    owl_m: Annotated[float, typer.Option(help="owl: outliers are above M times the mean.")] = 5.0,
+    device: Annotated[
+        str | None,
+        typer.Option(help="cpu, cuda or cuda:N.", show_default="cuda if there is one, else cpu"),
+    ] = None,
+    dtype: Dtype = "float64",
+    model_dtype: Annotated[
+        str, typer.Option(help="Weights: auto (as stored), float32, float16 or bfloat16.")
+    ] = "auto",
+    memory: Memory = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(help="Samples at a time.", show_default="about 4096 tokens"),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the choice of samples.")] = 0,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="No progress bar and no table, only errors.")
+    ] = False,
+) -> None:
+    """Prune the linear layers of a language model, with a ratio for every block or layer.
+
+    Ratios come from the layers' alphas, and layers with a large alpha lose more. The folder that is
+    written loads with from_pretrained; farms_fast_pruning.json in it has ratios and settings, and
+    recipe.yaml the ratios for llm-compressor. It appears whole or not at all.
+
+    The table has for each block: alpha (or OWL's percentage of outliers), the ratio that was asked
+    for, and the sparsity that was reached. Where the model does not fit on the device, its blocks
+    go there one at a time.
+
+    Exit codes: 0 written, 2 bad usage or bad input, 130 interrupted.
+    """
+    with one_line_errors():
+        from farms_fast.adapters.pruning.saving import check_output
+
+        check_output(out)
+        run = PruningRun(
+            model=model,
+            out=out,
+            method=method,
+            allocation=allocation,
+            epsilon=epsilon,
+            level=level,
+            pattern=None if n_m is None else parse_pattern(n_m),
+            sparsity=sparsity,
+            calibration=calibration,
+            samples=samples,
+            seqlen=seqlen,
+            evaluate=evaluate,
+            stride=stride,
+            sampling=sampling_for(allocation, rows, q, per_dim, compat),
+            xmin=xmin or ("peak" if compat else "median"),
+            compat=compat,
+            owl_lambda=owl_lambda,
+            owl_m=owl_m,
+            device=device,
+            dtype=dtype,
+            model_dtype=model_dtype,
+            memory=None if memory is None else parse_memory(memory),
+            batch_size=batch_size,
+            seed=seed,
+            progress=not quiet,
+        )
+        lines = run.run()
+        if not quiet:
+            for line in lines:
+                echo(line)

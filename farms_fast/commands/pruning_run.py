@@ -1,0 +1,386 @@
+"""One run of ``farms-fast prune``: from its options to a saved model and a table."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from farms_fast.commands.options import parse_dtype, sampling_of
+from farms_fast.commands.tables import columns
+from farms_fast.results import printable
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from farms_fast.adapters.pruning.blocks import Blocks
+    from farms_fast.adapters.pruning.sequential import PruningReport
+    from farms_fast.adapters.pruning.sparsities import Allocation
+    from farms_fast.results import Analysis
+    from farms_fast.windows import FixedAspectSampling, Sampling
+
+__all__ = ["LONGEST", "PruningRun", "parse_pattern", "sampling_for"]
+
+_ALLOCATIONS = ("farms", "alpha", "owl", "uniform")
+#: Tokens of a sample, where the model takes as many.
+LONGEST = 2048
+
+
+def parse_pattern(text: str) -> tuple[int, int]:
+    """N and M of N:M.
+
+    Example:
+        >>> parse_pattern("2:4")
+        (2, 4)
+    """
+    kept, _, group = text.partition(":")
+    if not (kept.isdecimal() and group.isdecimal() and 0 < int(kept) < int(group)):
+        raise ValueError(f"n-m: expected N:M with 0 < N < M, such as 2:4, got {text!r}")
+    return int(kept), int(group)
+
+
+def sampling_for(
+    allocation: str, rows: int | None, q: float | None, per_dim: int | None, compat: str | None
+) -> Sampling:
+    """The windows that alphas are made of; settings of windows need an allocation that has some."""
+    if allocation not in _ALLOCATIONS:
+        raise ValueError(
+            f"allocation: expected one of {', '.join(_ALLOCATIONS)}, got {allocation!r}"
+        )
+    if compat not in (None, "farms"):
+        raise ValueError(f"compat: expected 'farms', got {compat!r}")
+    given = {"--rows": rows, "--q": q, "--per-dim": per_dim}
+    clashing = ", ".join(option for option, value in given.items() if value is not None)
+    if clashing and allocation != "farms":
+        raise ValueError(
+            f"allocation: {allocation} has no windows, so it cannot go with {clashing}"
+        )
+    if compat and allocation in ("owl", "uniform"):
+        raise ValueError(f"allocation: {allocation} cannot go with --compat")
+    if allocation != "farms":
+        return sampling_of(None, None, None, True)
+    windows = cast("FixedAspectSampling", sampling_of(rows, q, per_dim, False))
+    return dataclasses.replace(windows, compat=compat)
+
+
+@dataclasses.dataclass
+class PruningRun:
+    """The options of one run, checked as far as they can be without the model."""
+
+    model: str
+    out: Path
+    method: str
+    allocation: str
+    epsilon: str
+    level: str
+    pattern: tuple[int, int] | None
+    sparsity: float | None
+    calibration: str | None
+    samples: int
+    seqlen: int | None
+    evaluate: str | None
+    stride: int | None
+    sampling: Sampling
+    xmin: str
+    compat: str | None
+    owl_lambda: float
+    owl_m: float
+    device: str | None
+    dtype: str
+    model_dtype: str
+    memory: int | None
+    batch_size: int | None
+    seed: int
+    progress: bool
+
+    def __post_init__(self) -> None:
+        """Refuses what can be refused before anything is read."""
+        import torch
+
+        from farms_fast.adapters.pruning.owl import outlier_ratio, owl_sparsity
+        from farms_fast.adapters.pruning.pruners import pruner
+        from farms_fast.adapters.pruning.sparsities import check_sparsity
+        from farms_fast.adapters.pruning.texts import check_source
+        from farms_fast.power_law import xmin_rule
+
+        if self.pattern is not None:
+            total = 1 - self.pattern[0] / self.pattern[1]
+            if self.sparsity is not None and not math.isclose(self.sparsity, total):
+                raise ValueError(
+                    f"sparsity: {self.pattern[0]}:{self.pattern[1]} makes it {total:g}, "
+                    f"got {self.sparsity:g}"
+                )
+            self.sparsity = total
+        if self.sparsity is None:
+            raise ValueError("sparsity: expected --sparsity, or --n-m that makes it")
+        check_sparsity(self.sparsity)
+        needs_text = pruner(self.method).needs_inputs or self.allocation == "owl"
+        if needs_text and self.calibration is None:
+            raise ValueError(
+                f"calibration: --method {self.method} with --allocation {self.allocation} needs "
+                "--calibration wikitext2, c4 or a text file"
+            )
+        if not needs_text:
+            self.calibration = None
+        parse_dtype(self.dtype)
+        for source in (self.calibration, self.evaluate):
+            if source is not None:
+                check_source(source)
+        if self.allocation == "owl":
+            owl_sparsity([1.0], self.sparsity, self.owl_lambda)
+            outlier_ratio([torch.ones(1)], self.owl_m)
+        elif self.allocation != "uniform":
+            xmin_rule(self.xmin)
+            self._shared_out([1.0], params=1, block_size=1)
+
+    def _shared_out(self, alphas: Analysis | list[float], **counts: int) -> Allocation:
+        from farms_fast.adapters.pruning.allocation import allocate_sparsity
+
+        assert self.sparsity is not None
+        level = cast(Literal["block", "layer"], self.level)
+        return allocate_sparsity(
+            alphas, self.sparsity, self._epsilon(), level, compat=self.compat, **counts
+        )
+
+    def _epsilon(self) -> float:
+        from farms_fast.adapters.pruning.presets import EPSILON_PRESETS, epsilon_preset
+
+        assert self.sparsity is not None
+        if self.epsilon.lower() in EPSILON_PRESETS:
+            return epsilon_preset(self.epsilon, self.method, self.sparsity)
+        try:
+            return float(self.epsilon)
+        except ValueError:
+            raise ValueError(
+                f"epsilon: expected a number or one of {', '.join(EPSILON_PRESETS)}, "
+                f"got {self.epsilon!r}"
+            ) from None
+
+    def run(self) -> list[str]:
+        """Does all of it, and gives the lines to print."""
+        import torch
+
+        from farms_fast._extension import has_cuda
+        from farms_fast.adapters.pruning.blocks import find_blocks
+        from farms_fast.adapters.pruning.evaluation import perplexity
+        from farms_fast.adapters.pruning.recipe import to_recipe
+        from farms_fast.adapters.pruning.saving import save_pruned
+        from farms_fast.adapters.pruning.sequential import prune_model
+        from farms_fast.adapters.pruning.texts import calibration_tokens, text_tokens
+        from farms_fast.arguments import resolve_device
+
+        clock = _Clock()
+        usual = "cuda" if has_cuda() and torch.cuda.is_available() else "cpu"
+        where = resolve_device(self.device, torch.device(usual))
+        model, tokenizer = _load(self.model, self.model_dtype, self.progress)
+        blocks = find_blocks(model)
+        seqlen = self.seqlen or _longest(model)
+        tokens = text = None
+        if self.calibration is not None:
+            tokens = calibration_tokens(
+                tokenizer, self.calibration, samples=self.samples, seqlen=seqlen, seed=self.seed
+            )
+        if self.evaluate is not None:
+            text = text_tokens(tokenizer, self.evaluate)
+        _place(model, where, self.memory)
+        clock.lap("loading")
+
+        perplexities: dict[str, float] = {}
+
+        def measure(when: str) -> None:
+            if text is not None:
+                perplexities[when] = perplexity(
+                    model,
+                    text,
+                    seqlen=seqlen,
+                    stride=self.stride,
+                    batch_size=self.batch_size,
+                    device=where,
+                    memory=self.memory,
+                )
+                clock.lap("evaluation")
+
+        measure("before")
+        allocated = self._allocate(model, blocks, tokens, where)
+        clock.lap("alphas" if self.allocation in ("farms", "alpha") else self.allocation)
+        patterns = None
+        if self.pattern is not None:
+            patterns = allocated.n_m(self.pattern[1])
+        recipe = None
+        # llm-compressor has no N:M by magnitude.
+        if patterns is None or self.method != "magnitude":
+            recipe = to_recipe(self.method, allocated, n_m=patterns)
+        report = prune_model(
+            model,
+            self.method,
+            allocated.ratios,
+            tokens,
+            n_m=patterns,
+            device=where,
+            memory=self.memory,
+            batch_size=self.batch_size,
+            progress=self.progress,
+        )
+        clock.lap("pruning")
+        measure("after")
+        model.to("cpu")
+        settings = {
+            "model": self.model,
+            "sparsity": self.sparsity,
+            "seqlen": seqlen,
+            "torch": str(torch.__version__),
+            "options": dataclasses.asdict(self)
+            | {"out": str(self.out), "sampling": str(self.sampling)},
+            "allocation": allocated.to_dict(),
+            "perplexity": perplexities,
+        }
+        save_pruned(model, self.out, report, tokenizer=tokenizer, settings=settings, recipe=recipe)
+        clock.lap("saving")
+        lines = [*_lines(report, allocated, perplexities), clock.line()]
+        if recipe is None:
+            lines.append("no recipe.yaml: llm-compressor has no N:M by magnitude")
+        return lines
+
+    def _allocate(
+        self,
+        model: nn.Module,
+        blocks: Blocks,
+        tokens: torch.Tensor | None,
+        device: torch.device,
+    ) -> Allocation:
+        """The ratio of every layer."""
+        from farms_fast.adapters.pruning.allocation import uniform_sparsity
+        from farms_fast.adapters.pruning.owl import owl_sparsity
+        from farms_fast.adapters.pruning.sequential import owl_statistics
+        from farms_fast.analysis import analyze
+
+        assert self.sparsity is not None
+        inside = {
+            block.name: {layer.name: math.prod(layer.shape) for layer in block.layers}
+            for block in blocks.blocks
+        }
+        weights = {name: count for counts in inside.values() for name, count in counts.items()}
+        if self.allocation == "uniform":
+            return uniform_sparsity(weights, self.sparsity)
+        if self.allocation == "owl":
+            assert tokens is not None
+            outliers = owl_statistics(
+                model,
+                tokens,
+                threshold=self.owl_m,
+                device=device,
+                memory=self.memory,
+                batch_size=self.batch_size,
+                progress=self.progress,
+            )
+            return owl_sparsity(outliers, self.sparsity, self.owl_lambda, layers=inside)
+        analysis = analyze(
+            model,
+            self.sampling,
+            self.xmin,
+            bootstrap=0,
+            device=device,
+            dtype=parse_dtype(self.dtype),
+            memory=self.memory,
+            include=[f"{block}.*" for block in inside],
+            progress=self.progress,
+        )
+        return self._shared_out(analysis).for_modules(weights)
+
+
+class _Clock:
+    """Seconds by what they went into."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+        self._seconds: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        """Counts the time since the last lap for this."""
+        now = time.perf_counter()
+        self._seconds[name] = self._seconds.get(name, 0.0) + now - self._last
+        self._last = now
+
+    def line(self) -> str:
+        """All of them."""
+        return ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self._seconds.items())
+
+
+def _load(name: str, dtype: str, progress: bool) -> tuple[Any, Any]:
+    """A model on the CPU, and its tokenizer."""
+    if dtype not in ("auto", "float32", "float16", "bfloat16"):
+        raise ValueError(f"model-dtype: expected auto, float32, float16 or bfloat16, got {dtype!r}")
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError(
+            "prune needs transformers, which is not installed: pip install 'farms-fast[pruning]'"
+        ) from error
+    if not progress or not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+    # A path that is not there would be taken for a name on the hub.
+    if name.startswith((".", "/", "~")):
+        folder = Path(name).expanduser()
+        if not folder.is_dir():
+            raise FileNotFoundError(f"model: expected a folder, got {name!r}, which is none")
+        name = str(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    return model, transformers.AutoTokenizer.from_pretrained(name)
+
+
+def _longest(model: nn.Module) -> int:
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return min(LONGEST, positions) if isinstance(positions, int) else LONGEST
+
+
+def _place(model: nn.Module, device: torch.device, memory: int | None) -> None:
+    """Moves a model to the device if it takes at most half of what may be taken there."""
+    from farms_fast.engine.machine import machine_of
+
+    budget = machine_of(device).memory // 2 if memory is None else memory
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
+    if device.type != "cpu" and 2 * weights <= budget:
+        model.to(device)
+
+
+def _lines(
+    report: PruningReport, allocated: Allocation, perplexities: Mapping[str, float]
+) -> Iterator[str]:
+    """The table by block, and the totals."""
+    value = "outliers %" if allocated.outliers else "alpha"
+    table = [["block", "weights", value, "ratio", "reached"]]
+    of_block: dict[str, list[Any]] = {}
+    for layer in report.layers:
+        of_block.setdefault(layer.block, []).append(layer)
+    for block, layers in of_block.items():
+        weights = sum(math.prod(layer.shape) for layer in layers)
+        asked = math.fsum(layer.target * math.prod(layer.shape) for layer in layers) / weights
+        alphas = [allocated.alphas.get(layer.name, math.nan) for layer in layers]
+        fitted = [alpha for alpha in alphas if not math.isnan(alpha)]
+        shown = allocated.outliers.get(block, math.nan)
+        if fitted:
+            shown = math.fsum(fitted) / len(fitted)
+        table.append(
+            [
+                printable(block),
+                str(weights),
+                "-" if math.isnan(shown) else f"{shown:.3f}",
+                f"{asked:.4f}",
+                f"{sum(layer.zeros for layer in layers) / weights:.4f}",
+            ]
+        )
+    yield from columns(table)
+    yield ""
+    for name in allocated.unfitted:
+        yield f"no alpha: {printable(name)}"
+    yield (
+        f"{len(report.layers)} layers pruned by {report.method}, sparsity {report.sparsity:.6f}, "
+        f"{len(report.skipped)} matrices left as they are"
+    )
+    if perplexities:
+        yield ", ".join(f"perplexity {when} {found:.4f}" for when, found in perplexities.items())
