@@ -55,7 +55,7 @@ def same(one: Analysis, other: Analysis) -> None:
     """Equal within the solvers' bound, whatever the batches were."""
     assert [layer.name for layer in one] == [layer.name for layer in other]
     for mine, its in zip(one, other, strict=True):
-        assert (mine.status, mine.n_tail) == (its.status, its.n_tail)
+        assert (mine.status, mine.num_pl_spikes) == (its.status, its.num_pl_spikes)
         np.testing.assert_allclose(mine.alpha, its.alpha, rtol=1e-9)
         bound = 8 * 512 * np.finfo(np.float64).eps * mine.spectral_norm
         assert np.abs(mine.evals - its.evals).max() <= bound

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from torch.nn.utils import parametrizations
 
 from farms_fast.adapters.layer_rates import LayerRates, RateWarning
 from farms_fast.adapters.layer_rates.norm_partners import norm_partners
+from farms_fast.adapters.layer_rates.tuned_layers import tuned_layers
 from farms_fast.adapters.training import TempBalance
+from farms_fast.layers import layers_from_module
 from tests.rate_models import TinyResNet, batches, linears, median_alpha, small, whole
 
 
@@ -114,6 +117,15 @@ def test_a_shared_module_is_tuned_once() -> None:
         "a": {"a.weight", "a.bias"},
         "c": {"c.weight", "c.bias"},
     }
+
+
+def test_layers_that_a_third_one_joins_have_one_rate() -> None:
+    model = linears(3)
+    specs, _ = layers_from_module(model)
+    both = replace(specs[2], name="sum", tensors=("0.weight", "1.weight"))
+    layers = tuned_layers(model, [specs[0], specs[1], specs[2], both])
+    assert [[spec.name for spec in layer.specs] for layer in layers] == [["0", "1", "sum"], ["2"]]
+    assert layers[0].parameters.keys() == {"0.weight", "1.weight", "0.bias", "1.bias"}
 
 
 def test_a_weight_that_is_computed_is_tuned_by_what_it_is_computed_from() -> None:

@@ -169,15 +169,17 @@ def test_rates_are_made_at_every_so_many_calls() -> None:
 def test_a_rate_that_is_a_tensor_stays_the_same_tensor() -> None:
     model = linears(5)
     rates = whole(model)
-    optimizer = torch.optim.Adam(rates.param_groups(torch.tensor(0.1)))
+    given = torch.tensor(0.1)
+    optimizer = torch.optim.Adam(rates.param_groups(given, no_decay="vectors"))
     held = [group["lr"] for group in optimizer.param_groups]
-    assert len({id(lr) for lr in held}) == len(held)
+    assert len({id(lr) for lr in [given, *held]}) == len(held) + 1
     optimizer.param_groups[0]["lr"].fill_(0.05)
     table = rates.step(optimizer)
     for lr, group in zip(held, optimizer.param_groups, strict=True):
         assert group["lr"] is lr
-        factor = table[group["layer"]].factor if group["layer"] != "rest" else 1.0
-        assert float(lr) == pytest.approx(0.05 * factor, rel=1e-6)
+        if group["layer"] != "rest":
+            assert float(lr) == pytest.approx(0.05 * table[group["layer"]].factor, rel=1e-6)
+    assert float(given) == pytest.approx(0.1)
 
 
 # Checkpoints

@@ -111,13 +111,9 @@ def perplexity(
             for output in outputs:
                 logits = _logits(output)[:, -scored - 1 : -1]
                 targets = windows[done : done + len(logits), -scored:].to(logits.device)
-                if logits.dtype in (torch.float16, torch.bfloat16):
-                    logits = logits.float()
-                loss = float(
-                    functional.cross_entropy(
-                        logits.flatten(0, 1), targets.flatten(), reduction="none"
-                    ).sum(dtype=torch.float64)
-                )
+                # Window by window: copies of all logits in float32 would take more than the model.
+                losses = [_loss(*window) for window in zip(logits, targets, strict=True)]
+                loss = float(torch.stack(losses).sum())
                 if math.isnan(loss):
                     raise ValueError(
                         "model: its logits are NaN in the windows that start with token "
@@ -172,6 +168,13 @@ def _outputs_by_blocks(
             with runner.on_device():
                 runner.run(keep=True)
         yield from runner.outputs()
+
+
+def _loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Negative log likelihood of a window's tokens, summed in float64."""
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    return functional.cross_entropy(logits, targets, reduction="none").sum(dtype=torch.float64)
 
 
 def _logits(output: Any) -> Tensor:
