@@ -20,7 +20,7 @@ ONE_STAGE = (512, 256) if HAS_CLUSTERS else (160, 80)
 # The largest real and complex order of the solvers that have one.
 LARGEST = {
     ("cuda", "one_stage"): ONE_STAGE,
-    ("cuda", "two_stage"): (16384, 0),
+    ("cuda", "two_stage"): (16384, 8192),
     ("cpu", "two_stage"): (2**31, 0),
 }
 SMALL_ORDERS = (1, 2, 3, 31, 32, 33, 100)

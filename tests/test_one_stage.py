@@ -119,6 +119,20 @@ def test_complex(order: int, dtype: torch.dtype) -> None:
         assert np.abs(evals - expected).max() <= error_bound(expected)
 
 
+@pytest.mark.parametrize("order", [k for k in (257, 300, 512) if k <= LARGEST])
+def test_large_windows_a_few_at_a_time(order: int) -> None:
+    # Their Gram matrices are formed before, as many as the memory holds.
+    stack = torch.randn(7, order, order + 5, dtype=torch.float64)
+    table = window_table(FullMatrix().grid(*stack.shape[1:]), stack.shape[0], 0)
+    budget = 3 * order * order * 8
+    found = ops.window_eigvalsh(
+        [stack.cuda()], table, order, torch.float64, "one_stage", budget
+    ).cpu()
+    assert torch.equal(found, solve(stack))
+    with pytest.raises(RuntimeError, match=r"'memory_budget': expected at least"):
+        ops.window_eigvalsh([stack.cuda()], table, order, torch.float64, "one_stage", budget // 4)
+
+
 @pytest.mark.parametrize("order", EDGES)
 def test_ready_matrices_keep_their_negative_eigenvalues(order: int) -> None:
     symmetric = torch.randn(4, order, order, dtype=torch.float64)

@@ -73,6 +73,51 @@ def test_panels_longer_than_the_registers_of_a_cluster() -> None:
     assert_within_bound(solve(gram.unsqueeze(0)).numpy()[0], expected, f"order {order}")
 
 
+@pytest.mark.parametrize("name", ["graded", "clustered", "few", "power_law", "identity", "zero"])
+def test_known_spectra_of_the_largest_layers(name: str) -> None:
+    # Seen through three reflections, which keep the eigenvalues to within a few roundings.
+    order = 11008
+    steps = torch.arange(order, dtype=torch.float64)
+    spectra = {
+        "graded": 10 ** (-16 * steps / order),
+        "clustered": 1 + 1e-14 * steps,
+        "few": torch.where(steps < 500, 1 + steps, 0.0),
+        "power_law": (1 + steps) ** -0.8,
+        "identity": torch.ones(order, dtype=torch.float64),
+        "zero": torch.zeros(order, dtype=torch.float64),
+    }
+    expected = spectra[name].sort().values
+    gram = spectra[name].diag().cuda()
+    for _ in range(3):
+        v = torch.randn(order, dtype=torch.float64, device="cuda")
+        v /= v.norm()
+        p = gram @ v
+        outer = torch.outer(v, p - (v @ p) * v)
+        gram -= 2 * (outer + outer.T)
+    found = solve(gram.unsqueeze(0))[0].numpy()
+    assert_within_bound(found, expected.numpy(), f"{name} of order {order}")
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 16, 17, 33, 48, 100, 257, 510])
+def test_complex(order: int) -> None:
+    graded = torch.randn(order, order, dtype=torch.complex128)
+    graded *= torch.logspace(0, -12, order, dtype=torch.float64)[:, None]
+    few = torch.randn(order, 1 + order // 5, dtype=torch.complex128)
+    unitary = torch.linalg.qr(torch.randn(order, order, dtype=torch.complex128)).Q
+    pairs = unitary * (1 + torch.arange(order) // 2)
+    gram = torch.stack([w @ w.mH for w in (graded, few, pairs)])
+    gram = gram.tril() + gram.tril(-1).mH
+    found = solve(gram).numpy()
+    for label, evals, matrix in zip(("graded", "few", "pairs"), found, gram.numpy(), strict=True):
+        assert_within_bound(evals, lapack(matrix), f"{label} of order {order}")
+    single = solve(gram.to(torch.complex64))
+    assert single.dtype == torch.float32
+    for evals, matrix in zip(single.numpy(), gram.to(torch.complex64).numpy(), strict=True):
+        expected = lapack(matrix.astype(np.complex128))
+        error = np.abs(evals - expected).max()
+        assert error <= float(np.finfo(np.float32).eps) * np.abs(expected).max()
+
+
 @pytest.mark.parametrize("order", [97, 512, 1021])
 def test_same_bits_in_every_batch(order: int) -> None:
     # How many warps and blocks share a matrix depends on the batch; what they compute does not.

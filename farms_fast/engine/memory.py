@@ -32,10 +32,12 @@ _TABLE_BYTES = 40
 
 # The two-stage solvers' band and tile (csrc/cuda/eigvalsh/two_stage.h, csrc/cpu/tridiagonal.h).
 _BAND, _TILE, _SHARES = 32, 64, 3
-# The largest real orders that solver="auto" gives to each of the package's own CUDA solvers
-# (csrc/cuda/eigvalsh/measured_choice.inc); the rest, and complex matrices, go to cuSOLVER.
+# The largest orders that solver="auto" gives to each of the package's own CUDA solvers
+# (csrc/cuda/eigvalsh/measured_choice.inc); the rest go to cuSOLVER. Complex matrices count as real
+# ones of twice the order, which is how they are solved.
 ONE_STAGE_ORDER = 160
 TWO_STAGE_ORDER = 11_008
+_COMPLEX_TWO_STAGE_ORDER = 2 * 2_048
 # cuSOLVER asks for 0.5 to 0.75 MB for every small matrix; for large ones, assumed as much again as
 # the matrix takes.
 _LIBRARY_BYTES = 2**20
@@ -181,7 +183,8 @@ def matrix_bytes(kind: str, order: int, inner: int, item: int, is_complex: bool)
         reduction = 4 * order * _BAND + 7 * _BAND**2
         band = (order + _BAND) * 2 * _BAND + order + 3 * _BAND
         return square + order * inner * number + max(reduction, band) * number + 16 * order
-    if is_complex or order > TWO_STAGE_ORDER:
+    order *= 2 if is_complex else 1
+    if order > (_COMPLEX_TWO_STAGE_ORDER if is_complex else TWO_STAGE_ORDER):
         return 2 * square + _LIBRARY_BYTES
     if order <= ONE_STAGE_ORDER:
         return 0
@@ -190,7 +193,7 @@ def matrix_bytes(kind: str, order: int, inner: int, item: int, is_complex: bool)
     panels = 5 * padded * _BAND + shares + 1
     columns = -(-order // 4) * 4 + 2 * _BAND
     bands = columns * 2 * _BAND + (order + 8) * 8 + 2 * order
-    # In float32 the matrices are widened to float64 beside the float32 ones.
-    widened = 0 if item == 8 else 8 * order * order
+    # Others than real float64 ones are solved as such, beside themselves.
+    widened = 0 if item == 8 and not is_complex else 8 * order * order
     # Each of its arrays begins at a multiple of 256.
     return square + widened + 8 * (panels + bands) + 20 * 256

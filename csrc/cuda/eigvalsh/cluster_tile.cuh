@@ -3,6 +3,7 @@
 
 #include "cluster_exchange.cuh"
 #include "fragments.cuh"
+#include "householder.cuh"
 
 namespace farms_fast {
 namespace one_stage {
@@ -69,12 +70,20 @@ struct ClusterTile : Fragments<Warps, Strips, Tiles, Spilled, ColumnGroups, Bloc
       wait_arrival(arrivals.barrier[pivot & 1], pivot / 2 & 1);
       if (threadIdx.x == 0) expect_bytes(arrivals.barrier[pivot & 1], bytes_of_step);
 
-      const Reflection next = reflect(pivot, order, tau, shared, v);
+      double sum[kSums];
+      add_up(shared.sums[pivot & 1], sum);
+      double2 pieces[of_thread];
+#pragma unroll
+      for (int e = 0; e < of_thread; ++e) {
+        const int i = static_cast<int>(threadIdx.x) + threads * e;
+        if (all_rows % threads == 0 || i < all_rows) pieces[e] = shared.pieces[pivot & 1][i];
+      }
+      const Reflection next = reflect(pivot, order, tau, sum, shared.pieces[pivot & 1], v);
 #pragma unroll
       for (int e = 0; e < of_thread; ++e) {
         const int i = static_cast<int>(threadIdx.x) + threads * e;
         if (all_rows % threads == 0 || i < all_rows) {
-          const double2 piece = shared.pieces[pivot & 1][i];
+          const double2 piece = pieces[e];
           const double w = i < pivot ? 0.0 : fma(next.tau, piece.x, -next.half * own[e]);
           const double x = fma(-w, next.v_pivot, fma(-own[e], next.w_pivot, piece.y));
           own[e] = i <= pivot || next.divisor == 0.0 ? 0.0 : i == pivot + 1 ? next.first : x;
@@ -88,11 +97,10 @@ struct ClusterTile : Fragments<Warps, Strips, Tiles, Spilled, ColumnGroups, Bloc
       }
       __syncthreads();
       if (pivot + 1 == order) return;
-      if (Matrix::rows_after(pivot))
-        Matrix::pass(pivot + 1, v, shared.w, u, shared.column, shared.product[column_group()]);
+      Matrix::pass(pivot + 1, v, shared.w, u, shared.column, shared.product[column_group()]);
       __syncthreads();
       send_pieces(pivot + 1, u, shared, arrivals);
-      tau = next.divisor > 0.0 ? 1.0 / next.divisor : 0.0;
+      tau = next.divisor > 0.0 ? fast_reciprocal(next.divisor) : 0.0;
     }
   }
 
@@ -152,24 +160,33 @@ struct ClusterTile : Fragments<Warps, Strips, Tiles, Spilled, ColumnGroups, Bloc
         send(&shared.sums[parity][rank * chunks + chunk][lane() / 4], barrier, to, sum[0]);
   }
 
-  // Every warp for itself, all with the same bits. A reflection is 1 - tau u u^T; `tau` is v's, to within rounding.
-  __device__ __forceinline__ Reflection reflect(int pivot, int order, double tau, const Vectors& shared,
-                                                const double* v) const {
-    const double2* pieces = shared.pieces[pivot & 1];
+  // The inner products from their parts. Every warp for itself, all with the same bits, here and below.
+  static __device__ __forceinline__ void add_up(const double (&sets)[Blocks * chunks][8], double (&sum)[kSums]) {
+    // Four lanes a sum, with every fourth of its parts each.
+    constexpr int parts = (Blocks * chunks + 3) / 4;
+    double part[parts];
+#pragma unroll
+    for (int i = 0; i < parts; ++i) {
+      const int set = lane() / 8 + 4 * i;
+      part[i] = lane() % 8 < kSums && set < Blocks * chunks ? sets[set][lane() % 8] : 0.0;
+    }
+#pragma unroll
+    for (int n = parts; n > 1; n = (n + 1) / 2)
+#pragma unroll
+      for (int i = 0; i < n / 2; ++i) part[i] += part[i + (n + 1) / 2];
+    part[0] += __shfl_xor_sync(~0u, part[0], 8);
+    part[0] += __shfl_xor_sync(~0u, part[0], 16);
+#pragma unroll
+    for (int s = 0; s < kSums; ++s) sum[s] = __shfl_sync(~0u, part[0], s);
+  }
+
+  // A reflection is 1 - tau u u^T; `tau` is v's, to within rounding.
+  static __device__ __forceinline__ Reflection reflect(int pivot, int order, double tau, const double (&sum)[kSums],
+                                                       const double2* pieces, const double* v) {
     const bool more = pivot + 1 < order;
     const int below = more ? pivot + 1 : pivot;
     const double v_pivot = v[pivot], v_below = more ? v[below] : 0.0;
     const double2 at_pivot = pieces[pivot], at_below = pieces[below];
-
-    double own = 0.0;
-    if (lane() % 8 < kSums)
-#pragma unroll
-      for (int set = lane() / 8; set < Blocks * chunks; set += 4) own += shared.sums[pivot & 1][set][lane() % 8];
-    own += __shfl_xor_sync(~0u, own, 8);
-    own += __shfl_xor_sync(~0u, own, 16);
-    double sum[kSums];
-#pragma unroll
-    for (int s = 0; s < kSums; ++s) sum[s] = __shfl_sync(~0u, own, s);
 
     // 2 / v^T v with the v that came out, so that the reflection is orthogonal whatever the rounding of its norm was.
     const double vv = fma(v_pivot, v_pivot, fma(v_below, v_below, sum[kVV]));
@@ -189,20 +206,21 @@ struct ClusterTile : Fragments<Warps, Strips, Tiles, Spilled, ColumnGroups, Bloc
     const double of_p = b * fma(b, sum[kPP], -2.0 * sum[kCP]), vp_twice = 2.0 * b * sum[kVP];
     double squares = fma(a, fma(a, sum[kVV], vp_twice - 2.0 * sum[kCV]), sum[kCC] + of_p);
     const double terms = fma(a * a, sum[kVV], fma(b * b, sum[kPP], sum[kCC]));
+    finish(r, alpha, squares);
     // Where the terms cancel, from the elements.
-    if (!(squares > kCancelled * terms)) squares = squares_again(pivot, r, pieces, v);
-
-    r.beta = alpha;
-    r.first = 0.0;
-    r.divisor = 0.0;
-    // The largest element is near 1: a column of 1e-100 is zero, and its square would lose its digits.
-    if (squares > 1e-200) {
-      const double total = fma(alpha, alpha, squares), norm = total * rsqrt(total);
-      r.beta = alpha > 0.0 ? -norm : norm;
-      r.first = alpha - r.beta;
-      r.divisor = norm * (norm + fabs(alpha));
-    }
+    if (!(squares > kCancelled * terms)) finish(r, alpha, squares_again(pivot, r, pieces, v));
     return r;
+  }
+
+  // The reflection of a column with `alpha` at its head and the sum of the other elements' squares.
+  static __device__ __forceinline__ void finish(Reflection& r, double alpha, double squares) {
+    // The largest element is near 1: a column of 1e-100 is zero, and its square would lose its digits.
+    const bool any = squares > 1e-200;
+    const double total = any ? fma(alpha, alpha, squares) : 1.0, norm = total * fast_rsqrt(total);
+    const double beta = alpha > 0.0 ? -norm : norm;
+    r.beta = any ? beta : alpha;
+    r.first = any ? alpha - beta : 0.0;
+    r.divisor = any ? norm * (norm + fabs(alpha)) : 0.0;
   }
   static constexpr double kCancelled = 0x1p-6;
 

@@ -14,7 +14,7 @@ namespace farms_fast {
 namespace {
 
 const CudaSolver& one_stage() {
-  static const DirectSolver direct{one_stage_windows, one_stage_gram};
+  static const DirectSolver direct{one_stage_max_window_order, one_stage_windows, one_stage_gram};
   static const CudaSolver solver{"one_stage", one_stage_max_order, &direct, nullptr};
   return solver;
 }
@@ -55,15 +55,17 @@ struct Chunks {
   int64_t workspace;
 };
 
-// The most matrices at once whose copies and workspace fit into the budget, spread evenly over the calls.
-Chunks plan_chunks(const char* op, const InPlaceSolver& solver, int64_t count, int64_t order, DType dtype,
+// The most matrices at once whose copies and workspace fit into the budget, spread evenly over the calls. No in_place:
+// the matrices alone.
+Chunks plan_chunks(const char* op, const InPlaceSolver* in_place, int64_t count, int64_t order, DType dtype,
                    int64_t memory_budget) {
   const int64_t budget = memory_budget > 0 ? memory_budget : default_budget();
   const int64_t matrix = order * order * static_cast<int64_t>(item_size(dtype));
-  const auto needed = [&](int64_t batch) {
-    return batch * matrix + static_cast<int64_t>(solver.workspace_bytes(batch, order, dtype));
+  const auto workspace = [&](int64_t batch) {
+    return in_place == nullptr ? 0 : static_cast<int64_t>(in_place->workspace_bytes(batch, order, dtype));
   };
-  int64_t most = std::min(count, solver.max_batch(order, dtype));
+  const auto needed = [&](int64_t batch) { return batch * matrix + workspace(batch); };
+  int64_t most = in_place == nullptr ? count : std::min(count, in_place->max_batch(order, dtype));
   most = std::max<int64_t>(1, std::min(most, budget / matrix));
   while (most > 1 && needed(most) > budget) most = std::max<int64_t>(1, most * 7 / 8);
   FARMS_CHECK(needed(most) <= budget, op, "memory_budget", "expected at least the ", needed(most),
@@ -72,7 +74,7 @@ Chunks plan_chunks(const char* op, const InPlaceSolver& solver, int64_t count, i
   const int64_t size = (count + calls - 1) / calls;
   // Before the solver it holds the windows' table.
   const int64_t table = size * static_cast<int64_t>(sizeof(WindowView));
-  return {size, std::max(table, static_cast<int64_t>(solver.workspace_bytes(size, order, dtype)))};
+  return {size, std::max(table, workspace(size))};
 }
 
 // fill(begin, batch, gram, workspace, bytes): writes the chunk's Gram matrices; until then the solver's workspace is
@@ -81,7 +83,7 @@ template <typename Fill>
 void solve_chunks(const char* op, const InPlaceSolver& solver, int64_t count, int64_t order, DType dtype,
                   int64_t memory_budget, bool clip, const CudaContext& context, torch::stable::Tensor& evals,
                   const Fill& fill) {
-  const Chunks chunks = plan_chunks(op, solver, count, order, dtype, memory_budget);
+  const Chunks chunks = plan_chunks(op, &solver, count, order, dtype, memory_budget);
   const int64_t matrix = order * order * static_cast<int64_t>(item_size(dtype));
   const DType real = real_dtype(dtype);
   const auto gram = context.bytes(chunks.size * matrix);
@@ -100,6 +102,44 @@ void solve_chunks(const char* op, const InPlaceSolver& solver, int64_t count, in
   }
 }
 
+void form_chunk(const std::vector<Window>& windows, int64_t begin, int64_t batch, int64_t order, DType in,
+                DType precision, void* gram, void* workspace, int64_t bytes, const CudaContext& context) {
+  const GramPlan plan = plan_grams_cuda(windows.data() + begin, batch, in, /*either_side=*/true, bytes);
+  form_grams_cuda(plan, order, in, precision, workspace, gram, context.stream());
+}
+
+void solve_windows(const DirectSolver& solver, const std::vector<Window>& windows, int64_t order, DType in,
+                   DType precision, const CudaContext& context, torch::stable::Tensor& evals) {
+  std::vector<WindowView> views;
+  for (const Window& window : windows) views.push_back(view_of(window, in));
+  const int64_t count = static_cast<int64_t>(windows.size()), bytes = count * static_cast<int64_t>(sizeof(WindowView));
+  const auto table = context.bytes(bytes);
+  void* stored = table.mutable_data_ptr();
+  store_table_cuda(reinterpret_cast<const int64_t*>(views.data()), bytes / static_cast<int64_t>(sizeof(int64_t)),
+                   stored, context.stream());
+  solver.solve_windows(static_cast<const WindowView*>(stored), count, order, in, precision, evals.mutable_data_ptr(),
+                       context.stream());
+}
+
+// By their Gram matrices, in float64 whatever the precision, as in the solver's own.
+void solve_grams(const char* op, const DirectSolver& solver, const std::vector<Window>& windows, int64_t order,
+                 DType in, DType precision, int64_t memory_budget, const CudaContext& context,
+                 torch::stable::Tensor& evals) {
+  const int64_t count = static_cast<int64_t>(windows.size());
+  const DType gram = gram_dtype(in, DType::f64);
+  const Chunks chunks = plan_chunks(op, nullptr, count, order, gram, memory_budget);
+  const auto matrices = context.bytes(chunks.size * order * order * static_cast<int64_t>(item_size(gram)));
+  const auto workspace = context.bytes(chunks.workspace);
+  for (int64_t begin = 0; begin < count; begin += chunks.size) {
+    const int64_t batch = std::min(chunks.size, count - begin);
+    form_chunk(windows, begin, batch, order, in, DType::f64, matrices.mutable_data_ptr(), workspace.mutable_data_ptr(),
+               chunks.workspace, context);
+    char* out =
+        static_cast<char*>(evals.mutable_data_ptr()) + begin * order * static_cast<int64_t>(item_size(precision));
+    solver.solve_gram(matrices.mutable_data_ptr(), batch, order, gram, precision, /*clip=*/true, out, context.stream());
+  }
+}
+
 }  // namespace
 
 std::vector<std::string> cuda_solver_names() {
@@ -115,7 +155,8 @@ void eigvalsh_cuda(const torch::stable::Tensor& gram, DType dtype, const std::st
   const int64_t count = gram.size(0), order = gram.size(1);
   const CudaSolver& solver = find_solver(op, name, count, order, dtype);
   if (solver.direct != nullptr) {
-    solver.direct->solve_gram(gram.const_data_ptr(), count, order, dtype, evals.mutable_data_ptr(), context.stream());
+    solver.direct->solve_gram(gram.const_data_ptr(), count, order, dtype, real_dtype(dtype), /*clip=*/false,
+                              evals.mutable_data_ptr(), context.stream());
     return;
   }
   const int64_t matrix = order * order * static_cast<int64_t>(item_size(dtype));
@@ -135,21 +176,15 @@ void window_eigvalsh_cuda(const std::vector<Window>& windows, int64_t order, DTy
   const DType gram = gram_dtype(in, precision);
   const CudaSolver& solver = find_solver(op, name, count, order, gram);
   if (solver.direct != nullptr) {
-    std::vector<WindowView> views;
-    for (const Window& window : windows) views.push_back(view_of(window, in));
-    const int64_t bytes = count * static_cast<int64_t>(sizeof(WindowView));
-    const auto table = context.bytes(bytes);
-    void* stored = table.mutable_data_ptr();
-    store_table_cuda(reinterpret_cast<const int64_t*>(views.data()), bytes / static_cast<int64_t>(sizeof(int64_t)),
-                     stored, context.stream());
-    solver.direct->solve_windows(static_cast<const WindowView*>(stored), count, order, in, precision,
-                                 evals.mutable_data_ptr(), context.stream());
+    if (order <= solver.direct->max_window_order(gram))
+      solve_windows(*solver.direct, windows, order, in, precision, context, evals);
+    else
+      solve_grams(op, *solver.direct, windows, order, in, precision, memory_budget, context, evals);
     return;
   }
   solve_chunks(op, *solver.in_place, count, order, gram, memory_budget, /*clip=*/true, context, evals,
                [&](int64_t begin, int64_t batch, void* chunk, void* workspace, int64_t bytes) {
-                 const GramPlan plan = plan_grams_cuda(windows.data() + begin, batch, in, /*either_side=*/true, bytes);
-                 form_grams_cuda(plan, order, in, precision, workspace, chunk, context.stream());
+                 form_chunk(windows, begin, batch, order, in, precision, chunk, workspace, bytes, context);
                });
 }
 

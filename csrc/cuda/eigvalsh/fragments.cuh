@@ -1,6 +1,7 @@
 // A symmetric matrix in the registers of a block, or of the blocks of a cluster, in the layout in which the tensor
-// cores leave a product, and what is done to it there. The rows go to the blocks in turn, eight at a time; ColumnGroups
-// warps share Strips times sixteen rows of a block, to each of them every ColumnGroups-th eight columns. Lane l, with g
+// cores leave a product, and what is done to it there. The rows go to the blocks in turn, eight at a time, a block's to
+// its groups of ColumnGroups warps in turn, sixteen at a time and Strips times; to each warp of a group every
+// ColumnGroups-th eight columns. Lane l, with g
 // = l / 4 and t = l % 4, holds of a strip's c-th eight columns the elements [g][2t], [g][2t + 1], [g'][2t], [g'][2t +
 // 1], g' being a row of the block's next eight. The first columns may live in shared memory instead, where registers
 // are short: the reduction is done with them first.
@@ -39,6 +40,7 @@ struct Fragments {
   static_assert(all_rows >= 8 * Tiles * ColumnGroups, "a row for each column");
   // Tiles that a warp works on at a time. A block that shares its multiprocessor has no registers for more.
   static constexpr int kTogether = Blocks > 1 ? 4 : 2;
+  static constexpr int kSpillsTogether = Blocks > 1 ? 2 : 1;
 
   // In shared memory each lane has its elements side by side, no two lanes in one bank.
   struct Spill {
@@ -57,15 +59,16 @@ struct Fragments {
   static __device__ __forceinline__ int tile_of(int c) { return ColumnGroups * c + column_group(); }
 
   // Of the block's rows, the lane's upper one of a strip; the other one is the eighth from there.
+  static constexpr int kRowGroups = Warps / ColumnGroups;
   static __device__ __forceinline__ int own_row(int strip) {
-    return 16 * (Strips * (warp() / ColumnGroups) + strip) + lane() / 4;
+    return 16 * (kRowGroups * strip + warp() / ColumnGroups) + lane() / 4;
   }
   // A row of the block as a row of the matrix.
   __device__ __forceinline__ int matrix_row(int own) const { return 8 * (Blocks * (own / 8) + rank) + own % 8; }
   __device__ __forceinline__ int row(int strip) const { return matrix_row(own_row(strip)); }
-  // Whether any row of the warp comes after `pivot`.
-  __device__ __forceinline__ bool rows_after(int pivot) const {
-    return matrix_row(16 * Strips * (warp() / ColumnGroups + 1) - 1) > pivot;
+  // Whether any row of the warp's strip comes after `pivot`.
+  __device__ __forceinline__ bool rows_after(int pivot, int strip) const {
+    return matrix_row(16 * (kRowGroups * strip + warp() / ColumnGroups + 1) - 1) > pivot;
   }
 
   // The Gram matrix of a window of `order` real vectors. slab: [all_rows][kPitch].
@@ -74,7 +77,7 @@ struct Fragments {
     Slabs<all_rows, kDepth, kPitch, threads> slabs(window, type, order);
     const double* left = slab + row(0) * kPitch + lane() % 4;
     const double* right = slab + (8 * column_group() + lane() / 4) * kPitch + lane() % 4;
-    constexpr int strip_step = 2 * lower * kPitch, tile_step = 8 * ColumnGroups * kPitch;
+    constexpr int strip_step = 2 * lower * kRowGroups * kPitch, tile_step = 8 * ColumnGroups * kPitch;
     while (slabs.any()) {
       slabs.copy(slab);
       __syncthreads();
@@ -170,11 +173,23 @@ struct Fragments {
   // product of the warp's columns, an element for each of the block's rows. What comes before `next` is done with.
   __device__ __forceinline__ void pass(int next, const double* v, const double* w, const double* u, double* column,
                                        double* product) {
+    static_assert(Strips <= 2, "the first strip, and the last one");
+    if (rows_after(next - 1, 0))
+      pass_from<0>(next, v, w, u, column, product);
+    else if (Strips > 1 && rows_after(next - 1, Strips - 1))
+      pass_from<Strips - 1>(next, v, w, u, column, product);
+  }
+
+ private:
+  // The strips before `From` are done with.
+  template <int From>
+  __device__ __forceinline__ void pass_from(int next, const double* v, const double* w, const double* u, double* column,
+                                            double* product) {
     const int t = lane() % 4;
     Rows of[Strips];
     double sum[Strips][4] = {};
 #pragma unroll
-    for (int s = 0; s < Strips; ++s) of[s] = Rows(v, w, row(s));
+    for (int s = From; s < Strips; ++s) of[s] = Rows(v, w, row(s));
     const auto work = [&](double (&d)[4], int s, const Columns& at) {
       update(d, of[s], at);
       sum[s][0] = fma(d[0], at.u.x, sum[s][0]);
@@ -187,17 +202,29 @@ struct Fragments {
     const int first = (next / 8 + ColumnGroups - 1 - column_group()) / ColumnGroups;
     const bool holds_next = tile_of(first) == next / 8;
 #pragma unroll
-    for (int c = 0; c < Spilled; ++c)
-      if (c >= first) {
-        const Columns at(tile_of(c), v, w, u);
+    for (int c = 0; c < Spilled; c += kSpillsTogether)
+      if (c + kSpillsTogether - 1 >= first) {
+        constexpr int most = kSpillsTogether;
+        Columns at[most];
+        double d[most][Strips][4];
 #pragma unroll
-        for (int s = 0; s < Strips; ++s) {
-          double d[4];
-          unspill(c, s, d);
-          work(d, s, at);
-          spill_back(c, s, d);
-          if (c == first && holds_next) hand_on(d, next, s, column);
+        for (int i = 0; i < most && c + i < Spilled; ++i) {
+          at[i] = Columns(tile_of(c + i), v, w, u);
+#pragma unroll
+          for (int s = From; s < Strips; ++s) unspill(c + i, s, d[i][s]);
         }
+#pragma unroll
+        for (int i = 0; i < most && c + i < Spilled; ++i)
+#pragma unroll
+          for (int s = From; s < Strips; ++s) {
+            work(d[i][s], s, at[i]);
+            spill_back(c + i, s, d[i][s]);
+          }
+#pragma unroll
+        for (int i = 0; i < most && c + i < Spilled; ++i)
+          if (c + i == first && holds_next)
+#pragma unroll
+            for (int s = From; s < Strips; ++s) hand_on(d[i][s], next, s, column);
       }
 #pragma unroll
     for (int c = Spilled; c < Tiles; c += kTogether)
@@ -208,16 +235,12 @@ struct Fragments {
 #pragma unroll
         for (int i = 0; i < kTogether && c + i < Tiles; ++i)
 #pragma unroll
-          for (int s = 0; s < Strips; ++s) work(a[c + i - Spilled][s], s, at[i]);
+          for (int s = From; s < Strips; ++s) work(a[c + i - Spilled][s], s, at[i]);
       }
-#pragma unroll
-    for (int c = Spilled; c < Tiles; ++c)
-      if (c == first && holds_next)
-#pragma unroll
-        for (int s = 0; s < Strips; ++s) hand_on(a[c - Spilled][s], next, s, column);
+    if (first >= Spilled && holds_next) hand_on_tile<From, Spilled, Tiles>(first, next, column);
     // Four lanes share a row: the upper two of them end up with the lower row's sum.
 #pragma unroll
-    for (int s = 0; s < Strips; ++s) {
+    for (int s = From; s < Strips; ++s) {
       const double above = sum[s][0] + sum[s][1], below = sum[s][2] + sum[s][3];
       double total = t & 2 ? below : above;
       total += __shfl_xor_sync(~0u, t & 2 ? above : below, 2);
@@ -226,7 +249,6 @@ struct Fragments {
     }
   }
 
- private:
   __device__ __forceinline__ void unspill(int c, int s, double (&d)[4]) const {
     const double2 upper = spill.a[c][s][0][threadIdx.x], lower = spill.a[c][s][1][threadIdx.x];
     d[0] = upper.x, d[1] = upper.y, d[2] = lower.x, d[3] = lower.y;
@@ -303,6 +325,20 @@ struct Fragments {
     d[3] = fma(-of.w1, at.v.y, fma(-of.v1, at.w.y, d[3]));
   }
 #endif
+
+  // A column out of a tile in registers, of those from First to End.
+  template <int From, int First, int End>
+  __device__ __forceinline__ void hand_on_tile(int tile, int next, double* column) const {
+    if constexpr (End - First > 1) {
+      if (tile < (First + End) / 2)
+        hand_on_tile<From, First, (First + End) / 2>(tile, next, column);
+      else
+        hand_on_tile<From, (First + End) / 2, End>(tile, next, column);
+    } else {
+#pragma unroll
+      for (int s = From; s < Strips; ++s) hand_on(a[First - Spilled][s], next, s, column);
+    }
+  }
 
   // A column out of the tile that holds it.
   static __device__ __forceinline__ void hand_on(const double (&d)[4], int next, int s, double* column) {

@@ -10,9 +10,12 @@
 
 namespace farms_fast {
 
-// The rows of an architecture go by order, then by batch; the first one that holds both counts.
+enum class Field { real, complex };
+
+// The rows of an architecture and a field go by order, then by batch; the first one that holds both counts.
 struct MeasuredChoice {
   int architecture;  // 10 * major + minor
+  Field field;
   int64_t up_to_order;
   int64_t up_to_batch;
   const char* solver;
@@ -23,14 +26,14 @@ constexpr MeasuredChoice kMeasuredChoices[] = {
 };
 
 inline const char* measured_choice(int64_t count, int64_t order, DType gram) {
-  // Only real matrices were measured.
-  if (is_complex(gram)) return "cusolver";
+  const Field field = is_complex(gram) ? Field::complex : Field::real;
   int device = 0, major = 0, minor = 0;
   FARMS_CUDA_CHECK(cudaGetDevice(&device));
   FARMS_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
   FARMS_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
   for (const MeasuredChoice& row : kMeasuredChoices)
-    if (row.architecture == 10 * major + minor && order <= row.up_to_order && count <= row.up_to_batch)
+    if (row.architecture == 10 * major + minor && row.field == field && order <= row.up_to_order &&
+        count <= row.up_to_batch)
       return row.solver;
   return "cusolver";
 }

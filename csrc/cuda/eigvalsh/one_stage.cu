@@ -100,20 +100,23 @@ int max_real_order() {
 
 }  // namespace
 
+int64_t one_stage_max_window_order(DType dtype) { return is_complex(dtype) ? 128 : 256; }
+
 int64_t one_stage_max_order(DType dtype) { return is_complex(dtype) ? max_real_order() / 2 : max_real_order(); }
 
 void one_stage_windows(const WindowView* windows, int64_t count, int64_t order, DType in, DType precision, void* evals,
                        cudaStream_t stream) {
   const int stride = is_complex(in) ? 2 : 1;
-  solve({windows, nullptr, in, static_cast<int>(order) * stride, stride, 0, evals, precision == DType::f32}, count,
-        stream);
+  solve({windows, nullptr, in, static_cast<int>(order) * stride, stride, 0, evals, precision == DType::f32, true},
+        count, stream);
 }
 
-void one_stage_gram(const void* gram, int64_t count, int64_t order, DType dtype, void* evals, cudaStream_t stream) {
+void one_stage_gram(const void* gram, int64_t count, int64_t order, DType dtype, DType precision, bool clip,
+                    void* evals, cudaStream_t stream) {
   const int stride = is_complex(dtype) ? 2 : 1;
   const int64_t bytes = order * order * static_cast<int64_t>(item_size(dtype));
-  solve({nullptr, gram, dtype, static_cast<int>(order) * stride, stride, bytes, evals, !is_double(dtype)}, count,
-        stream);
+  solve({nullptr, gram, dtype, static_cast<int>(order) * stride, stride, bytes, evals, precision == DType::f32, clip},
+        count, stream);
 }
 
 }  // namespace farms_fast

@@ -1,6 +1,7 @@
 // Eigenvalues of small matrices in one launch: a block, or a cluster of blocks, reads its window, forms the Gram matrix
 // in its registers, reduces it to tridiagonal form there and finds the eigenvalues. Needs no workspace and never waits
-// for the host.
+// for the host. The blocks of a cluster each read the whole window: of large windows the Gram matrix is better formed
+// before, by all of the device.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -16,6 +17,9 @@ namespace farms_fast {
 // what its shared memory allows; half of that for complex types. `dtype` is the windows' or the Gram matrices' type.
 int64_t one_stage_max_order(DType dtype);
 
+// The largest order up to which forming the Gram matrix in the cluster measured no slower.
+int64_t one_stage_max_window_order(DType dtype);
+
 // windows: (count,) in device memory, of `order` vectors of type `in`. evals: (count, order), of type `precision` (f32
 // or f64; found in float64 either way), ascending, negative rounding noise as 0. A window with a value that is not
 // finite, or whose squares overflow, gives NaN.
@@ -23,7 +27,8 @@ void one_stage_windows(const WindowView* windows, int64_t count, int64_t order, 
                        cudaStream_t stream);
 
 // gram: (count, order, order) of type `dtype`, its lower triangle read, nothing written. evals: (count, order), of type
-// real_dtype(dtype), ascending; NaN for a matrix with a value that is not finite.
-void one_stage_gram(const void* gram, int64_t count, int64_t order, DType dtype, void* evals, cudaStream_t stream);
+// `precision`, ascending; NaN for a matrix with a value that is not finite. clip: negative values become 0.
+void one_stage_gram(const void* gram, int64_t count, int64_t order, DType dtype, DType precision, bool clip,
+                    void* evals, cudaStream_t stream);
 
 }  // namespace farms_fast

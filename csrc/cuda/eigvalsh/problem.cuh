@@ -19,6 +19,7 @@ struct Problem {
   int64_t gram_bytes;
   void* evals;
   bool single;  // float32 eigenvalues
+  bool clip;    // negative ones become 0
 
   // The matrix of that number into `matrix`, a tile of the kernel's kind.
   template <typename Matrix>
@@ -30,7 +31,7 @@ struct Problem {
   }
 
   __device__ __forceinline__ void store(int64_t which, int i, double value) const {
-    if (windows != nullptr && value < 0.0) value = 0.0;
+    if (clip && value < 0.0) value = 0.0;
     const int64_t at = which * (order / stride) + i;
     if (single)
       static_cast<float*>(evals)[at] = static_cast<float>(value);

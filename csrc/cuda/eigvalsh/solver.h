@@ -15,14 +15,18 @@ namespace farms_fast {
 // Reads windows or Gram matrices where they are, needs no workspace, and takes care of scale and of values that are not
 // finite by itself.
 struct DirectSolver {
+  // The largest order of windows that it reads by itself; of larger ones it is given the Gram matrices.
+  int64_t (*max_window_order)(DType gram);
+
   // windows: (count,) in device memory. evals: (count, order), of type `precision`, ascending, negative rounding noise
   // as 0, NaN for a window with a value that is not finite.
   void (*solve_windows)(const WindowView* windows, int64_t count, int64_t order, DType in, DType precision, void* evals,
                         cudaStream_t stream);
 
-  // gram: (count, order, order), read only. evals: (count, order), of type real_dtype(dtype), ascending, NaN for a
-  // matrix with a value that is not finite.
-  void (*solve_gram)(const void* gram, int64_t count, int64_t order, DType dtype, void* evals, cudaStream_t stream);
+  // gram: (count, order, order), read only. evals: (count, order), of type `precision`, ascending, NaN for a matrix
+  // with a value that is not finite. clip: negative values become 0.
+  void (*solve_gram)(const void* gram, int64_t count, int64_t order, DType dtype, DType precision, bool clip,
+                     void* evals, cudaStream_t stream);
 };
 
 // Works on Gram matrices in place, in chunks; see scale.h for what is done around it.

@@ -46,8 +46,7 @@ struct Tile : Fragments<Warps, Strips, Tiles, Spilled, ColumnGroups> {
       if (warp() == 0) divisor = reflect(pivot, order, divisor, shared, v, u, diagonal, off_diagonal);
       __syncthreads();
       if (pivot + 1 == order) return;
-      if (Matrix::rows_after(pivot))
-        Matrix::pass(pivot + 1, v, shared.w, u, shared.column, shared.product[column_group()]);
+      Matrix::pass(pivot + 1, v, shared.w, u, shared.column, shared.product[column_group()]);
       __syncthreads();
     }
   }

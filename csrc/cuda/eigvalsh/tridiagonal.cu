@@ -57,19 +57,20 @@ __device__ void load_rows(const double* __restrict__ diagonal, const double* __r
 template <bool Resident, typename Out>
 __global__ void __launch_bounds__(kThreads)
     tridiagonal_kernel(const double* __restrict__ diagonals, const double* __restrict__ off_diagonals, int order,
-                       Out* __restrict__ evals) {
+                       int stride, Out* __restrict__ evals) {
   extern __shared__ Row rows[];
   __shared__ Point points[kThreads + 2];
   const double* diagonal = diagonals + static_cast<int64_t>(blockIdx.y) * order;
   const double* off = off_diagonals + static_cast<int64_t>(blockIdx.y) * order;
-  Out* out = evals + static_cast<int64_t>(blockIdx.y) * order;
+  const int count = order / stride;
+  Out* out = evals + static_cast<int64_t>(blockIdx.y) * count;
   const int first = blockIdx.x * kThreads, index = first + static_cast<int>(threadIdx.x);
-  const int last = min(first + kThreads, order) - 1;
+  const int last = min(first + kThreads, count) - 1;
   const int padded = (order + sturm::kGroup - 1) / sturm::kGroup * sturm::kGroup;
 
   const sturm::Range range = gershgorin(diagonal, off, order);
   if (!range.finite) {
-    if (index < order) out[index] = static_cast<Out>(nan(""));
+    if (index < count) out[index] = static_cast<Out>(nan(""));
     return;
   }
   if (Resident) {
@@ -105,11 +106,11 @@ __global__ void __launch_bounds__(kThreads)
     }
     __syncthreads();
     const int lower = section == 0 ? first : min(index, last), upper = section == 0 ? last : lower;
-    low = points[sturm::below(points, kThreads + 2, lower)];
-    high = points[sturm::below(points, kThreads + 2, upper) + 1];
+    low = points[sturm::below(points, kThreads + 2, lower * stride)];
+    high = points[sturm::below(points, kThreads + 2, upper * stride) + 1];
   }
 
-  Search search(min(index, last), low, high);
+  Search search(min(index, last) * stride, low, high);
   if (Resident) {
     while (!search.done()) search.update(evaluate(search.next()));
   } else {
@@ -118,20 +119,20 @@ __global__ void __launch_bounds__(kThreads)
       if (!search.done()) search.update(point);
     }
   }
-  if (index < order) out[index] = static_cast<Out>(scalbn(search.result(), range.exponent));
+  if (index < count) out[index] = static_cast<Out>(scalbn(search.result(), range.exponent));
 }
 
 // Neighbours that are equal to within the width of their brackets may come out in either order: each becomes the
 // largest up to and including itself. One block a matrix.
 template <typename Out>
-__global__ void __launch_bounds__(kThreads) ascending_kernel(Out* __restrict__ evals, int order) {
+__global__ void __launch_bounds__(kThreads) ascending_kernel(Out* __restrict__ evals, int count) {
   __shared__ Out warp_largest[kThreads / 32];
-  Out* values = evals + static_cast<int64_t>(blockIdx.x) * order;
+  Out* values = evals + static_cast<int64_t>(blockIdx.x) * count;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   Out largest = -INFINITY;
-  for (int begin = 0; begin < order; begin += kThreads) {
+  for (int begin = 0; begin < count; begin += kThreads) {
     const int i = begin + static_cast<int>(threadIdx.x);
-    Out value = i < order ? values[i] : -INFINITY;
+    Out value = i < count ? values[i] : -INFINITY;
     const bool is_nan = value != value;
     for (int offset = 1; offset < 32; offset *= 2) {
       const Out before = __shfl_up_sync(~0u, value, offset);
@@ -144,39 +145,40 @@ __global__ void __launch_bounds__(kThreads) ascending_kernel(Out* __restrict__ e
       if (w < warp) value = fmax(value, warp_largest[w]);
       largest = fmax(largest, warp_largest[w]);
     }
-    if (i < order && !is_nan) values[i] = value;
+    if (i < count && !is_nan) values[i] = value;
     __syncthreads();
   }
 }
 
 template <typename Out>
-void launch(const double* diagonal, const double* off_diagonal, int64_t batch, int order, Out* evals,
+void launch(const double* diagonal, const double* off_diagonal, int64_t batch, int order, int stride, Out* evals,
             cudaStream_t stream) {
   const int padded = (order + sturm::kGroup - 1) / sturm::kGroup * sturm::kGroup;
   const bool resident = padded <= kTile;
   const size_t shared_bytes = sizeof(Row) * static_cast<size_t>(resident ? padded : kTile);
   const auto kernel = resident ? tridiagonal_kernel<true, Out> : tridiagonal_kernel<false, Out>;
+  const int count = order / stride;
   constexpr int64_t most = 65535;  // of a grid's second dimension
   for (int64_t begin = 0; begin < batch; begin += most) {
     const int64_t matrices = batch - begin < most ? batch - begin : most;
-    const dim3 grid(static_cast<unsigned>((order + kThreads - 1) / kThreads), static_cast<unsigned>(matrices));
+    const dim3 grid(static_cast<unsigned>((count + kThreads - 1) / kThreads), static_cast<unsigned>(matrices));
     kernel<<<grid, kThreads, shared_bytes, stream>>>(diagonal + begin * order, off_diagonal + begin * order, order,
-                                                     evals + begin * order);
+                                                     stride, evals + begin * count);
     FARMS_LAUNCH_CHECK();
-    ascending_kernel<<<static_cast<unsigned>(matrices), kThreads, 0, stream>>>(evals + begin * order, order);
+    ascending_kernel<<<static_cast<unsigned>(matrices), kThreads, 0, stream>>>(evals + begin * count, count);
     FARMS_LAUNCH_CHECK();
   }
 }
 
 }  // namespace
 
-void tridiagonal_eigvalsh(const double* diagonal, const double* off_diagonal, int64_t batch, int64_t order,
+void tridiagonal_eigvalsh(const double* diagonal, const double* off_diagonal, int64_t batch, int64_t order, int stride,
                           DType precision, void* evals, cudaStream_t stream) {
   if (batch == 0 || order == 0) return;
   if (precision == DType::f64)
-    launch(diagonal, off_diagonal, batch, static_cast<int>(order), static_cast<double*>(evals), stream);
+    launch(diagonal, off_diagonal, batch, static_cast<int>(order), stride, static_cast<double*>(evals), stream);
   else
-    launch(diagonal, off_diagonal, batch, static_cast<int>(order), static_cast<float*>(evals), stream);
+    launch(diagonal, off_diagonal, batch, static_cast<int>(order), stride, static_cast<float*>(evals), stream);
 }
 
 }  // namespace farms_fast

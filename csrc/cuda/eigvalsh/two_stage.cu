@@ -13,12 +13,16 @@ struct Layout {
   double* spill;
   double* diagonal;
   double* off_diagonal;
-  double* matrices;  // float32 only: the matrices in float64
+  double* matrices;  // but for real float64: the matrices as such
   size_t bytes;
 };
 
 constexpr size_t kAlignment = 256;
 
+// Complex Hermitian matrices are reduced as real ones of twice the order, see load.cuh.
+int reals(DType dtype) { return is_complex(dtype) ? 2 : 1; }
+
+// order: of the real matrices.
 Layout lay_out(void* workspace, int64_t batch, int64_t order, DType dtype) {
   const int64_t padded = padded_order(order), panel = padded * kWideBand, square = kWideBand * kWideBand;
   char* base = static_cast<char*>(workspace);
@@ -42,7 +46,7 @@ Layout lay_out(void* workspace, int64_t batch, int64_t order, DType dtype) {
   layout.spill = chase_spills(order) ? take((order + kNarrowColumn) * kNarrowColumn) : nullptr;
   layout.diagonal = take(order);
   layout.off_diagonal = take(order);
-  if (!is_double(dtype)) layout.matrices = take(order * order);
+  if (dtype != DType::f64) layout.matrices = take(order * order);
   layout.bytes = used;
   return layout;
 }
@@ -51,7 +55,34 @@ __global__ void widen_kernel(const float* __restrict__ in, int64_t count, double
   const int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
   if (i < count) out[i] = in[i];
 }
+
+// grid: (columns by 256, rows, matrices), of the real matrix.
+template <typename Real>
+__global__ void expand_kernel(const Real* __restrict__ complex_matrices, int order, double* __restrict__ out) {
+  const int column = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x), row = static_cast<int>(blockIdx.y);
+  if (column >= 2 * order) return;
+  const int64_t at = (static_cast<int64_t>(blockIdx.z) * order + row / 2) * order + column / 2;
+  const bool imaginary = (row ^ column) & 1;
+  double value = complex_matrices[2 * at + imaginary];
+  if (imaginary) value = row / 2 == column / 2 ? 0.0 : row & 1 ? value : -value;
+  out[(static_cast<int64_t>(blockIdx.z) * 2 * order + row) * 2 * order + column] = value;
+}
+
 unsigned blocks_of(int64_t count) { return static_cast<unsigned>((count + 255) / 256); }
+
+// Matrices of other types than float64 as real ones of it.
+void widen(const void* gram, int64_t batch, int order, DType dtype, double* out, cudaStream_t stream) {
+  if (dtype == DType::f64) return;
+  const int64_t count = batch * order * order;
+  const dim3 grid(blocks_of(2 * order), static_cast<unsigned>(2 * order), static_cast<unsigned>(batch));
+  if (dtype == DType::f32)
+    widen_kernel<<<blocks_of(count), 256, 0, stream>>>(static_cast<const float*>(gram), count, out);
+  else if (dtype == DType::c64)
+    expand_kernel<<<grid, 256, 0, stream>>>(static_cast<const float*>(gram), order, out);
+  else
+    expand_kernel<<<grid, 256, 0, stream>>>(static_cast<const double*>(gram), order, out);
+  FARMS_LAUNCH_CHECK();
+}
 
 // Devices with thread-block clusters, and with the shared memory that the narrow bands take.
 bool takes_device() {
@@ -63,26 +94,20 @@ bool takes_device() {
   return major >= 9 && shared_bytes >= least_shared_bytes;
 }
 
-int64_t max_order(DType dtype) { return is_complex(dtype) || !takes_device() ? 0 : 16384; }
+int64_t max_order(DType dtype) { return takes_device() ? 16384 / reals(dtype) : 0; }
 
 int64_t max_batch(int64_t, DType) { return 16384; }
 
 size_t workspace_bytes(int64_t batch, int64_t order, DType dtype) {
-  return lay_out(nullptr, batch, order, dtype).bytes;
+  return lay_out(nullptr, batch, order * reals(dtype), dtype).bytes;
 }
 
 void solve(void* gram, int64_t batch, int64_t order, DType dtype, void* workspace, void* evals, int* failed,
            cudaStream_t stream) {
-  FARMS_CHECK(!is_complex(dtype), "eigvalsh", "solver", "expected a real matrix for two_stage, got a complex one");
-  const Layout layout = lay_out(workspace, batch, order, dtype);
-  const int matrices = static_cast<int>(batch), n = static_cast<int>(order);
-  double* matrix = static_cast<double*>(gram);
-  if (!is_double(dtype)) {
-    matrix = layout.matrices;
-    const int64_t count = batch * order * order;
-    widen_kernel<<<blocks_of(count), 256, 0, stream>>>(static_cast<const float*>(gram), count, matrix);
-    FARMS_LAUNCH_CHECK();
-  }
+  const int matrices = static_cast<int>(batch), n = static_cast<int>(order) * reals(dtype);
+  const Layout layout = lay_out(workspace, batch, n, dtype);
+  double* matrix = dtype == DType::f64 ? static_cast<double*>(gram) : layout.matrices;
+  widen(gram, batch, static_cast<int>(order), dtype, matrix, stream);
   FARMS_CUDA_CHECK(cudaMemsetAsync(failed, 0, batch * sizeof(int), stream));
   FARMS_CUDA_CHECK(cudaMemsetAsync(layout.panels.done, 0, batch * sizeof(unsigned), stream));
   for (int column = 0; has_panel(n, column); column += kWideBand) {
@@ -92,7 +117,8 @@ void solve(void* gram, int64_t batch, int64_t order, DType dtype, void* workspac
   extract_band(matrix, matrices, n, layout.band, stream);
   narrow_band(layout.band, matrices, n, stream);
   chase_bulges(layout.band, matrices, n, layout.spill, layout.diagonal, layout.off_diagonal, stream);
-  tridiagonal_eigvalsh(layout.diagonal, layout.off_diagonal, batch, order, dtype, evals, stream);
+  tridiagonal_eigvalsh(layout.diagonal, layout.off_diagonal, batch, n, reals(dtype),
+                       is_double(dtype) ? DType::f64 : DType::f32, evals, stream);
 }
 
 }  // namespace

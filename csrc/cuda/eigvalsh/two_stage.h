@@ -1,5 +1,6 @@
 // Eigenvalues of a batch of symmetric matrices by reduction to a band, to a narrower band, to tridiagonal form, and
-// bisection. Real float64 and float32; float32 matrices are reduced in float64.
+// bisection. Reduced in float64 whatever the type; complex Hermitian matrices as real symmetric ones of twice the
+// order.
 //
 // Only the lower triangles are kept up to date, in tiles of kTile x kTile; tiles on the diagonal are kept whole.
 #pragma once
