@@ -2,9 +2,9 @@
 // chases the bulge down the band, 4 columns a step. Four lanes run a sweep; a block runs many of them, each two steps
 // behind the one before, in lockstep. The band stays in shared memory where it fits; a longer one passes through it
 // once for as many sweeps as a block runs, and through several blocks one behind the other where matrices are few.
-#include "../check.h"
 #include "async_copy.cuh"
 #include "cluster_exchange.cuh"
+#include "cluster_launch.h"
 #include "householder.cuh"
 #include "two_stage.h"
 
@@ -259,19 +259,10 @@ void launch_ring(const double* band, int batch, int order, double* spill, double
   const int behind = 2 * kRingSlots + 3 * kChunkSteps, under_way = (order / kLanes + 2 * kRingSlots) / behind + 1;
   int blocks = 1;
   while (blocks < kMostBlocks && 2 * blocks <= under_way && 2 * blocks * batch <= processors) blocks *= 2;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(batch));
-  config.blockDim = dim3(kMaxThreads);
-  config.dynamicSmemBytes = kRing * kSpreadPitch * sizeof(double) + sizeof(int);
-  config.stream = stream;
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {config.gridDim.x, 1, 1};
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  FARMS_CUDA_CHECK(cudaFuncSetAttribute(chase_ring_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        static_cast<int>(config.dynamicSmemBytes)));
-  FARMS_CUDA_CHECK(cudaLaunchKernelEx(&config, chase_ring_kernel, band, order, spill, diagonal, off_diagonal));
+  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(batch));
+  const ClusterLaunch launch(chase_ring_kernel, grid, grid.x, kMaxThreads,
+                             kRing * kSpreadPitch * sizeof(double) + sizeof(int), stream);
+  FARMS_CUDA_CHECK(cudaLaunchKernelEx(&launch.config, chase_ring_kernel, band, order, spill, diagonal, off_diagonal));
 }
 
 }  // namespace

@@ -20,11 +20,15 @@ struct ClusterTile : Fragments<Warps, Strips, Tiles, Spilled, ColumnGroups, Bloc
   using Matrix::threads;
   using Matrix::warp;
   static_assert((ColumnGroups & (ColumnGroups - 1)) == 0, "a power of two");
-  static constexpr int of_thread = (all_rows + threads - 1) / threads;  // elements of a vector
+  // One warp of each scheduler makes the vectors of a step; more would wait for each other's shuffles.
+  static constexpr int makers = 32 * (Warps < 4 ? Warps : 4);
+  static constexpr int of_maker = (all_rows + makers - 1) / makers;  // elements of a vector
 
-  // The blocks' rows go out by warps, `chunks` of them a block; several warps may take the same chunk to other blocks.
+  // The block's rows go out by warps, in chunks of a warp's lanes: of those that share a chunk the first one sends its
+  // inner products, the others its elements.
   static constexpr int chunks = (rows + 31) / 32;
-  static constexpr int senders = Warps / chunks;  // of a chunk
+  static constexpr int senders = Warps / chunks - 1;  // of a chunk's elements
+  static_assert(senders > 0, "two warps for a chunk");
 
   // Inner products of the last reflector v, of p = A v and of the next pivot's column c, without the rows down to the
   // one below that pivot.
@@ -63,44 +67,18 @@ struct ClusterTile : Fragments<Warps, Strips, Tiles, Spilled, ColumnGroups, Bloc
     __syncthreads();
     send_pieces(0, shared.reflector[0], shared, arrivals);
 
-    double tau = 0.0, own[of_thread] = {};
+    double divisor = 0.0;  // of v
     for (int pivot = 0; pivot < order; ++pivot) {
       const double* v = shared.reflector[pivot & 1];
       double* u = shared.reflector[~pivot & 1];
-      wait_arrival(arrivals.barrier[pivot & 1], pivot / 2 & 1);
-      if (threadIdx.x == 0) expect_bytes(arrivals.barrier[pivot & 1], bytes_of_step);
-
-      double sum[kSums];
-      add_up(shared.sums[pivot & 1], sum);
-      double2 pieces[of_thread];
-#pragma unroll
-      for (int e = 0; e < of_thread; ++e) {
-        const int i = static_cast<int>(threadIdx.x) + threads * e;
-        if (all_rows % threads == 0 || i < all_rows) pieces[e] = shared.pieces[pivot & 1][i];
-      }
-      const Reflection next = reflect(pivot, order, tau, sum, shared.pieces[pivot & 1], v);
-#pragma unroll
-      for (int e = 0; e < of_thread; ++e) {
-        const int i = static_cast<int>(threadIdx.x) + threads * e;
-        if (all_rows % threads == 0 || i < all_rows) {
-          const double2 piece = pieces[e];
-          const double w = i < pivot ? 0.0 : fma(next.tau, piece.x, -next.half * own[e]);
-          const double x = fma(-w, next.v_pivot, fma(-own[e], next.w_pivot, piece.y));
-          own[e] = i <= pivot || next.divisor == 0.0 ? 0.0 : i == pivot + 1 ? next.first : x;
-          shared.w[i] = w;
-          u[i] = own[e];
-        }
-      }
-      if (threadIdx.x == 0) {
-        diagonal[pivot] = next.diagonal;
-        off_diagonal[pivot] = next.beta;
-      }
+      if (threadIdx.x < makers)
+        divisor =
+            make_vectors(pivot, order, divisor, shared, arrivals.barrier[pivot & 1], v, u, diagonal, off_diagonal);
       __syncthreads();
       if (pivot + 1 == order) return;
       Matrix::pass(pivot + 1, v, shared.w, u, shared.column, shared.product[column_group()]);
       __syncthreads();
       send_pieces(pivot + 1, u, shared, arrivals);
-      tau = next.divisor > 0.0 ? fast_reciprocal(next.divisor) : 0.0;
     }
   }
 
@@ -111,10 +89,45 @@ struct ClusterTile : Fragments<Warps, Strips, Tiles, Spilled, ColumnGroups, Bloc
     double divisor, first, beta, diagonal;
   };
 
+  // w of the last reflector v and the next reflector u, once the pieces have come. Returns u's divisor.
+  static __device__ __forceinline__ double make_vectors(int pivot, int order, double divisor, Vectors& shared,
+                                                        ArrivalBarrier& arrived, const double* v, double* u,
+                                                        double* diagonal, double* off_diagonal) {
+    const double tau = divisor > 0.0 ? fast_reciprocal(divisor) : 0.0;
+    wait_arrival(arrived, pivot / 2 & 1);
+    if (threadIdx.x == 0) expect_bytes(arrived, bytes_of_step);
+    double sum[kSums];
+    add_up(shared.sums[pivot & 1], sum);
+    double2 pieces[of_maker];
+    double own[of_maker];
+#pragma unroll
+    for (int e = 0; e < of_maker; ++e) {
+      const int i = static_cast<int>(threadIdx.x) + makers * e;
+      if (all_rows % makers != 0 && i >= all_rows) continue;
+      pieces[e] = shared.pieces[pivot & 1][i];
+      own[e] = v[i];
+    }
+    const Reflection next = reflect(pivot, order, tau, sum, shared.pieces[pivot & 1], v);
+#pragma unroll
+    for (int e = 0; e < of_maker; ++e) {
+      const int i = static_cast<int>(threadIdx.x) + makers * e;
+      if (all_rows % makers != 0 && i >= all_rows) continue;
+      const double w = i < pivot ? 0.0 : fma(next.tau, pieces[e].x, -next.half * own[e]);
+      const double x = fma(-w, next.v_pivot, fma(-own[e], next.w_pivot, pieces[e].y));
+      shared.w[i] = w;
+      u[i] = i <= pivot || next.divisor == 0.0 ? 0.0 : i == pivot + 1 ? next.first : x;
+    }
+    if (threadIdx.x == 0) {
+      diagonal[pivot] = next.diagonal;
+      off_diagonal[pivot] = next.beta;
+    }
+    return next.divisor;
+  }
+
   // This block's rows of A u and of the next pivot's column, and their part of the inner products, to every block.
   __device__ __forceinline__ void send_pieces(int pivot, const double* u, Vectors& shared, Arrivals& arrivals) const {
-    const int chunk = warp() % chunks, first = warp() / chunks, parity = pivot & 1;
-    if (first >= Blocks || first >= senders) return;
+    const int chunk = warp() % chunks, sender = warp() / chunks - 1, parity = pivot & 1;
+    if (sender >= Blocks || sender >= senders) return;
     const int own = 32 * chunk + lane(), row = Matrix::matrix_row(own);
     const bool valid = rows % 32 == 0 || own < rows;
     ArrivalBarrier& barrier = arrivals.barrier[parity];
@@ -130,9 +143,12 @@ struct ClusterTile : Fragments<Warps, Strips, Tiles, Spilled, ColumnGroups, Bloc
       p = parts[0];
       c = shared.column[own];
       v = u[row];
+    }
+    if (sender >= 0) {
 #pragma unroll
-      for (int to = first; to < Blocks; to += senders)
-        send(&shared.pieces[parity][row], barrier, to, make_double2(p, c));
+      for (int to = sender; to < Blocks; to += senders)
+        if (valid) send(&shared.pieces[parity][row], barrier, to, make_double2(p, c));
+      return;
     }
     if (!valid || row <= pivot + 1) p = c = v = 0.0;
     double sum[8] = {};
@@ -156,7 +172,7 @@ struct ClusterTile : Fragments<Warps, Strips, Tiles, Spilled, ColumnGroups, Bloc
     sum[0] += __shfl_xor_sync(~0u, sum[0], 1);
     if (lane() % 4 == 0 && lane() / 4 < kSums)
 #pragma unroll
-      for (int to = first; to < Blocks; to += senders)
+      for (int to = 0; to < Blocks; ++to)
         send(&shared.sums[parity][rank * chunks + chunk][lane() / 4], barrier, to, sum[0]);
   }
 

@@ -38,9 +38,12 @@ struct Fragments {
   static constexpr int all_rows = rows * Blocks;
   static constexpr int lower = 8 * Blocks;  // from a lane's upper row to its lower one
   static_assert(all_rows >= 8 * Tiles * ColumnGroups, "a row for each column");
+  // From a warp's strip to its next one, and from a group of warps to the next, in strips. In a cluster all groups then
+  // have the same work to the end; several blocks on a multiprocessor make up for each other.
+  static constexpr int kStripStep = Blocks > 1 ? Warps / ColumnGroups : 1, kGroupStep = Blocks > 1 ? 1 : Strips;
   // Tiles that a warp works on at a time. A block that shares its multiprocessor has no registers for more.
   static constexpr int kTogether = Blocks > 1 ? 4 : 2;
-  static constexpr int kSpillsTogether = Blocks > 1 ? 2 : 1;
+  static constexpr int kSpillsTogether = Blocks > 2 ? 2 : 1;
 
   // In shared memory each lane has its elements side by side, no two lanes in one bank.
   struct Spill {
@@ -59,16 +62,15 @@ struct Fragments {
   static __device__ __forceinline__ int tile_of(int c) { return ColumnGroups * c + column_group(); }
 
   // Of the block's rows, the lane's upper one of a strip; the other one is the eighth from there.
-  static constexpr int kRowGroups = Warps / ColumnGroups;
   static __device__ __forceinline__ int own_row(int strip) {
-    return 16 * (kRowGroups * strip + warp() / ColumnGroups) + lane() / 4;
+    return 16 * (kStripStep * strip + kGroupStep * (warp() / ColumnGroups)) + lane() / 4;
   }
   // A row of the block as a row of the matrix.
   __device__ __forceinline__ int matrix_row(int own) const { return 8 * (Blocks * (own / 8) + rank) + own % 8; }
   __device__ __forceinline__ int row(int strip) const { return matrix_row(own_row(strip)); }
   // Whether any row of the warp's strip comes after `pivot`.
   __device__ __forceinline__ bool rows_after(int pivot, int strip) const {
-    return matrix_row(16 * (kRowGroups * strip + warp() / ColumnGroups + 1) - 1) > pivot;
+    return matrix_row(16 * (kStripStep * strip + kGroupStep * (warp() / ColumnGroups) + 1) - 1) > pivot;
   }
 
   // The Gram matrix of a window of `order` real vectors. slab: [all_rows][kPitch].
@@ -77,7 +79,7 @@ struct Fragments {
     Slabs<all_rows, kDepth, kPitch, threads> slabs(window, type, order);
     const double* left = slab + row(0) * kPitch + lane() % 4;
     const double* right = slab + (8 * column_group() + lane() / 4) * kPitch + lane() % 4;
-    constexpr int strip_step = 2 * lower * kRowGroups * kPitch, tile_step = 8 * ColumnGroups * kPitch;
+    constexpr int strip_step = 2 * lower * kStripStep * kPitch, tile_step = 8 * ColumnGroups * kPitch;
     while (slabs.any()) {
       slabs.copy(slab);
       __syncthreads();
@@ -174,10 +176,11 @@ struct Fragments {
   __device__ __forceinline__ void pass(int next, const double* v, const double* w, const double* u, double* column,
                                        double* product) {
     static_assert(Strips <= 2, "the first strip, and the last one");
-    if (rows_after(next - 1, 0))
+    constexpr int ends_first = Blocks > 1 ? 0 : Strips - 1;
+    if (rows_after(next - 1, ends_first))
       pass_from<0>(next, v, w, u, column, product);
-    else if (Strips > 1 && rows_after(next - 1, Strips - 1))
-      pass_from<Strips - 1>(next, v, w, u, column, product);
+    else if (ends_first < Strips - 1 && rows_after(next - 1, Strips - 1))
+      pass_from<Strips - 1 - ends_first>(next, v, w, u, column, product);
   }
 
  private:

@@ -2,10 +2,10 @@
 // the bulge down the band, 32 columns a step; a warp runs one sweep, the warps of a matrix follow each other at a safe
 // distance. A step's blocks stay in registers, as the accumulators of products on the tensor cores in float64, and the
 // four reflectors of a step go in together, I - V T V^T.
-#include "../check.h"
 #include "async_copy.cuh"
 #include "block_reflector.cuh"
 #include "cluster_exchange.cuh"
+#include "cluster_launch.h"
 #include "two_stage.h"
 
 namespace farms_fast {
@@ -234,7 +234,8 @@ __device__ __forceinline__ void step(const Window<Cluster>& window, const Lane& 
 
 // grid: (blocks of a cluster, matrices). The warps of a matrix take the sweeps in turn. Warp w's progress: its sweep
 // times kStepsLimit, plus the steps that it is ready with; step t of a sweep needs step t + 1 of the sweep before. It
-// is kept in the shared memory of the block that waits for it, the next warp's.
+// is kept in the shared memory of the block that waits for it, the next warp's; inside of a block by atomic operations,
+// which is how a checker of races can tell it from data.
 template <bool Cluster>
 __global__ void __launch_bounds__(kMaxWarps * 32, 1) narrow_kernel(double* __restrict__ bands, int order) {
   extern __shared__ __align__(16) double shared_memory[];
@@ -261,7 +262,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) narrow_kernel(double* __res
       if constexpr (Cluster)
         cluster_store(progress + next % block_warps, next / block_warps, value);
       else
-        *const_cast<volatile int*>(progress + next) = value;
+        atomicExch(progress + next, value);
     }
   };
   for (int sweep = warp; sweep * kNarrowBand + kNarrowBand + 1 < order; sweep += warps) {
@@ -274,7 +275,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) narrow_kernel(double* __res
         __syncwarp();
       } else {
         if (lane == 0)
-          while (*const_cast<volatile int*>(progress + block_warp) < needed) __nanosleep(20);
+          while (atomicMax(progress + block_warp, -1) < needed) __nanosleep(20);  // never less than that
         __syncwarp();
         __threadfence_block();
       }
@@ -336,18 +337,11 @@ void narrow_band(double* band, int batch, int order, cudaStream_t stream) {
   int warps = batch > processors ? kMaxWarps / 2 : kMaxWarps, blocks = 1;
   while (blocks < kMostBlocks && blocks * warps < useful && 2 * blocks * batch <= processors) blocks *= 2;
   warps = useful < warps ? useful : warps;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(batch));
-  config.blockDim = dim3(static_cast<unsigned>(warps) * 32);
-  config.dynamicSmemBytes = warps * (sizeof(Exchange) + sizeof(int));
-  config.stream = stream;
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {config.gridDim.x, 1, 1};
-  config.attrs = &attribute;
-  config.numAttrs = 1;
   const auto kernel = blocks > 1 ? narrow_kernel<true> : narrow_kernel<false>;
-  FARMS_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, band, order));
+  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(batch));
+  const ClusterLaunch launch(kernel, grid, grid.x, static_cast<unsigned>(warps) * 32,
+                             warps * (sizeof(Exchange) + sizeof(int)), stream);
+  FARMS_CUDA_CHECK(cudaLaunchKernelEx(&launch.config, kernel, band, order));
 }
 
 }  // namespace farms_fast

@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-#include "../check.h"
+#include "cluster_launch.h"
 #include "cluster_tile.cuh"
 #include "problem.cuh"
 #include "spectrum.cuh"
@@ -83,25 +83,6 @@ __global__ void __launch_bounds__(Kernel::kThreads, 1) cluster_kernel(const Prob
 #endif
 }
 
-// The launch of a kernel, without its grid.
-template <typename Of, int Blocks>
-struct Launch {
-  cudaLaunchAttribute attribute = {};
-  cudaLaunchConfig_t config = {};
-
-  explicit Launch(cudaStream_t stream) {
-    FARMS_CUDA_CHECK(cudaFuncSetAttribute(cluster_kernel<Of>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                          static_cast<int>(sizeof(typename Of::Shared))));
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {Blocks, 1, 1};
-    config.blockDim = dim3(Of::kThreads);
-    config.dynamicSmemBytes = sizeof(typename Of::Shared);
-    config.stream = stream;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-  }
-};
-
 // What the choice between the clusters that can hold a matrix rests on.
 struct Size {
   int order;
@@ -116,15 +97,15 @@ constexpr Size size(double cost) {
   static_assert(sizeof(typename Of::Shared) <= kSharedBytes, "fits into a block");
   return {Of::kOrder, cost,
           [] {
-            Launch<Of, Blocks> launch(nullptr);
-            launch.config.gridDim = dim3(Blocks);
+            const ClusterLaunch launch(cluster_kernel<Of>, dim3(Blocks), Blocks, Of::kThreads,
+                                       sizeof(typename Of::Shared), nullptr);
             int clusters = 0;
             FARMS_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&clusters, cluster_kernel<Of>, &launch.config));
             return clusters;
           },
           [](const Problem& problem, int64_t count, cudaStream_t stream) {
-            Launch<Of, Blocks> launch(stream);
-            launch.config.gridDim = dim3(static_cast<unsigned>(count * Blocks));
+            const ClusterLaunch launch(cluster_kernel<Of>, dim3(static_cast<unsigned>(count * Blocks)), Blocks,
+                                       Of::kThreads, sizeof(typename Of::Shared), stream);
             FARMS_CUDA_CHECK(cudaLaunchKernelEx(&launch.config, cluster_kernel<Of>, problem));
           }};
 }

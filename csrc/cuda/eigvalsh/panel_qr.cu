@@ -1,9 +1,9 @@
 // Householder QR of one panel of every matrix. A cluster of thread blocks holds a panel in registers, rows spread over
 // its warps: a thread keeps 4 rows x 8 columns, 8 x 4 threads make a warp's 32 rows. One reduction per column gives the
 // norm, the products with the columns to the right and the products with the vectors to the left, which make T.
-#include "../check.h"
 #include "async_copy.cuh"
 #include "cluster_exchange.cuh"
+#include "cluster_launch.h"
 #include "householder.cuh"
 #include "two_stage.h"
 
@@ -287,17 +287,10 @@ void launch(double* gram, int batch, int order, int column, double* v, double* t
   const int64_t rows = padded_order(order) - column - kWideBand;
   unsigned cluster = 1;
   while (cluster < kMaxCluster && static_cast<int64_t>(cluster) * Warps * 32 < rows) cluster *= 2;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(cluster, static_cast<unsigned>(batch));
-  config.blockDim = dim3(Warps * 32);
-  config.dynamicSmemBytes = sizeof(Shared<Warps>);
-  config.stream = stream;
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {cluster, 1, 1};
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  FARMS_CUDA_CHECK(cudaLaunchKernelEx(&config, panel_qr_kernel<Warps, Long>, gram, order, column, v, t));
+  const auto kernel = panel_qr_kernel<Warps, Long>;
+  const ClusterLaunch launch(kernel, dim3(cluster, static_cast<unsigned>(batch)), cluster, Warps * 32,
+                             sizeof(Shared<Warps>), stream);
+  FARMS_CUDA_CHECK(cudaLaunchKernelEx(&launch.config, kernel, gram, order, column, v, t));
 }
 
 }  // namespace

@@ -1,39 +1,12 @@
-// The two-sided update of the matrices by one panel's reflectors, on the tensor cores in float64: three launches a
-// panel for the whole batch. The update itself is put off: of two panels that share a column of tiles, the first one's
-// goes into that column alone, and what it leaves out goes in with the second one's, which so reads and writes the
-// matrices half as often. Until then A V is corrected for it. Tiles sit at multiples of kTile of the whole matrix,
-// whatever the panel, so that the tiles on the diagonal, which are kept whole, are always the same ones.
-#include "../check.h"
-#include "../mma.cuh"
-#include "async_copy.cuh"
-#include "two_stage.h"
+// A V of one panel's reflectors V, and W from it, on the tensor cores in float64: two launches for the whole batch.
+// Tiles sit at multiples of kTile of the whole matrix, whatever the panel, so that the tiles on the diagonal, which are
+// kept whole, are always the same ones.
+#include "band_panel.cuh"
 
 namespace farms_fast {
 namespace {
 
-constexpr int kThreads = 128;            // four warps
-constexpr int kPanel = kWideBand;        // columns of V, W and A V
-constexpr int kPanelPitch = kPanel + 4;  // doubles per row in shared memory: a fragment's loads touch all banks once
 constexpr int kTilePitch = kTile + 4;
-
-struct Warp {
-  int warp, group, in_group;  // group, in_group: of a fragment, see mma.cuh
-};
-__device__ __forceinline__ Warp this_warp() {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  return {static_cast<int>(threadIdx.x) / 32, lane / 4, lane % 4};
-}
-
-// rows x kPanel doubles of V, W or A V into shared memory.
-template <int Rows>
-__device__ __forceinline__ void copy_rows(double* shared, int pitch, const double* __restrict__ rows) {
-#pragma unroll
-  for (int i = 0; i < Rows * kPanel / 2 / kThreads; ++i) {
-    const int index = i * kThreads + static_cast<int>(threadIdx.x);
-    const int r = index / (kPanel / 2), c = index % (kPanel / 2) * 2;
-    copy_async<2>(shared + r * pitch + c, rows + r * kPanel + c);
-  }
-}
 
 struct Stage {
   double a[kTile * kPanelPitch];  // A's rows x columns, or its mirror image: columns x rows with kTilePitch
@@ -45,13 +18,13 @@ struct Stage {
 template <int Width>
 __device__ __forceinline__ void copy_slab(Stage& stage, const double* __restrict__ matrix, int order, int row0,
                                           int column0, const double* __restrict__ v) {
-  constexpr int rounds = kTile * kPanel / (kThreads * Width);
+  constexpr int rounds = kTile * kPanel / (kBandThreads * Width);
   const int thread = static_cast<int>(threadIdx.x);
   const bool mirrored = column0 / kTile > row0 / kTile;
   const int wide = (mirrored ? kTile : kPanel) / Width;  // threads to a row
   const int r = thread / wide, c = thread % wide * Width;
   const int top = (mirrored ? column0 : row0) + r, left = (mirrored ? row0 : column0) + c;
-  const int step = kThreads / wide;
+  const int step = kBandThreads / wide;
   const int64_t stride = static_cast<int64_t>(step) * order;
   const double* from = matrix + static_cast<int64_t>(top) * order + left;
   double* to = stage.a + r * (mirrored ? kTilePitch : kPanelPitch) + c;
@@ -116,7 +89,7 @@ constexpr int kShares = Second ? 3 : 1;
 
 // grid: (tiles of rows, matrices). A V, and in the block that finishes last of a matrix, `middle`. Second: of a pair.
 template <int Width, bool Second>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kBandThreads, 4)
     multiply_kernel(const double* __restrict__ gram, int order, int begin, BandWorkspace workspace) {
   extern __shared__ __align__(16) double shared_memory[];
   Stage* stages = reinterpret_cast<Stage*>(shared_memory);
@@ -209,7 +182,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   double* z = y + kPanel * kPanelPitch;
   double* t = z + kPanel * kPanelPitch;
   double* right = t + kPanel * kPanelPitch;
-  for (int i = threadIdx.x; i < square; i += kThreads) {
+  for (int i = threadIdx.x; i < square; i += kBandThreads) {
     double total[kShares<Second>] = {};
     for (int k = begin / kTile; k < tiles; ++k)
 #pragma unroll
@@ -251,7 +224,7 @@ constexpr int kFactors = 2 + 2 * kShares<Second>;
 // grid: (half tiles of rows, matrices). W = (A V) T - V middle, zero above `begin`; with A V corrected for the first
 // panel of the pair where this is the second.
 template <bool Second>
-__global__ void __launch_bounds__(kThreads) form_w_kernel(int order, int begin, BandWorkspace workspace) {
+__global__ void __launch_bounds__(kBandThreads) form_w_kernel(int order, int begin, BandWorkspace workspace) {
   extern __shared__ __align__(16) double shared_memory[];
   constexpr int block = kPanel * kPanelPitch, square = kPanel * kPanel;
   const int64_t padded = padded_order(order);
@@ -289,116 +262,9 @@ __global__ void __launch_bounds__(kThreads) form_w_kernel(int order, int begin, 
   for_small(at, plus, [&](int r, int c, double value) { w[r * kPanel + c] = row0 + r < begin ? 0.0 : value; });
 }
 
-// grid: (tiles of the lower triangle, or of its first column, matrices). A -= [V W] [W V]^T, of both panels of a pair
-// or of the first one.
-template <int Width, int Panels>
-__global__ void __launch_bounds__(kThreads, 3)
-    update_kernel(double* __restrict__ gram, int order, int begin, bool first_column, BandWorkspace workspace) {
-  extern __shared__ __align__(16) double shared_memory[];
-  constexpr int stage_count = 2 * kTile * kPanelPitch, parts = 2 * Panels;
-  const int64_t padded = padded_order(order);
-  const int tile = static_cast<int>(blockIdx.x);
-  int tile_row = static_cast<int>((sqrtf(8.0f * static_cast<float>(tile) + 1.0f) - 1.0f) * 0.5f);
-  while ((tile_row + 1) * (tile_row + 2) / 2 <= tile) ++tile_row;
-  while (tile_row * (tile_row + 1) / 2 > tile) --tile_row;
-  if (first_column) tile_row = tile;
-  const int tile_column = first_column ? 0 : tile - tile_row * (tile_row + 1) / 2;
-  const int row0 = (begin / kTile + tile_row) * kTile, column0 = (begin / kTile + tile_column) * kTile;
-  // V of the tile's rows and W of its columns, then the other way around, then the next panel's.
-  const auto copy_part = [&](int part) {
-    double* stage = shared_memory + part % 2 * stage_count;
-    const double* left = part % 2 == 0 ? workspace.v[part / 2] : workspace.w[part / 2];
-    const double* right = part % 2 == 0 ? workspace.w[part / 2] : workspace.v[part / 2];
-    copy_rows<kTile>(stage, kPanelPitch, left + (blockIdx.y * padded + row0) * kPanel);
-    copy_rows<kTile>(stage + kTile * kPanelPitch, kPanelPitch, right + (blockIdx.y * padded + column0) * kPanel);
-    copy_commit();
-  };
-  copy_part(0);
-  copy_part(1);
-
-  const Warp at = this_warp();
-  double* matrix = gram + static_cast<int64_t>(blockIdx.y) * order * order;
-  const int warp_row = at.warp / 2 * 32, warp_column = at.warp % 2 * 32;
-  const int r0 = row0 + warp_row + at.group, c0 = column0 + warp_column + at.in_group * 2;
-  double sum[2][4][4];
-#pragma unroll
-  for (int i = 0; i < 2; ++i)
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int r = r0 + i * 16 + half * 8;
-      const double* from = matrix + static_cast<int64_t>(r) * order + c0;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        double* pair = &sum[i][j][half * 2];
-        const bool valid = r < order && c0 + j * 8 < order;
-        if constexpr (Width == 2) {
-          const double2 both = valid ? *reinterpret_cast<const double2*>(from + j * 8) : make_double2(0.0, 0.0);
-          pair[0] = both.x;
-          pair[1] = both.y;
-        } else {
-          pair[0] = valid ? from[j * 8] : 0.0;
-          pair[1] = valid && c0 + j * 8 + 1 < order ? from[j * 8 + 1] : 0.0;
-        }
-      }
-    }
-#pragma unroll
-  for (int part = 0; part < parts; ++part) {
-    if (part + 1 < parts)
-      copy_wait<1>();
-    else
-      copy_wait<0>();
-    __syncthreads();
-    const double* stage = shared_memory + part % 2 * stage_count;
-    const double* a = stage + (warp_row + at.group) * kPanelPitch + at.in_group;
-    const double* b = stage + kTile * kPanelPitch + (warp_column + at.group) * kPanelPitch + at.in_group;
-#pragma unroll 4
-    for (int k = 0; k < kPanel; k += 4) {
-      double l[2][2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) l[i][half] = -a[(i * 16 + half * 8) * kPanelPitch + k];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const double right_value = b[j * 8 * kPanelPitch + k];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) mma_16x8x4(sum[i][j], l[i], right_value);
-      }
-    }
-    if (part + 2 < parts) {
-      __syncthreads();
-      copy_part(part + 2);
-    }
-  }
-  const bool diagonal = tile_row == tile_column;
-#pragma unroll
-  for (int i = 0; i < 2; ++i)
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int r = r0 + i * 16 + half * 8;
-      double* to = matrix + static_cast<int64_t>(r) * order + c0;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const double* pair = &sum[i][j][half * 2];
-        if (Width == 2 && !diagonal) {
-          if (r < order && c0 + j * 8 < order) *reinterpret_cast<double2*>(to + j * 8) = make_double2(pair[0], pair[1]);
-          continue;
-        }
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int c = c0 + j * 8 + e;
-          if (r < order && c < order && (!diagonal || r >= c)) {
-            to[j * 8 + e] = pair[e];
-            if (diagonal && r != c) matrix[static_cast<int64_t>(c) * order + r] = pair[e];
-          }
-        }
-      }
-    }
-}
-
 // Width: doubles of one access to the matrices, 2 where all of their rows are aligned to it.
 template <int Width, bool Second>
-void form_w(const double* gram, int batch, int order, int begin, const BandWorkspace& workspace, cudaStream_t stream) {
+void launch(const double* gram, int batch, int order, int begin, const BandWorkspace& workspace, cudaStream_t stream) {
   const int tiles = static_cast<int>(padded_order(order)) / kTile - begin / kTile;
   constexpr int multiply_bytes = 2 * sizeof(Stage);
   constexpr int form_bytes = kFactors<Second> * kPanel * kPanelPitch * sizeof(double);
@@ -407,43 +273,28 @@ void form_w(const double* gram, int batch, int order, int begin, const BandWorks
   FARMS_CUDA_CHECK(
       cudaFuncSetAttribute(form_w_kernel<Second>, cudaFuncAttributeMaxDynamicSharedMemorySize, form_bytes));
   multiply_kernel<Width, Second>
-      <<<dim3(tiles, batch), kThreads, multiply_bytes, stream>>>(gram, order, begin, workspace);
+      <<<dim3(tiles, batch), kBandThreads, multiply_bytes, stream>>>(gram, order, begin, workspace);
   FARMS_LAUNCH_CHECK();
-  form_w_kernel<Second><<<dim3(2 * tiles, batch), kThreads, form_bytes, stream>>>(order, begin, workspace);
-  FARMS_LAUNCH_CHECK();
-}
-
-template <int Width, int Panels>
-void update(double* gram, int batch, int order, int begin, bool first_column, const BandWorkspace& workspace,
-            cudaStream_t stream) {
-  const int tiles = static_cast<int>(padded_order(order)) / kTile - begin / kTile;
-  const int count = first_column ? tiles : tiles * (tiles + 1) / 2;
-  constexpr int bytes = 4 * kTile * kPanelPitch * sizeof(double);
-  FARMS_CUDA_CHECK(
-      cudaFuncSetAttribute(update_kernel<Width, Panels>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-  update_kernel<Width, Panels>
-      <<<dim3(count, batch), kThreads, bytes, stream>>>(gram, order, begin, first_column, workspace);
+  form_w_kernel<Second><<<dim3(2 * tiles, batch), kBandThreads, form_bytes, stream>>>(order, begin, workspace);
   FARMS_LAUNCH_CHECK();
 }
 
 template <int Width>
-void launch(double* gram, int batch, int order, int begin, const BandWorkspace& workspace, cudaStream_t stream) {
-  if (is_second_panel(begin - kPanel)) {
-    form_w<Width, true>(gram, batch, order, begin, workspace, stream);
-    update<Width, 2>(gram, batch, order, begin, false, workspace, stream);
-  } else {
-    form_w<Width, false>(gram, batch, order, begin, workspace, stream);
-    update<Width, 1>(gram, batch, order, begin, has_panel(order, begin), workspace, stream);
-  }
+void launch_of_pair(const double* gram, int batch, int order, int begin, const BandWorkspace& workspace,
+                    cudaStream_t stream) {
+  if (is_second_panel(begin - kPanel))
+    launch<Width, true>(gram, batch, order, begin, workspace, stream);
+  else
+    launch<Width, false>(gram, batch, order, begin, workspace, stream);
 }
 
 }  // namespace
 
-void apply_panel(double* gram, int batch, int order, int begin, const BandWorkspace& workspace, cudaStream_t stream) {
+void form_w(const double* gram, int batch, int order, int begin, const BandWorkspace& workspace, cudaStream_t stream) {
   if (order % 2 == 0)
-    launch<2>(gram, batch, order, begin, workspace, stream);
+    launch_of_pair<2>(gram, batch, order, begin, workspace, stream);
   else
-    launch<1>(gram, batch, order, begin, workspace, stream);
+    launch_of_pair<1>(gram, batch, order, begin, workspace, stream);
 }
 
 }  // namespace farms_fast

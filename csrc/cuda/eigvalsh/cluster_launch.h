@@ -1,0 +1,36 @@
+// A launch of a kernel in clusters of blocks that follow each other in the grid's first dimension.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "../check.h"
+
+namespace farms_fast {
+
+struct ClusterLaunch {
+  cudaLaunchConfig_t config = {};
+
+  template <typename... Parameters>
+  ClusterLaunch(void (*kernel)(Parameters...), dim3 grid, unsigned cluster, unsigned threads, size_t shared_bytes,
+                cudaStream_t stream) {
+    // What a block gets without asking.
+    constexpr size_t granted = 48 << 10;
+    if (shared_bytes > granted)
+      FARMS_CUDA_CHECK(
+          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
+    attribute_.id = cudaLaunchAttributeClusterDimension;
+    attribute_.val.clusterDim = {cluster, 1, 1};
+    config.gridDim = grid;
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    config.attrs = &attribute_;
+    config.numAttrs = 1;
+  }
+  ClusterLaunch(const ClusterLaunch&) = delete;
+
+ private:
+  cudaLaunchAttribute attribute_ = {};
+};
+
+}  // namespace farms_fast
