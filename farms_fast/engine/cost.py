@@ -7,7 +7,8 @@ CUDA solver takes a latency, in proportion to the order, and a time for each mat
 takes one matrix after the other. Assumed, not measured:
 
 - another device takes the same times over `Machine.speed`, whatever the order;
-- complex matrices take four times as long as real ones, and float32 takes as long as float64;
+- complex matrices take as long as the real ones of twice the order that a CUDA solver makes of
+  them, and elsewhere four times as long as real ones; float32 takes as long as float64;
 - weights come over to a GPU at 12 GB/s, as from pageable memory; the time of a disk is not in it.
 
 So a prediction tells seconds from minutes, and which layer takes longer; it is no promise.
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from farms_fast.engine.memory import TWO_STAGE_ORDER
+from farms_fast.engine.memory import COMPLEX_TWO_STAGE_ORDER, TWO_STAGE_ORDER
 
 # Bisection to full precision: steps for each eigenvalue, operations a step and row.
 _BISECTION_STEPS, _STURM_OPERATIONS = 53, 4
@@ -173,22 +174,26 @@ def eigenvalues_cost(
         True
     """
     measured = _measured(machine.kind)
-    own = machine.kind == "cpu" or (not is_complex and order <= TWO_STAGE_ORDER)
+    work = slower = _COMPLEX if is_complex else 1
+    solved, own = order, machine.kind == "cpu" or order <= TWO_STAGE_ORDER
+    if is_complex and machine.kind != "cpu":
+        own = 2 * order <= COMPLEX_TWO_STAGE_ORDER
+        if own:
+            solved, slower = 2 * order, 1
     solver = measured["eigenvalues"]["own" if own else "library"]
     # Windows that are longer than wide differ from the measured ones in their Gram matrix only.
-    square = _interpolate(_seconds_each(machine.kind, "own" if own else "library"), order)
+    square = _interpolate(_seconds_each(machine.kind, "own" if own else "library"), solved)
     gram = _interpolate([(k, seconds / n) for k, n, seconds in measured["gram"]], order, slope=3)
     each = square + min(gram, square) * (inner / order - 1)
-    work = _COMPLEX if is_complex else 1
     if machine.kind == "cpu":
         seconds = each * measured["cores"] * math.ceil(windows / machine.cores)
     else:
-        seconds = each * windows + calls * order * _latency(solver, order)
+        seconds = each * windows + calls * solved * _latency(solver, solved)
     stages = eigenvalue_stages(order, inner, windows, item)
     return Cost(
         work * sum(stage.flops for stage in stages),
         sum(stage.bytes for stage in stages),
-        work * seconds / machine.speed,
+        slower * seconds / machine.speed,
     )
 
 

@@ -37,7 +37,7 @@ _BAND, _TILE, _SHARES = 32, 64, 3
 # ones of twice the order, which is how they are solved.
 ONE_STAGE_ORDER = 160
 TWO_STAGE_ORDER = 11_008
-_COMPLEX_TWO_STAGE_ORDER = 2 * 2_048
+COMPLEX_TWO_STAGE_ORDER = 2 * 2_048
 # cuSOLVER asks for 0.5 to 0.75 MB for every small matrix; for large ones, assumed as much again as
 # the matrix takes.
 _LIBRARY_BYTES = 2**20
@@ -184,7 +184,7 @@ def matrix_bytes(kind: str, order: int, inner: int, item: int, is_complex: bool)
         band = (order + _BAND) * 2 * _BAND + order + 3 * _BAND
         return square + order * inner * number + max(reduction, band) * number + 16 * order
     order *= 2 if is_complex else 1
-    if order > (_COMPLEX_TWO_STAGE_ORDER if is_complex else TWO_STAGE_ORDER):
+    if order > (COMPLEX_TWO_STAGE_ORDER if is_complex else TWO_STAGE_ORDER):
         return 2 * square + _LIBRARY_BYTES
     if order <= ONE_STAGE_ORDER:
         return 0
