@@ -15,6 +15,7 @@ Example:
 
 from farms_fast._extension import __version__, build_info
 from farms_fast.analysis import analyze
+from farms_fast.comparison import Comparison, compare
 from farms_fast.power_law import PowerLawFit, fit_power_law
 from farms_fast.records import LayerRecord
 from farms_fast.results import Analysis
@@ -23,6 +24,7 @@ from farms_fast.windows import FixedAspectSampling, FullMatrix
 
 __all__ = [
     "Analysis",
+    "Comparison",
     "FixedAspectSampling",
     "FullMatrix",
     "LayerRecord",
@@ -30,6 +32,7 @@ __all__ = [
     "__version__",
     "analyze",
     "build_info",
+    "compare",
     "esd",
     "fit_power_law",
 ]

@@ -16,6 +16,7 @@ from typing import Annotated
 
 import typer
 
+from farms_fast.commands.compare import register as register_compare
 from farms_fast.commands.console import (
     EXIT_LAYERS_FAILED,
     check_outputs,
@@ -45,7 +46,8 @@ from farms_fast.commands.options import (
 )
 from farms_fast.commands.plan import plan
 from farms_fast.commands.prune import prune
-from farms_fast.commands.tables import cells, pad, skipped_lines
+from farms_fast.commands.report import register as register_report
+from farms_fast.commands.tables import fit_table, fixed, skipped_lines
 from farms_fast.records import LayerRecord
 from farms_fast.results import Analysis, printable
 
@@ -64,27 +66,6 @@ app = typer.Typer(
 # ---------------------------------------------------------------------------------------- the table
 
 
-def _shorten(text: str, width: int) -> str:
-    """Text of at most that many columns, cut in its middle.
-
-    Three quarters of what stays come from the end, where the names of a model's layers differ.
-    """
-    if cells(text) <= width:
-        return text
-    left, right = list(text), list[str]()
-    while left and cells("".join(left)) > (width - 1) // 4:
-        left.pop()
-    for c in reversed(text):
-        if cells("".join(right)) + cells(c) > width - 1 - cells("".join(left)):
-            break
-        right.insert(0, c)
-    return "".join(left) + "…" + "".join(right)
-
-
-def _fixed(value: float, digits: int = 3) -> str:
-    return f"{value:.{digits}f}" if math.isfinite(value) else "-"
-
-
 def _significant(value: float) -> str:
     return f"{value:.4g}" if math.isfinite(value) else "-"
 
@@ -98,18 +79,15 @@ def _shape(record: LayerRecord) -> str:
 _COLUMNS: tuple[tuple[str, int, Callable[[LayerRecord], str]], ...] = (
     ("shape", 4, _shape),
     ("windows", 3, lambda r: str(r.windows)),
-    ("alpha", 10, lambda r: _fixed(r.alpha)),
-    ("±", 8, lambda r: _fixed(r.alpha_se)),
-    ("split", 6, lambda r: _fixed(r.split_half)),
-    ("D", 7, lambda r: _fixed(r.D)),
+    ("alpha", 10, lambda r: fixed(r.alpha)),
+    ("±", 8, lambda r: fixed(r.alpha_se)),
+    ("split", 6, lambda r: fixed(r.split_half)),
+    ("D", 7, lambda r: fixed(r.D)),
     ("xmin", 5, lambda r: _significant(r.xmin)),
     ("stable rank", 2, lambda r: _significant(r.stable_rank)),
-    ("log λmax", 1, lambda r: _fixed(r.log_spectral_norm)),
+    ("log λmax", 1, lambda r: fixed(r.log_spectral_norm)),
     ("status", 9, lambda r: printable(r.status)),
 )
-_GAP = 2
-_NAME_FLOOR = 28
-_LEAST_NAME = 8
 
 
 def format_table(records: Sequence[LayerRecord], width: int) -> str:
@@ -133,30 +111,8 @@ def format_table(records: Sequence[LayerRecord], width: int) -> str:
         fc        2.500  -  ok
     """
     names = [printable(record.name) for record in records]
-    longest = max((cells(name) for name in names), default=0)
     columns = [(head, rank, [text(r) for r in records]) for head, rank, text in _COLUMNS]
-
-    def width_of(column: tuple[str, int, list[str]]) -> int:
-        return max(map(cells, (column[0], *column[2])))
-
-    def room_for_names() -> int:
-        return width - sum(_GAP + width_of(column) for column in columns)
-
-    floor = max(_LEAST_NAME, min(longest, _NAME_FLOOR))
-    while room_for_names() < floor and len(columns) > 1:
-        if len(columns) <= 3 and room_for_names() >= _LEAST_NAME:
-            break  # a name that is shortened more says more than a missing column
-        columns.remove(min(columns, key=lambda column: column[1]))
-    name_width = max(_LEAST_NAME, min(longest, room_for_names()))
-
-    lines = []
-    for row in range(-1, len(records)):
-        line = pad("name" if row < 0 else _shorten(names[row], name_width), name_width, right=False)
-        for column in columns:
-            text = column[0] if row < 0 else column[2][row]
-            line += " " * _GAP + pad(text, width_of(column), right=column[0] != "status")
-        lines.append(line.rstrip())
-    return "\n".join(lines)
+    return fit_table(names, columns, width, left=("status",))
 
 
 def _summary(analysis: Analysis, seconds: float) -> str:
@@ -165,7 +121,7 @@ def _summary(analysis: Analysis, seconds: float) -> str:
         f"{len(analysis) - failed} layers ok",
         f"{failed} failed",
         f"{len(analysis.skipped)} tensors skipped",
-        f"mean alpha {_fixed(analysis.mean_alpha)}",
+        f"mean alpha {fixed(analysis.mean_alpha)}",
         f"{seconds:.1f} s",
     ]
     return ", ".join(parts)
@@ -323,6 +279,8 @@ def _report(analysis: Analysis, seconds: float, show_skipped: bool) -> None:
 app.command()(plan)
 app.command()(prune)
 register_exports(app)
+register_report(app)
+register_compare(app)
 
 
 def main() -> None:

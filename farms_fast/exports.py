@@ -27,11 +27,14 @@ __all__ = [
     "array_name",
     "plain",
     "read_json",
+    "whole_file",
     "write_csv",
     "write_json",
     "write_npz",
     "write_parquet",
+    "write_rows",
     "write_safetensors",
+    "write_text",
 ]
 
 _FORMAT = "farms_fast.analysis"
@@ -46,12 +49,18 @@ FilePath = str | os.PathLike[str]
 
 def write_csv(path: FilePath, layers: Sequence[LayerRecord]) -> None:
     """As :meth:`farms_fast.results.Analysis.to_csv` says."""
+    write_rows(path, CSV_COLUMNS, [layer.scalars() for layer in layers])
+
+
+def write_rows(
+    path: FilePath, columns: Sequence[str], rows: Sequence[Mapping[str, object]]
+) -> None:
+    """Writes a heading and one line per row as CSV, UTF-8, floats to the bit."""
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(CSV_COLUMNS)
-    writer.writerows(layer.scalars().values() for layer in layers)
-    with _whole_file(path) as stream:
-        stream.write(_utf8(text.getvalue()))
+    writer.writerow(columns)
+    writer.writerows([row[name] for name in columns] for row in rows)
+    write_text(path, text.getvalue())
 
 
 def write_parquet(
@@ -82,7 +91,7 @@ def write_parquet(
     # Whole in memory first: pyarrow asks a stream for its position, which a pipe does not have.
     data = io.BytesIO()
     pyarrow.parquet.write_table(table, data)
-    with _whole_file(path) as stream:
+    with whole_file(path) as stream:
         stream.write(data.getvalue())
 
 
@@ -104,9 +113,7 @@ def write_json(
         "layers": [_layer_to_plain(layer, spectra) for layer in layers],
         "skipped": [plain(dataclasses.asdict(tensor)) for tensor in skipped],
     }
-    text = json.dumps(document, allow_nan=False, indent=None if spectra else 1) + "\n"
-    with _whole_file(path) as stream:
-        stream.write(_utf8(text))
+    write_text(path, json.dumps(document, allow_nan=False, indent=None if spectra else 1) + "\n")
 
 
 def read_json(path: FilePath) -> tuple[list[LayerRecord], list[Skipped], dict[str, object]]:
@@ -229,7 +236,7 @@ def array_name(layer: str) -> str:
 def write_npz(path: FilePath, layers: Sequence[LayerRecord]) -> None:
     """As :meth:`farms_fast.results.Analysis.spectra_to_npz` says."""
     with (
-        _whole_file(path) as stream,
+        whole_file(path) as stream,
         zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive,
     ):
         for layer in layers:
@@ -258,7 +265,7 @@ def write_safetensors(
     text = json.dumps(header, separators=(",", ":")).encode("ascii")
     # Padded so that the numbers are aligned when the file is mapped into memory.
     text += b" " * (-len(text) % 8)
-    with _whole_file(path) as stream:
+    with whole_file(path) as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for layer, shape in zip(layers, shapes, strict=True):
             per_window = _spectrum(layer)
@@ -280,12 +287,18 @@ def _spectrum(layer: LayerRecord) -> Array:
 # -------------------------------------------------------------------------------------------- files
 
 
+def write_text(path: FilePath, text: str) -> None:
+    """Writes a file of UTF-8, whole or not at all; what UTF-8 has no form for as escapes."""
+    with whole_file(path) as stream:
+        stream.write(_utf8(text))
+
+
 def _utf8(text: str) -> bytes:
     return text.encode("utf-8", errors="backslashreplace")
 
 
 @contextlib.contextmanager
-def _whole_file(path: FilePath) -> Iterator[BinaryIO]:
+def whole_file(path: FilePath) -> Iterator[BinaryIO]:
     """A stream beside the target that takes its place at the end.
 
     No reader ever sees half a file, and an error leaves the old one.

@@ -14,6 +14,9 @@ import numpy.typing as npt
 from farms_fast.metrics import spectrum_metrics
 from farms_fast.power_law import PowerLawFit
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 __all__ = ["LayerRecord", "Uncertainty"]
 
 Array = npt.NDArray[np.float64]
@@ -277,6 +280,26 @@ class LayerRecord:
         state = {**self.__dict__, "window_evals": self.read_window_evals()}
         state.pop("_load_window_evals", None)
         return state
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks."""
+        from farms_fast.report.notebook import record_html
+
+        return record_html(self)
+
+    def plot_esd(self, ax: Axes | None = None) -> Axes:
+        """Draws the spectrum's density with the fitted tail; see :mod:`farms_fast.plots`.
+
+        Args:
+            ax: Where to draw; None is a figure of its own.
+
+        Raises:
+            ImportError: If matplotlib is not installed.
+            ValueError: If the record has no spectrum.
+        """
+        from farms_fast.plots import plot_esd
+
+        return plot_esd(self, ax)
 
     def scalars(self) -> dict[str, str | int | float]:
         """The record without its arrays; the shape as ``stack``, ``rows`` and ``cols``."""

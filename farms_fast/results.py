@@ -21,6 +21,7 @@ from farms_fast.records import CSV_COLUMNS, LayerRecord
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
 
 __all__ = ["Analysis"]
 
@@ -112,6 +113,31 @@ class Analysis:
                 found = f"{layer.status}: {printable(layer.message)}"
             lines.append(f"  {printable(layer.name)}  {size}  {found}")
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks."""
+        from farms_fast.report.notebook import analysis_html
+
+        return analysis_html(self)
+
+    def plot_alpha(self, ax: Axes | None = None) -> Axes:
+        """Draws alpha against depth with its interval over windows; see :mod:`farms_fast.plots`.
+
+        Args:
+            ax: Where to draw; None is a figure of its own.
+
+        Raises:
+            ImportError: If matplotlib is not installed.
+        """
+        from farms_fast.plots import plot_alpha
+
+        return plot_alpha(self, ax)
+
+    def to_html(self, path: str | os.PathLike[str], *, title: str | None = None) -> None:
+        """Writes a page to look at; see :func:`farms_fast.report.write_report`."""
+        from farms_fast.report import write_report
+
+        write_report(self, path, title=title)
 
     def to_pandas(self) -> pd.DataFrame:
         """One row per layer, in order, with the scalars of the records as columns.

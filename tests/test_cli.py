@@ -20,6 +20,7 @@ from typer.testing import CliRunner, Result
 
 import farms_fast
 from farms_fast import cli
+from farms_fast.commands.tables import shorten
 from farms_fast.layers import Skipped
 from farms_fast.progress import reporter
 from farms_fast.records import LayerRecord
@@ -414,7 +415,7 @@ def test_narrowest_terminal_keeps_name_and_alpha(analysed: dict[str, Any]) -> No
     ],
 )
 def test_names_are_shortened_in_the_middle(width: int, shown: str) -> None:
-    assert cli._shorten("encoder.layer.0.mlp", width) == shown
+    assert shorten("encoder.layer.0.mlp", width) == shown
 
 
 def test_wide_characters_line_up() -> None:

@@ -6,9 +6,10 @@ Names come from files that anyone may have written: nothing of them reaches the 
 
 from __future__ import annotations
 
+import math
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from farms_fast.results import printable
@@ -16,9 +17,11 @@ from farms_fast.results import printable
 if TYPE_CHECKING:
     from farms_fast.layers import Skipped
 
-__all__ = ["cells", "columns", "pad", "skipped_lines"]
+__all__ = ["cells", "columns", "fit_table", "fixed", "pad", "shorten", "skipped_lines"]
 
 _GAP = "  "
+_NAME_FLOOR = 28
+_LEAST_NAME = 8
 
 
 def cells(text: str) -> int:
@@ -40,6 +43,80 @@ def columns(table: Sequence[Sequence[str]]) -> Iterator[str]:
     widths = [max(map(cells, column)) for column in zip(*table, strict=True)]
     for row in table:
         yield _GAP.join(pad(text, w, right=True) for text, w in zip(row, widths, strict=True))
+
+
+def fixed(value: float, digits: int = 3) -> str:
+    """A number with so many digits after its point; a dash for what is not finite."""
+    return f"{value:.{digits}f}" if math.isfinite(value) else "-"
+
+
+def fit_table(
+    names: Sequence[str],
+    columns: Sequence[tuple[str, int, Sequence[str]]],
+    width: int,
+    *,
+    left: Collection[str] = (),
+) -> str:
+    """Lays out names and columns as a plain table of at most that many columns of a terminal.
+
+    Columns are left out, the least important first, until the names have room; then names are
+    shortened in their middle. What stands in a column is never cut.
+
+    Args:
+        names: The first column, printable.
+        columns: For each its heading, its importance, and its texts, one a name.
+        width: Columns of the terminal.
+        left: Headings of the columns that are aligned to the left.
+
+    Returns:
+        Lines without trailing spaces, the heading first.
+
+    Example:
+        >>> print(fit_table(["fc1"], [("alpha", 2, ["2.5"]), ("D", 1, ["0.1"])], 30))
+        name      alpha    D
+        fc1         2.5  0.1
+    """
+    longest = max(map(cells, names), default=0)
+    kept = list(columns)
+
+    def width_of(column: tuple[str, int, Sequence[str]]) -> int:
+        return max(map(cells, (column[0], *column[2])))
+
+    def room_for_names() -> int:
+        return width - sum(len(_GAP) + width_of(column) for column in kept)
+
+    floor = max(_LEAST_NAME, min(longest, _NAME_FLOOR))
+    while room_for_names() < floor and len(kept) > 1:
+        if len(kept) <= 3 and room_for_names() >= _LEAST_NAME:
+            break  # a name that is shortened more says more than a missing column
+        kept.remove(min(kept, key=lambda column: column[1]))
+    name_width = max(_LEAST_NAME, min(longest, room_for_names()))
+
+    lines = []
+    for row in range(-1, len(names)):
+        line = pad("name" if row < 0 else shorten(names[row], name_width), name_width, right=False)
+        for column in kept:
+            text = column[0] if row < 0 else column[2][row]
+            line += _GAP + pad(text, width_of(column), right=column[0] not in left)
+        lines.append(line.rstrip())
+    return "\n".join(lines)
+
+
+def shorten(text: str, width: int) -> str:
+    """Text of at most that many columns, cut in its middle.
+
+    Three quarters of what stays come from the end, where the names of a model's layers differ.
+    """
+    if cells(text) <= width:
+        return text
+    left, right = list(text), list[str]()
+    while left and cells("".join(left)) > (width - 1) // 4:
+        left.pop()
+    for c in reversed(text):
+        if cells("".join(right)) + cells(c) > width - 1 - cells("".join(left)):
+            break
+        right.insert(0, c)
+    return "".join(left) + "…" + "".join(right)
 
 
 def skipped_lines(tensors: Sequence[Skipped], names: bool) -> Iterator[str]:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from farms_fast.marchenko_pastur import marchenko_pastur_density
+
 __all__ = ["MarchenkoPasturFit", "fit_marchenko_pastur", "linear_kernel_density"]
 
 FloatArray = npt.NDArray[np.float64]
@@ -141,9 +143,8 @@ def _fit_sigma(scaled: FloatArray, aspect: float) -> float:
         variance = np.square(sigma)[:, None]
         if square:
             return np.asarray(np.square(arc / variance - density).sum(axis=1))
+        law = marchenko_pastur_density(at, variance, aspect)
         upper, lower = variance * (1 + root) ** 2, variance * (1 - root) ** 2
-        inner = np.sqrt(np.maximum((upper - at) * (at - lower), 0.0))
-        law = np.divide(inner * aspect, 2 * np.pi * variance * at, where=inner > 0, out=inner * 0)
         found = np.square(law - density).sum(axis=1)
         refused = (upper < mode) | (upper > last) | (lower > mode)
         return np.asarray(np.where(refused[:, 0], _REFUSED**2 * at.size, found))

@@ -1,0 +1,59 @@
+"""What the commands that read saved analyses share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from farms_fast.results import Analysis, printable
+from farms_fast.store import ResultsStore
+
+__all__ = ["SavedAnalysis", "load_saved"]
+
+SavedAnalysis = Annotated[
+    Path,
+    typer.Argument(
+        help="A store of `farms-fast analyze --store`, or a JSON file of an analysis.",
+        show_default=False,
+    ),
+]
+
+_SQLITE = b"SQLite format 3\x00"
+
+
+def load_saved(path: Path, run: int | None = None, option: str = "run") -> Analysis:
+    """Reads an analysis from a store or from a JSON file, whichever the file is.
+
+    A run that is not finished gives the layers that are there, with a note on stderr.
+
+    Args:
+        path: The file.
+        run: A run of a store by its number; None is the newest.
+        option: The option that gave the run, for messages.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is neither, or has no such run.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"no such file: {str(path)!r}")
+    with path.open("rb") as stream:
+        is_store = stream.read(len(_SQLITE)) == _SQLITE
+    if not is_store:
+        if run is not None:
+            raise ValueError(f"{option}: {str(path)!r} is no results store, it has no runs")
+        try:
+            return Analysis.from_json(path)
+        except ValueError as error:
+            raise ValueError(f"{error}; expected a results store or such a file") from error
+    with ResultsStore(path, create=False) as store:
+        analysis = store.load(run)
+        infos = store.runs()
+    info = infos[-1] if run is None else next(info for info in infos if info.id == run)
+    if info.finished is None:
+        total = "?" if info.total is None else info.total
+        text = f"note: run {info.id} of {path.name} is not finished: {info.layers}/{total} layers"
+        typer.echo(printable(text), err=True)
+    return analysis

@@ -1,0 +1,131 @@
+"""The file of a page: template, styles, scripts and data in one, and nothing from elsewhere.
+
+The page's content security policy allows the two scripts that are in it, by their digests, and no
+request to anywhere. Names of layers come from files that anyone may have written: they reach the
+page as data only, in JSON whose ``<``, ``>`` and ``&`` are escapes, and are put into it as text.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import re
+from functools import cache
+from html import escape
+from importlib.resources import files
+from typing import Any
+
+from farms_fast._extension import __version__
+from farms_fast.comparison import Comparison
+from farms_fast.exports import write_text
+from farms_fast.progress import Progress
+from farms_fast.report.payload import comparison_payload, report_payload
+from farms_fast.results import Analysis
+
+__all__ = ["script_json", "write_comparison", "write_report"]
+
+_SCRIPTS = (
+    "data",
+    "theme",
+    "charts",
+    "spectra",
+    "overview",
+    "differences",
+    "table",
+    "layer",
+    "main",
+)
+
+
+def write_report(
+    analysis: Analysis,
+    path: str | os.PathLike[str],
+    *,
+    title: str | None = None,
+    progress: bool | Progress = False,
+) -> None:
+    """Writes a page of an analysis: summary, plots, a table, and every layer's spectrum.
+
+    The page is one file that asks for nothing else; it appears whole or not at all. Layers without
+    a spectrum say why.
+
+    Args:
+        analysis: What to show. Spectra in a results store are read one at a time.
+        path: The file, replaced if it exists.
+        title: Heading of the page; None is the name of the source.
+        progress: As of :func:`farms_fast.analyze`.
+
+    Raises:
+        OSError: If it cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from farms_fast import LayerRecord
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     layers = [LayerRecord("fc", "linear", (1, 4, 4), "ok", alpha=2.5)]
+        ...     write_report(Analysis(layers), folder + "/report.html", title="A layer")
+        ...     Path(folder, "report.html").read_text(encoding="utf-8")[:15]
+        '<!doctype html>'
+    """
+    write_text(path, _page(*report_payload(analysis, title, progress)))
+
+
+def write_comparison(
+    comparison: Comparison,
+    path: str | os.PathLike[str],
+    *,
+    title: str | None = None,
+    progress: bool | Progress = False,
+) -> None:
+    """Writes a page of two analyses compared; everything as :func:`write_report`."""
+    write_text(path, _page(*comparison_payload(comparison, title, progress)))
+
+
+def script_json(value: Any) -> str:
+    r"""JSON that can stand inside of a script element, in ASCII.
+
+    Example:
+        >>> script_json("</script> & \u2028")
+        '"\\u003c/script\\u003e \\u0026 \\u2028"'
+    """
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _page(page: dict[str, Any], curves: list[list[Any]]) -> str:
+    library, style = _asset("vendor/echarts.min.js"), _asset("assets/style.css")
+    script = _script()
+    policy = (
+        f"default-src 'none'; script-src {_digest(library)} {_digest(script)}; "
+        f"style-src {_digest(style)}; img-src data:; base-uri 'none'; form-action 'none'"
+    )
+    parts = {
+        "policy": policy,
+        "title": escape(page["title"]),
+        "style": style,
+        "data": script_json({**page, "version": __version__}),
+        "curves": script_json(curves),
+        "library": library,
+        "script": script,
+    }
+    # In one pass, so that nothing that was put in is taken for a placeholder.
+    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], _asset("assets/page.html"))
+
+
+@cache
+def _asset(name: str) -> str:
+    return files("farms_fast.report").joinpath(name).read_text(encoding="utf-8")
+
+
+@cache
+def _script() -> str:
+    parts = [_asset(f"assets/{name}.js") for name in _SCRIPTS]
+    return "\n".join(['(function () {\n"use strict";', *parts, "})();\n"])
+
+
+def _digest(text: str) -> str:
+    """What the policy knows a script or a style by."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
