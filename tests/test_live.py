@@ -432,6 +432,18 @@ def test_works_within_the_callers_contexts(device: torch.device) -> None:
         torch.use_deterministic_algorithms(False)
 
 
+def least_memory(model: nn.Module, xmin: str = "median") -> int:
+    """Bytes below which the model is refused."""
+    least = 1
+    while True:
+        try:
+            LiveAnalysis(model, SAMPLING, xmin, memory=least)
+        except ValueError as error:  # it names what the first layer takes that does not fit
+            least = next(int(word) for word in str(error).split() if word.isdigit())
+        else:
+            return least
+
+
 @pytest.mark.parametrize("xmin", ["median", "ks"])
 def test_little_memory_takes_several_passes(
     device: torch.device, xmin: str, monkeypatch: pytest.MonkeyPatch
@@ -444,8 +456,9 @@ def test_little_memory_takes_several_passes(
         return fit_at(rule, packed, offsets)
 
     fit_at = FitRule.fit_at
-    wanted = expected(model, SAMPLING, xmin, memory=200_000)
-    little = LiveAnalysis(model, SAMPLING, xmin, memory=200_000)
+    least = least_memory(model, xmin)
+    wanted = expected(model, SAMPLING, xmin, memory=least)
+    little = LiveAnalysis(model, SAMPLING, xmin, memory=least)
     ample = LiveAnalysis(model, SAMPLING, xmin, memory=2_000_000)
     monkeypatch.setattr(FitRule, "fit_at", counting)
     assert_equal(little(), wanted)
@@ -459,13 +472,8 @@ def test_little_memory_takes_several_passes(
 @pytest.mark.gpu
 def test_a_copy_that_does_not_fit_is_refused() -> None:
     model = network("cuda")
-    least = 1
-    while True:
-        try:
-            live = LiveAnalysis(model, SAMPLING, memory=least)
-            break
-        except ValueError as error:  # it names what the first layer takes that does not fit
-            least = next(int(word) for word in str(error).split() if word.isdigit())
+    least = least_memory(model)
+    live = LiveAnalysis(model, SAMPLING, memory=least)
     assert_equal(live(), expected(model, SAMPLING, memory=least))
     with pytest.raises(ValueError, match=r"memory: expected at least \d+ bytes with overlap=True"):
         live.start(overlap=True)
