@@ -46,6 +46,9 @@ def test_every_cell_is_measured(run: tuple[dict[str, Any], str]) -> None:
         )
     for line in ("| sparsegpt | farms | ", "| magnitude | uniform | ", "alphas (farms)"):
         assert line in printed
+    # As saved and read again, too.
+    lines = llm_pruning.report_lines(json.loads(json.dumps(result)))
+    assert "\n".join(lines) == printed.rstrip("\n")
 
 
 def test_sparsities_are_exact_and_differ_between_blocks(run: tuple[dict[str, Any], str]) -> None:

@@ -331,34 +331,39 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     }
     if given.out:
         given.out.write_text(json.dumps(result, indent=1), encoding="utf-8")
-    _report(settings, result)
+    print("\n".join(report_lines(result)))
     return result
 
 
-def _report(settings: Settings, result: Mapping[str, Any]) -> None:
-    size, runs = settings.size, result["runs"]
+def report_lines(result: Mapping[str, Any]) -> list[str]:
+    """What was found, as Markdown."""
+    size, runs = Size(**result["settings"]["size"]), result["runs"]
     weights = size.layers * (4 * size.hidden**2 + 3 * size.hidden * size.inner)
-    print(
+    dense = [run["dense"]["test"] for run in runs]
+    lines = [
         f"Llama with {size.layers} blocks of hidden size {size.hidden} ({weights / 1e6:.1f} M "
         f"weights to prune), {len(runs)} seeds, {runs[0]['training']['tokens'] / 1e6:.1f} M tokens "
-        f"each, text {result['text']['digest']}"
-    )
-    dense = [run["dense"]["test"] for run in runs]
-    print(f"Perplexity of the test text, dense: {mean_and_spread(dense)}\n")
-    print(table(result["rows"]))
+        f"each, text {result['text']['digest']}.",
+        f"Perplexity of the test text, dense: {mean_and_spread(dense)}",
+        "",
+        table(result["rows"]),
+    ]
     if missing := sorted({sparsity for run in runs for sparsity in run["left_out"]}):
-        print(f"\nNot measured for lack of time: {', '.join(f'{s:g}' for s in missing)}")
-    print(
-        "\nMean ± standard deviation over the seeds; in brackets the change against uniform ratios "
-        "of the same seed, and the epsilon (OWL: lambda) chosen on the validation text.\n"
-    )
+        lines += ["", f"Not measured for lack of time: {', '.join(f'{s:g}' for s in missing)}"]
+    lines += [
+        "",
+        "Mean ± standard deviation over the seeds; in brackets the change against uniform ratios "
+        "of the same seed, and the epsilon (OWL: lambda) chosen on the validation text.",
+        "",
+        "| part, per seed | seconds | share |",
+        "|---|---:|---:|",
+    ]
     parts = sorted({part for run in runs for part in run["seconds"]})
     means = {p: statistics.fmean(run["seconds"].get(p, 0.0) for run in runs) for p in parts}
-    print("| part, per seed | seconds | share |\n|---|---:|---:|")
     whole = sum(means.values())
     for part, seconds in sorted(means.items(), key=lambda item: -item[1]):
-        print(f"| {part} | {seconds:.2f} | {100 * seconds / whole:.1f} % |")
-    print(f"\n{result['seconds']:.0f} s in total")
+        lines.append(f"| {part} | {seconds:.2f} | {100 * seconds / whole:.1f} % |")
+    return [*lines, "", f"{result['seconds']:.0f} s in total"]
 
 
 def _one_thread() -> None:

@@ -21,7 +21,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -261,6 +261,16 @@ def _spread(values: list[float]) -> str:
     return f"{100 * statistics.fmean(values):.4f} ± {100 * spread:.4f}"
 
 
+def share_line(row: Mapping[str, Any], epoch: int) -> str:
+    """What an analysis takes of an epoch of so many pairs, in words."""
+    return (
+        f"{row['model']}, {row['parameters'] / 1e6:.1f} M numbers, {row['layers']} layers, "
+        f"{row['matrices']} matrices, {row['sampling']}: analysis "
+        f"{1e3 * row['analysis_seconds']:.1f} ms, step {1e3 * row['step_seconds']:.1f} ms, "
+        f"epoch of {epoch} pairs {row['epoch_seconds']:.1f} s: {100 * row['share']:.3f} %"
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Runs everything that is asked for, prints it, and returns the figures."""
     args = options(arguments)
@@ -275,14 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         torch.manual_seed(0)
         for row in share_of_time(args, name, sizes[name]()):
             result["share"].append(row)
-            print(
-                f"{row['model']}, {row['parameters'] / 1e6:.1f} M numbers, {row['layers']} layers, "
-                f"{row['matrices']} matrices, {row['sampling']}: analysis "
-                f"{1e3 * row['analysis_seconds']:.1f} ms, step {1e3 * row['step_seconds']:.1f} ms, "
-                f"epoch of {args.epoch} pairs {row['epoch_seconds']:.1f} s: "
-                f"{100 * row['share']:.3f} %",
-                flush=True,
-            )
+            print(share_line(row, args.epoch), flush=True)
     if args.out is not None:
         args.out.write_text(json.dumps(result, indent=1) + "\n")
     return result
