@@ -311,6 +311,8 @@ def whole_file(path: FilePath) -> Iterator[BinaryIO]:
         return
     # Replacing a link would cut it off from the file that it stands for.
     target = path.resolve()
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"path: the directory of {str(path)!r} does not exist")
     partial = target.with_name(f".{target.name[:100]}.{secrets.token_hex(6)}.tmp")
     try:
         with partial.open("xb") as stream:

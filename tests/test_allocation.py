@@ -206,7 +206,7 @@ def test_bad_arguments(message: str, arguments: dict[str, object]) -> None:
 
 def test_arguments_of_another_kind() -> None:
     with pytest.raises(TypeError, match=r"analysis_or_alphas: expected an Analysis, .* got str"):
-        allocate_sparsity("model.safetensors", 0.5, 0.2, params=1)  # type: ignore[arg-type]
+        allocate_sparsity("model.safetensors", 0.5, 0.2)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"alphas: expected numbers, got 'x' for 'a.0.q'"):
         allocate_sparsity({"a.0.q": "x"}, 0.5, 0.2, params=1)  # type: ignore[dict-item]
     analysis = Analysis([record("l.0.q", 2.0), record("l.1.q", 3.0)])

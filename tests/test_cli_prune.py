@@ -220,8 +220,16 @@ def test_the_seed_and_the_dtype_of_the_weights(model: Path, text: Path, tmp_path
         (("--sparsity", ".5", "--method", "wanda"), "calibration: --method wanda with --alloc"),
         (("--sparsity", ".5", "--allocation", "owl"), "calibration: --method magnitude with"),
         (("--sparsity", ".5", "--allocation", "alpha", "--rows", "9"), "cannot go with --rows"),
-        (("--sparsity", ".5", "--evaluate", "no.txt"), "text: expected 'wikitext2', 'c4' or"),
-        (("--sparsity", ".5", "--calibration", "no.txt", "--method", "wanda"), "'no.txt', which"),
+        (("--sparsity", ".5", "--evaluate", "no.txt"), "evaluate: expected 'wikitext2', 'c4' or"),
+        (
+            ("--sparsity", ".5", "--calibration", "no.txt", "--method", "wanda"),
+            "calibration: expected 'wikitext2', 'c4' or the path of a text file, got 'no.txt'",
+        ),
+        (("--sparsity", ".5", "--samples", "0"), "samples: expected an integer of at least 1"),
+        (("--sparsity", ".5", "--seqlen", "0"), "seqlen: expected an integer of at least 2"),
+        (("--sparsity", ".5", "--stride", "0"), "stride: expected an integer of at least 1"),
+        (("--sparsity", ".5", "--batch-size", "0"), "batch-size: expected an integer of at"),
+        (("--sparsity", ".5", "--seed", "-1"), "seed: expected an integer of at least 0, got -1"),
     ],
 )
 def test_bad_usage_is_one_line(
@@ -275,3 +283,36 @@ def test_a_model_that_is_not_there(tmp_path: Path) -> None:
     result = run(tmp_path / "no", *options)
     assert result.exit_code == 2
     assert "model: expected a folder" in result.stderr
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path) -> None:
+    config = transformers.BertConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=101,
+    )
+    transformers.BertModel(config).save_pretrained(tmp_path / "encoder")
+    small_tokenizer().save_pretrained(tmp_path / "encoder")
+    options = ("--sparsity", "0.5", "--method", "magnitude", "--out", tmp_path / "out")
+    result = run(tmp_path / "encoder", *options)
+    assert result.exit_code == 2
+    assert "error: model: expected all weights of a causal language model, got" in result.stderr
+    assert "of BertLMHeadModel (6 missing)" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_no_model_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file.txt").write_text("")
+    monkeypatch.chdir(tmp_path)
+    cases = {
+        "file.txt": "error: model: expected a folder, got 'file.txt', which is none",
+        "empty": "error: model: 'empty' could not be loaded: ",
+    }
+    for name, message in cases.items():
+        result = run(name, "--sparsity", "0.5", "--method", "magnitude", "--out", "out")
+        assert result.exit_code == 2
+        assert result.stderr.startswith(message)
+        assert len(result.stderr.splitlines()) == 1

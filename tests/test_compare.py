@@ -341,7 +341,7 @@ def test_hostile_names_do_not_reach_the_terminal() -> None:
         (("a.sqlite", "b.sqlite", "--sort", "name"), "sort: expected model, difference or z"),
         (("a.sqlite", "b.sqlite", "--csv", "a.sqlite"), "csv: 'a.sqlite' is the file of a too"),
         (("a.sqlite", "b.sqlite", "-o", "b.sqlite"), "output: 'b.sqlite' is the file of b too"),
-        (("a.sqlite", "b.sqlite", "--run-b", "7"), "run: expected one of 1, got 7"),
+        (("a.sqlite", "b.sqlite", "--run-b", "7"), "run-b: expected one of 1, got 7"),
         (("a.sqlite", "b.sqlite", "--device", "tpu"), "device: "),
     ],
 )

@@ -602,12 +602,25 @@ def test_sharded_parameters_are_refused() -> None:
         ({"include": "none*"}, ValueError, "include: expected patterns that match"),
         ({"exclude": "none*"}, ValueError, "exclude: expected patterns that match"),
         ({"process_group": "all"}, ValueError, "process_group: expected 'default', None or a gr"),
+        ({"process_group": 3}, TypeError, "process_group: expected 'default', None or a gr"),
+        ({"log": 3}, TypeError, "log: expected functions of a table or the path of a CSV, got 3"),
         ({"log": [3]}, TypeError, "log: expected functions of a table or the path of a CSV, got 3"),
     ],
 )
 def test_wrong_arguments(options: dict[str, object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         small(linears(5), **options)
+
+
+def test_the_base_rate_must_be_a_number() -> None:
+    rates = small(linears(5))
+    with pytest.raises(TypeError, match=r"lr: expected a number, got '0\.1'"):
+        rates.param_groups("0.1")  # type: ignore[arg-type]
+    optimizer = torch.optim.SGD(rates.param_groups(0.1))
+    with pytest.raises(TypeError, match="lr: expected a number, got 'x'"):
+        rates.step(optimizer, lr="x")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="lr: expected a rate that is not negative, got nan"):
+        rates.step(optimizer, lr=math.nan)
 
 
 def test_the_model_must_be_a_module() -> None:

@@ -129,7 +129,7 @@ def test_ratios_of_an_analysis_reach_the_total(tmp_path: Path) -> None:
     assert "transformer.h.0.attn.c_attn.q" in {layer.name for layer in analysis}
     weights = {layer.name: math.prod(layer.shape) for layer in blocks.layers}
     allocation = allocate_sparsity(analysis, 0.7, 0.2).for_modules(weights)
-    report = prune_model(model, "wanda", allocation.ratios, some_tokens())
+    report = prune_model(model, "wanda", allocation, some_tokens())
     assert len({round(layer.target, 9) for layer in report.layers}) == 3
     assert report.sparsity == pytest.approx(0.7, abs=len(weights) / sum(weights.values()))
 

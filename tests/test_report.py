@@ -344,6 +344,13 @@ def test_the_title_is_text(tmp_path: Path) -> None:
     assert "<title>&lt;/title&gt;&lt;script&gt;alert(1)&lt;/script&gt;\\udcff</title>" in text
 
 
+def test_a_folder_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    with pytest.raises(
+        FileNotFoundError, match=r"path: the directory of '.*none/a\.html' does not"
+    ):
+        an_analysis().to_html(tmp_path / "none" / "a.html")
+
+
 def test_the_same_analysis_gives_the_same_file(page: str, tmp_path: Path) -> None:
     an_analysis().to_html(tmp_path / "again.html")
     assert (tmp_path / "again.html").read_text(encoding="utf-8") == page

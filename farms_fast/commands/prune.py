@@ -31,7 +31,7 @@ def prune(
     ],
     out: Annotated[
         Path,
-        typer.Option(help="The folder to write, new or empty.", show_default=False),
+        typer.Option("--out", "-o", help="The folder to write, new or empty.", show_default=False),
     ],
     sparsity: Annotated[
         float | None,

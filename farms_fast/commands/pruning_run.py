@@ -106,6 +106,7 @@ class PruningRun:
         from farms_fast.adapters.pruning.pruners import pruner
         from farms_fast.adapters.pruning.sparsities import check_sparsity
         from farms_fast.adapters.pruning.texts import check_source
+        from farms_fast.arguments import natural
         from farms_fast.power_law import xmin_rule
 
         if self.pattern is not None:
@@ -128,9 +129,15 @@ class PruningRun:
         if not needs_text:
             self.calibration = None
         parse_dtype(self.dtype)
-        for source in (self.calibration, self.evaluate):
+        for argument, source in (("calibration", self.calibration), ("evaluate", self.evaluate)):
             if source is not None:
-                check_source(source)
+                check_source(source, argument)
+        natural("samples", self.samples, least=1)
+        natural("seed", self.seed)
+        counts = {"seqlen": (self.seqlen, 2), "stride": (self.stride, 1)}
+        for argument, (value, least) in (counts | {"batch-size": (self.batch_size, 1)}).items():
+            if value is not None:
+                natural(argument, value, least)
         if self.allocation == "owl":
             owl_sparsity([1.0], self.sparsity, self.owl_lambda)
             outlier_ratio([torch.ones(1)], self.owl_m)
@@ -324,13 +331,25 @@ def _load(name: str, dtype: str, progress: bool) -> tuple[Any, Any]:
     if not progress or not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     # A path that is not there would be taken for a name on the hub.
-    if name.startswith((".", "/", "~")):
-        folder = Path(name).expanduser()
+    folder = Path(name).expanduser()
+    if name.startswith((".", "/", "~")) or folder.exists():
         if not folder.is_dir():
             raise FileNotFoundError(f"model: expected a folder, got {name!r}, which is none")
         name = str(folder)
-    model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-    return model, transformers.AutoTokenizer.from_pretrained(name)
+    try:
+        model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, output_loading_info=True
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model: {name!r} could not be loaded: {error}") from error
+    missing = sorted(loaded["missing_keys"])
+    if missing:  # transformers makes them at random, and they would be saved as if they were read
+        raise ValueError(
+            f"model: expected all weights of a causal language model, got {name!r}, which has "
+            f"nothing for {missing[0]!r} of {type(model).__name__} ({len(missing)} missing)"
+        )
+    return model, tokenizer
 
 
 def _longest(model: nn.Module) -> int:

@@ -49,8 +49,12 @@ def load_saved(path: Path, run: int | None = None, option: str = "run") -> Analy
         except ValueError as error:
             raise ValueError(f"{error}; expected a results store or such a file") from error
     with ResultsStore(path, create=False) as store:
-        analysis = store.load(run)
         infos = store.runs()
+        known = [info.id for info in infos]
+        if run is not None and run not in known:
+            numbers = ", ".join(map(str, known)) or "none (it has no runs)"
+            raise ValueError(f"{option}: expected one of {numbers}, got {run}")
+        analysis = store.load(run)
     info = infos[-1] if run is None else next(info for info in infos if info.id == run)
     if info.finished is None:
         total = "?" if info.total is None else info.total

@@ -98,7 +98,7 @@ class StoreFile:
         if os.path.isdir(self.path):
             raise IsADirectoryError(errno.EISDIR, "expected a results store", self.path)
         if not os.path.exists(self.path if not create else os.path.dirname(self.path)):
-            raise FileNotFoundError(errno.ENOENT, "no such results store", self.path)
+            raise FileNotFoundError(f"store: no such results store: {str(self.path)!r}")
         # SQLite takes a file of one byte for an empty one. It is not read here: to close a file
         # drops all locks of the process on it, those of another connection's transaction too.
         if os.path.exists(self.path) and os.path.getsize(self.path) == 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,7 @@ def logs_of(log: Log | Sequence[Log] | str | Path | None) -> list[Log]:
         return []
     if isinstance(log, (str, Path)):
         return [CsvLog(log)]
-    found = [log] if callable(log) else list(log)
+    found: list[Any] = [*log] if isinstance(log, Iterable) and not callable(log) else [log]
     wrong = next((entry for entry in found if not callable(entry)), None)
     if wrong is not None:
         raise TypeError(f"log: expected functions of a table or the path of a CSV, got {wrong!r}")

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from farms_fast.adapters.layer_rates.assignment import Assignment
 
-__all__ = ["FoundGroups", "NoDecay", "base_rate", "make_groups", "set_rate"]
+__all__ = ["FoundGroups", "NoDecay", "base_rate", "check_rate", "make_groups", "set_rate"]
 
 Group = dict[str, Any]
 # None, "vectors" or globs of parameter names.
@@ -140,6 +140,21 @@ class FoundGroups:
         )
 
 
+def check_rate(lr: float | torch.Tensor) -> float:
+    """A base rate as a number.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is negative or not finite.
+    """
+    if isinstance(lr, str) or not hasattr(lr, "__float__"):
+        raise TypeError(f"lr: expected a number, got {lr!r}")
+    rate = float(lr)
+    if not 0 <= rate < float("inf"):
+        raise ValueError(f"lr: expected a rate that is not negative, got {lr!r}")
+    return rate
+
+
 def base_rate(found: FoundGroups, lr: float | None, rest_name: str) -> float:
     """The rate of what is not tuned: that of its group, or the one given, which it then gets.
 
@@ -147,9 +162,7 @@ def base_rate(found: FoundGroups, lr: float | None, rest_name: str) -> float:
         ValueError: there is no such group, and none is given; or the one given is negative.
     """
     if lr is not None:
-        rate = float(lr)
-        if not (rate >= 0 and rate != float("inf")):
-            raise ValueError(f"lr: expected a rate that is not negative, got {lr!r}")
+        rate = check_rate(lr)
         for group in found.rest:
             set_rate(group, rate)
         return rate

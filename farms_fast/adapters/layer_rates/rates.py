@@ -28,6 +28,7 @@ from farms_fast.adapters.layer_rates.optimizer_groups import (
     Group,
     NoDecay,
     base_rate,
+    check_rate,
     make_groups,
     set_rate,
 )
@@ -228,8 +229,7 @@ class LayerRates(ABC):
         Raises:
             ValueError: the rate is negative, or a glob matches no parameter.
         """
-        if not 0 <= float(lr) < float("inf"):
-            raise ValueError(f"lr: expected a rate that is not negative, got {lr!r}")
+        check_rate(lr)
         self._refresh()
         if self.last is None:
             ranks = ranks_of(self.process_group)

@@ -25,6 +25,7 @@ def ranks_of(process_group: Group) -> Ranks:
     """The processes that a rate is shared between, at this moment.
 
     Raises:
+        TypeError: no group.
         ValueError: a word other than "default".
     """
     if isinstance(process_group, str):
@@ -35,6 +36,13 @@ def ranks_of(process_group: Group) -> Ranks:
         if not (dist.is_available() and dist.is_initialized()):
             return Ranks()
         process_group = dist.group.WORLD
+    elif process_group is not None and not (
+        dist.is_available() and isinstance(process_group, dist.ProcessGroup)
+    ):
+        raise TypeError(
+            "process_group: expected 'default', None or a group, "
+            f"got {type(process_group).__name__}"
+        )
     return Ranks.of(process_group)
 
 

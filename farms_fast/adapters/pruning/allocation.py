@@ -169,14 +169,15 @@ def _layers(
         alphas = {layer.name: layer.alpha if layer.status == "ok" else math.nan for layer in given}
         counts = {layer.name: math.prod(layer.shape) for layer in given}
         return _checked(alphas), counts, group_by_block(alphas)
+    if not isinstance(given, Mapping):
+        given = _as_list(given)
     if params is None:
         raise ValueError("params: bare alphas need the number of weights of each layer, got None")
     size = None if block_size is None else natural("block_size", block_size, least=1)
     if isinstance(given, Mapping):
         alphas = {str(name): value for name, value in given.items()}
     else:
-        values = _as_list(given)
-        alphas = dict(zip(_names(len(values), size, level), values, strict=True))
+        alphas = dict(zip(_names(len(given), size, level), given, strict=True))
     checked = _checked(alphas)
     counts = _counts(list(checked), params)
     if level == "layer":

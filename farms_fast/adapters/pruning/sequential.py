@@ -17,6 +17,7 @@ from farms_fast.adapters.pruning.collecting import collect
 from farms_fast.adapters.pruning.masks import check_target, check_weight
 from farms_fast.adapters.pruning.owl import outlier_ratio
 from farms_fast.adapters.pruning.pruners import Pruner, pruner
+from farms_fast.adapters.pruning.sparsities import Allocation
 from farms_fast.adapters.pruning.statistics import InputStatistics
 from farms_fast.adapters.pruning.tokens import check_tokens
 from farms_fast.adapters.pruning.wanda import wanda_scores
@@ -89,7 +90,7 @@ class PruningReport:
 def prune_model(
     model: nn.Module,
     method: str,
-    ratios: float | Mapping[str, float],
+    ratios: float | Mapping[str, float] | Allocation,
     calibration: Tensor | None = None,
     *,
     n_m: NM | Mapping[str, NM] | None = None,
@@ -111,7 +112,7 @@ def prune_model(
             any module with repeated blocks.
         method: "magnitude", "wanda" or "sparsegpt".
         ratios: Share of zeros for every layer of the blocks by name, from 0 (the layer stays as it
-            is) to 1, or one for all. Not looked at when ``n_m`` is given.
+            is) to 1, those of an `Allocation`, or one for all. Not looked at when ``n_m`` is given.
         calibration: int64 (samples, seqlen), token ids; None for magnitude, which needs none.
         n_m: (n, m): n weights are kept of every m consecutive inputs; one for all layers, or one
             for each by name. n = m leaves a layer as it is.
@@ -263,10 +264,12 @@ def owl_statistics(
 
 def _targets(
     blocks: Blocks,
-    ratios: float | Mapping[str, float],
+    ratios: float | Mapping[str, float] | Allocation,
     n_m: NM | Mapping[str, NM] | None,
 ) -> dict[str, Target]:
     names = [layer.name for layer in blocks.layers]
+    if isinstance(ratios, Allocation):
+        ratios = ratios.ratios
     if n_m is None:
         return {name: (value, None) for name, value in _for_all("ratios", ratios, names).items()}
     return {name: (None, value) for name, value in _for_all("n_m", n_m, names).items()}

@@ -120,8 +120,12 @@ def text_tokens(tokenizer: Any, source: str | os.PathLike[str]) -> Tensor:
     return text
 
 
-def check_source(source: str | os.PathLike[str]) -> Path:
+def check_source(source: str | os.PathLike[str], argument: str = "source") -> Path:
     """The path of a text file; for a data set's name nothing is looked at.
+
+    Args:
+        source: As in `calibration_tokens`.
+        argument: What gave it, for the message.
 
     Raises:
         FileNotFoundError: It is neither the name of a data set nor the path of a file.
@@ -129,7 +133,7 @@ def check_source(source: str | os.PathLike[str]) -> Path:
     path = Path(source).expanduser()
     if not (path.is_file() or source in TEXTS):
         raise FileNotFoundError(
-            f"text: expected {', '.join(map(repr, TEXTS))} or the path of a text file, got "
+            f"{argument}: expected {', '.join(map(repr, TEXTS))} or the path of a text file, got "
             f"{str(path)!r}, which is no file"
         )
     return path
