@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from farms_fast._extension import __version__, has_cuda
+from farms_fast._extension import __version__
 from farms_fast.arguments import (
     check_dtype,
     check_sampling,
     check_solver,
+    default_device,
     natural,
     resolve_device,
 )
@@ -118,7 +119,7 @@ def analyze(
     resamples = natural("bootstrap", bootstrap)
     budget = None if memory is None else natural("memory", memory, least=1)
     check_sampling(sampling)
-    where = resolve_device(device, _default_device())
+    where = resolve_device(device, default_device())
     check_solver(solver, where)
     if force and store is None:
         raise ValueError("force: computes anew what a store holds, so it needs store=")
@@ -193,7 +194,3 @@ def _absolute(model: object) -> str:
 
 def _patterns(patterns: str | Sequence[str] | None) -> list[str]:
     return [patterns] if isinstance(patterns, str) else list(patterns or ())
-
-
-def _default_device() -> torch.device:
-    return torch.device("cuda" if has_cuda() and torch.cuda.is_available() else "cpu")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import operator
+from numbers import Real
 
 import torch
 
@@ -33,6 +35,23 @@ def natural(argument: str, value: object, least: int = 0) -> int:
     if isinstance(value, bool) or number < least:
         raise ValueError(f"{argument}: expected an integer of at least {least}, got {value!r}")
     return number
+
+
+def not_negative(argument: str, value: object) -> float:
+    """The value as a float; TypeError unless it is a number, ValueError below 0 or not finite."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{argument}: expected a number, got {value!r}")
+    number = float(value)
+    if not (math.isfinite(number) and number >= 0):
+        raise ValueError(
+            f"{argument}: expected a finite number that is not negative, got {value!r}"
+        )
+    return number
+
+
+def default_device() -> torch.device:
+    """CUDA where there is a device and the build has it, else the CPU."""
+    return torch.device("cuda" if has_cuda() and torch.cuda.is_available() else "cpu")
 
 
 def check_solver(solver: str | None, device: torch.device) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from farms_fast.commands.console import (
     check_outputs,
     echo,
     one_line_errors,
+    terminal_width,
 )
 from farms_fast.commands.export import register as register_exports
 from farms_fast.commands.options import (
@@ -30,6 +30,7 @@ from farms_fast.commands.options import (
     Base,
     Bootstrap,
     CheckpointPath,
+    Device,
     Dtype,
     Exclude,
     Full,
@@ -37,6 +38,7 @@ from farms_fast.commands.options import (
     Memory,
     MetricsCsv,
     PerDim,
+    Quiet,
     Rows,
     ShowSkipped,
     Xmin,
@@ -47,9 +49,9 @@ from farms_fast.commands.options import (
 from farms_fast.commands.plan import plan
 from farms_fast.commands.prune import prune
 from farms_fast.commands.report import register as register_report
-from farms_fast.commands.tables import fit_table, fixed, skipped_lines
+from farms_fast.commands.tables import fit_table, skipped_lines
 from farms_fast.records import LayerRecord
-from farms_fast.results import Analysis, printable
+from farms_fast.results import Analysis, fixed, printable
 
 __all__ = ["app", "format_table", "main", "parse_memory"]
 
@@ -172,10 +174,7 @@ def analyze(
     ] = 2.0,
     bins: Annotated[int, typer.Option(help="peak: bins of the histogram.")] = 100,
     bootstrap: Bootstrap = 100,
-    device: Annotated[
-        str | None,
-        typer.Option(help="cpu, cuda or cuda:N.", show_default="cuda if there is one, else cpu"),
-    ] = None,
+    device: Device = None,
     dtype: Dtype = "float64",
     solver: Annotated[
         str | None, typer.Option(help="Eigensolver by name.", show_default="by window size")
@@ -197,9 +196,7 @@ def analyze(
         bool, typer.Option("--force", help="With --store: compute all layers anew.")
     ] = False,
     show_skipped: ShowSkipped = False,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", help="No progress bar and no table, only errors.")
-    ] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Fit the spectrum of every layer of a checkpoint and print a table.
 
@@ -264,8 +261,7 @@ def analyze(
 
 
 def _report(analysis: Analysis, seconds: float, show_skipped: bool) -> None:
-    # COLUMNS if set, the terminal's width if there is one, else 100.
-    width = shutil.get_terminal_size(fallback=(100, 24)).columns
+    width = terminal_width()
     if len(analysis):
         echo(format_table(analysis.layers, width))
         echo("")

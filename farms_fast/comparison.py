@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import os
@@ -13,19 +12,22 @@ from typing import TYPE_CHECKING
 import torch
 
 from farms_fast.arguments import resolve_device
-from farms_fast.exports import plain, write_rows, write_text
-from farms_fast.pairing import difference_error, independent_error, same_windows
+from farms_fast.exports import data_frame, plain, write_rows, write_text
+from farms_fast.pairing import (
+    DECIDING_SETTINGS,
+    difference_error,
+    independent_error,
+    same_windows,
+)
 from farms_fast.progress import Progress, reporter
 from farms_fast.records import LayerRecord
-from farms_fast.results import Analysis
+from farms_fast.results import Analysis, fixed, layer_named
 
 if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = ["COMPARISON_COLUMNS", "Comparison", "LayerDifference", "compare"]
 
-# Analyses with different ones of these have alphas of different meaning.
-_MEANING = ("sampling", "xmin", "xmin_pos", "bins")
 _UNIMPORTANT = ("source", "base")
 _SIGNIFICANT = 1.96
 # Two ways to compute one alpha differ by far less, and nobody asks for more.
@@ -189,12 +191,7 @@ class Comparison:
 
     def __getitem__(self, name: str) -> LayerDifference:
         """The layer of that name; a KeyError that suggests near names if there is none."""
-        for layer in self.layers:
-            if layer.name == name:
-                return layer
-        near = difflib.get_close_matches(str(name), [layer.name for layer in self.layers], n=3)
-        hint = f"did you mean {', '.join(map(repr, near))}?" if near else f"{len(self)} layers"
-        raise KeyError(f"no layer named {name!r} ({hint})")
+        return layer_named(self.layers, name)
 
     @property
     def only_a(self) -> list[LayerDifference]:
@@ -237,7 +234,7 @@ class Comparison:
     def notes(self) -> list[str]:
         """What a reader of the numbers has to know, one sentence each; mostly empty."""
         notes = []
-        changed = [name for name in self.settings_that_differ if name in _MEANING]
+        changed = [name for name in self.settings_that_differ if name in DECIDING_SETTINGS]
         if changed:
             notes.append(
                 f"the analyses were made with different settings ({', '.join(changed)}), so their "
@@ -258,7 +255,7 @@ class Comparison:
         return (
             f"Comparison(compared {len(self.compared)}, only in A {len(self.only_a)}, "
             f"only in B {len(self.only_b)}, beyond 1.96 standard errors {len(self.different)}, "
-            f"mean difference {round(self.mean_difference, 4) + 0.0:+.4f})"
+            f"mean difference {fixed(self.mean_difference, 4, sign=True)})"
         )
 
     def _repr_html_(self) -> str:
@@ -273,15 +270,7 @@ class Comparison:
         Raises:
             ImportError: If pandas is not installed.
         """
-        try:
-            import pandas as pd
-        except ImportError as error:
-            raise ImportError(
-                "to_pandas needs pandas, which is not installed: pip install pandas "
-                "(to_csv and to_json work without it)"
-            ) from error
-        rows = [layer.scalars() for layer in self.layers]
-        return pd.DataFrame(rows, columns=list(COMPARISON_COLUMNS))
+        return data_frame(COMPARISON_COLUMNS, [layer.scalars() for layer in self.layers])
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Writes one line per layer with the columns of :meth:`to_pandas`; NaN as ``nan``.

@@ -14,7 +14,7 @@ import stat
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import quote
 
 import numpy as np
@@ -23,8 +23,12 @@ import numpy.typing as npt
 from farms_fast.layers import Skipped
 from farms_fast.records import CSV_COLUMNS, INT_FIELDS, SCALAR_FIELDS, TEXT_FIELDS, LayerRecord
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 __all__ = [
     "array_name",
+    "data_frame",
     "plain",
     "read_json",
     "whole_file",
@@ -61,6 +65,18 @@ def write_rows(
     writer.writerow(columns)
     writer.writerows([row[name] for name in columns] for row in rows)
     write_text(path, text.getvalue())
+
+
+def data_frame(columns: Sequence[str], rows: Sequence[Mapping[str, object]]) -> pd.DataFrame:
+    """The rows as pandas has them; ImportError if it is not installed."""
+    try:
+        import pandas as pd
+    except ImportError as error:
+        raise ImportError(
+            "to_pandas needs pandas, which is not installed: pip install pandas "
+            "(to_csv and to_json work without it)"
+        ) from error
+    return pd.DataFrame(list(rows), columns=list(columns))
 
 
 def write_parquet(

@@ -20,9 +20,10 @@ from farms_fast.records import LayerRecord
 from farms_fast.uncertainty import FitRule, fit_layers
 from farms_fast.windows import FixedAspectSampling, FullMatrix, Sampling, WindowGrid
 
-__all__ = ["difference_error", "independent_error", "same_windows"]
+__all__ = ["DECIDING_SETTINGS", "difference_error", "independent_error", "same_windows"]
 
-_DECIDING = ("sampling", "xmin", "xmin_pos", "bins")
+DECIDING_SETTINGS = ("sampling", "xmin", "xmin_pos", "bins")
+"""Analyses in which one of these differs have alphas of different meaning."""
 # Fewer windows have too few ways to be drawn.
 _LEAST_WINDOWS = 4
 
@@ -35,7 +36,8 @@ def independent_error(a: LayerRecord, b: LayerRecord) -> float:
 def same_windows(settings_a: Mapping[str, object], settings_b: Mapping[str, object]) -> bool:
     """Whether two analyses took the same windows of equal matrices, and fitted them alike."""
     return all(
-        name in settings_a and settings_a[name] == settings_b.get(name) for name in _DECIDING
+        name in settings_a and settings_a[name] == settings_b.get(name)
+        for name in DECIDING_SETTINGS
     )
 
 
@@ -61,7 +63,8 @@ def difference_error(
     resamples = settings.get("bootstrap")
     if not isinstance(resamples, int) or resamples < 2:
         return None
-    grid = _grid(a, settings)
+    sampling = _sampling(str(settings["sampling"]))
+    grid = None if sampling is None else _grid(a, sampling)
     if grid is None:
         return None
     windows = [record.read_window_evals() for record in (a, b)]
@@ -71,7 +74,7 @@ def difference_error(
         str(settings["xmin"]),
         float(str(settings["xmin_pos"])),
         int(str(settings["bins"])),
-        "farms" if "compat='farms'" in str(settings["sampling"]) else None,
+        getattr(sampling, "compat", None),
     )
     # Sampled alike, both get the same draws.
     found = fit_layers(
@@ -87,11 +90,8 @@ def difference_error(
     return float((drawn_b - drawn_a).std(ddof=1))
 
 
-def _grid(record: LayerRecord, settings: Mapping[str, object]) -> WindowGrid | None:
-    """The windows of a layer's matrices; None where the settings do not tell."""
-    sampling = _sampling(str(settings["sampling"]))
-    if sampling is None:
-        return None
+def _grid(record: LayerRecord, sampling: Sampling) -> WindowGrid | None:
+    """The windows of a layer's matrices; None where the record has others."""
     entries, rows, columns = record.shape
     grid = sampling.grid(rows, columns)
     as_recorded = (grid.rows, grid.columns, entries * grid.count)

@@ -16,12 +16,12 @@ and the Kolmogorov-Smirnov distance
 from __future__ import annotations
 
 import math
-import operator
 from dataclasses import dataclass
 
 import torch
 
 from farms_fast import ops
+from farms_fast.arguments import natural
 from farms_fast.arrays import on_stream_of, to_tensor
 
 __all__ = [
@@ -264,7 +264,7 @@ def fit_power_laws(
     """
     rule = xmin_rule(xmin)
     position = _xmin_pos(xmin_pos)
-    n_bins = _bins(bins)
+    n_bins = natural("bins", bins, least=1)
     if compat not in (None, "farms"):
         raise ValueError(f"compat: expected None or 'farms', got {compat!r}")
     _require_packed(spectra, offsets)
@@ -303,16 +303,6 @@ def _xmin_pos(xmin_pos: float) -> float:
     if not (math.isfinite(position) and position > 1):
         raise ValueError(f"xmin_pos: expected a finite number above 1, got {xmin_pos!r}")
     return position
-
-
-def _bins(bins: int) -> int:
-    try:
-        count = operator.index(bins)
-    except TypeError:
-        raise TypeError(f"bins: expected an integer, got {type(bins).__name__}") from None
-    if isinstance(bins, bool) or count < 1:
-        raise ValueError(f"bins: expected an integer of at least 1, got {bins!r}")
-    return count
 
 
 def _require_packed(spectra: torch.Tensor, offsets: torch.Tensor) -> None:

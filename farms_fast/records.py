@@ -266,6 +266,11 @@ class LayerRecord:
         load: Callable[[], Array] = self.__dict__["_load_window_evals"]
         return load()
 
+    @property
+    def has_spectrum(self) -> bool:
+        """Whether there are eigenvalues, known without loading those that have to be loaded."""
+        return "window_evals" not in self.__dict__ or self.window_evals.size > 0
+
     if not TYPE_CHECKING:  # a type checker would take it for any attribute's
 
         def __getattr__(self, name: str) -> Any:
@@ -320,6 +325,11 @@ INT_FIELDS = frozenset(
     ("windows", "window_rows", "window_cols", "num_pl_spikes", "M", "N", "num_evals", "dropped")
 )
 CSV_COLUMNS = tuple(LayerRecord.without_spectrum("", "", (0, 0, 0), "", "").scalars())
+
+
+def nonfinite_message(bad: int, windows: int) -> str:
+    """Why a layer has no fit whose eigenvalues are not finite in so many of its windows."""
+    return f"NaN, infinity or overflow in {bad} of {windows} windows"
 
 
 def fit_message(fit: PowerLawFit) -> str:

@@ -6,9 +6,10 @@ import difflib
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from farms_fast.exports import (
+    data_frame,
     read_json,
     write_csv,
     write_json,
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-__all__ = ["Analysis"]
+__all__ = ["Analysis", "fixed", "layer_named", "printable"]
 
 
 class Analysis:
@@ -73,13 +74,7 @@ class Analysis:
 
     def __getitem__(self, name: str) -> LayerRecord:
         """The layer of that name; a KeyError that suggests near names if there is none."""
-        for layer in self.layers:
-            if layer.name == name:
-                return layer
-        names = [layer.name for layer in self.layers]
-        near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
-        hint = f"did you mean {', '.join(map(repr, near))}?" if near else f"{len(names)} layers"
-        raise KeyError(f"no layer named {name!r} ({hint})")
+        return layer_named(self.layers, name)
 
     @property
     def failed(self) -> list[LayerRecord]:
@@ -145,14 +140,7 @@ class Analysis:
         Raises:
             ImportError: If pandas is not installed.
         """
-        try:
-            import pandas as pd
-        except ImportError as error:
-            raise ImportError(
-                "to_pandas needs pandas, which is not installed: pip install pandas "
-                "(to_csv and to_json work without it)"
-            ) from error
-        return pd.DataFrame([layer.scalars() for layer in self.layers], columns=list(CSV_COLUMNS))
+        return data_frame(CSV_COLUMNS, [layer.scalars() for layer in self.layers])
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Writes one line per layer, UTF-8, with the columns of :meth:`to_pandas`.
@@ -274,6 +262,46 @@ class Analysis:
 
         with ResultsStore(path, create=False) as store:
             return store.load(run)
+
+
+class _Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+_Layer = TypeVar("_Layer", bound=_Named)
+
+
+def layer_named(layers: Sequence[_Layer], name: str) -> _Layer:
+    """The layer of that name.
+
+    Raises:
+        KeyError: There is none; the message suggests near names.
+
+    Example:
+        >>> layer_named([LayerRecord("fc1", "linear", (1, 4, 4), "ok")], "fc1").kind
+        'linear'
+    """
+    for layer in layers:
+        if layer.name == name:
+            return layer
+    names = [layer.name for layer in layers]
+    near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
+    hint = f"did you mean {', '.join(map(repr, near))}?" if near else f"{len(names)} layers"
+    raise KeyError(f"no layer named {name!r} ({hint})")
+
+
+def fixed(value: float, digits: int = 3, *, sign: bool = False) -> str:
+    """A number with so many digits after its point; a dash for what is not finite.
+
+    Example:
+        >>> fixed(2.5), fixed(-0.0001, 2, sign=True), fixed(math.nan)
+        ('2.500', '+0.00', '-')
+    """
+    if not math.isfinite(value):
+        return "-"
+    # Rounded first: what is nearly nothing has no sign.
+    return f"{round(float(value), digits) + 0.0:{'+' if sign else ''}.{digits}f}"
 
 
 def printable(text: str) -> str:

@@ -36,8 +36,9 @@ def train(rank: int, overlap: bool) -> dict[str, Any]:
     model = DistributedDataParallel(SyncFree(TinyResNet(seed=rank)))  # takes the first's weights
     rates = small(model.module.inner, overlap=overlap)
     optimizer = torch.optim.SGD(rates.param_groups(0.1, weight_decay=5e-4), momentum=0.9)
+    assert rates.last is not None
     schedule = CosineAnnealingLR(optimizer, T_max=8)
-    tables = []
+    tables = [rates.last.to_state()]
     for epoch in range(3):
         for images, labels in batches(epoch):
             optimizer.zero_grad()

@@ -18,15 +18,14 @@ from torch import nn
 from benchmarks.effect.operators import TOY, DenoisingOperator, FourierOperator
 from farms_fast import FixedAspectSampling, FullMatrix, analyze
 from farms_fast.layers import (
-    LayerSpec,
     Skipped,
     TensorHeader,
     layers_from_headers,
     layers_from_module,
-    module_tensor,
 )
 from farms_fast.live import LiveAnalysis
 from farms_fast.operator_layers import factor_matrices
+from tests.layer_tables import by_module, header, stack_of
 
 C64, F32 = torch.complex64, torch.float32
 
@@ -34,14 +33,6 @@ C64, F32 = torch.complex64, torch.float32
 def complex_normal(*shape: int, seed: int = 0) -> torch.Tensor:
     draw = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=draw, dtype=torch.complex128)
-
-
-def stack_of(module: nn.Module, spec: LayerSpec) -> torch.Tensor:
-    return spec.to_stack(*(module_tensor(module, name) for name in spec.tensors))
-
-
-def by_name(module: nn.Module, **options: object) -> dict[str, LayerSpec]:
-    return {spec.name: spec for spec in layers_from_module(module, **options)[0]}  # type: ignore[arg-type]
 
 
 def reasons(skipped: Sequence[Skipped]) -> dict[str, str]:
@@ -96,7 +87,7 @@ class PairedSpectralConv(nn.Module):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, F32, torch.float64], ids=str)
 def test_real_pairs_are_known_by_the_class_of_their_module(dtype: torch.dtype) -> None:
     module = PairedSpectralConv(dtype)
-    layers = by_name(module)
+    layers = by_module(module)
     wide = torch.complex128 if dtype == torch.float64 else C64
     assert (layers["kernel"].shape, layers["kernel"].dtype) == ((5, 4, 6), wide)
     stack = stack_of(module, layers["kernel"])
@@ -106,10 +97,6 @@ def test_real_pairs_are_known_by_the_class_of_their_module(dtype: torch.dtype) -
         assert torch.equal(stack[mode].imag.to(dtype), module.kernel[:, :, mode, 1])
     # A kernel of two points beside it is one.
     assert (layers["smooth"].kind, layers["smooth"].shape) == ("conv2d", (4, 6, 4))
-
-
-def header(name: str, *shape: int, dtype: torch.dtype = F32) -> TensorHeader:
-    return TensorHeader(name, shape, dtype)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +148,7 @@ def test_factorised_weights_are_analysed_as_the_whole(kind: str, complex_class: 
     module = nn.Module()
     module.weight = FactorizedTensor.new((6, 5, 4, 3), 0.6, name, dtype=torch.complex128)
     module.weight.normal_(0, 1)
-    (spec,) = by_name(module).values()
+    (spec,) = by_module(module).values()
     assert (spec.name, spec.kind, spec.shape) == ("weight", "spectral", (12, 6, 5))
     stored = {key: value.detach() for key, value in module.named_parameters()}
     assert set(spec.tensors) == set(stored)
@@ -205,7 +192,7 @@ def test_factors_are_matrices_where_they_are_asked_for(complex_class: bool) -> N
         module = nn.Module()
         module.weight = FactorizedTensor.new((6, 5, 4, 3), ranks[kind], name, dtype=C64)
         module.weight.normal_(0, 1)
-        layers = by_name(module, change=factor_matrices)
+        layers = by_module(module, change=factor_matrices)
         assert {n: spec.shape for n, spec in layers.items()} == shapes
         for spec in layers.values():
             stack = stack_of(module, spec)
@@ -254,7 +241,7 @@ def test_tied_factorised_weights_count_once_and_layers_survive_pickling() -> Non
 def test_matrices_are_those_that_the_convolution_applies(factorization: str | None) -> None:
     torch.manual_seed(2)
     module = SpectralConv(5, 4, (6, 6), bias=False, factorization=factorization, rank=0.7)
-    (spec,) = by_name(module).values()
+    (spec,) = by_module(module).values()
     # (in, out, x modes, y modes), the frequencies along x from the lowest to the highest.
     stack = stack_of(module, spec).reshape(6, 4, 5, 4).detach()
     n = 16
@@ -277,7 +264,7 @@ def small(kind: type[nn.Module], **options: object) -> nn.Module:
 @pytest.mark.parametrize("factorization", [None, "Tucker", "CP", "TT"])
 def test_every_weight_of_an_fno_is_a_layer_of_its_module_name(factorization: str | None) -> None:
     model = small(TFNO if factorization else FNO, **({"rank": 0.5} if factorization else {}))
-    layers = by_name(model)
+    layers = by_module(model)
     for number in range(2):
         assert layers[f"fno_blocks.convs.{number}"].shape == (8 * 4, 8, 8)
         assert layers[f"fno_blocks.fno_skips.{number}.conv"].kind == "conv1d"
@@ -291,7 +278,7 @@ def test_every_weight_of_an_fno_is_a_layer_of_its_module_name(factorization: str
 @pytest.mark.parametrize("factorization", [None, "tucker", "cp", "tt"])
 def test_spherical_operators_keep_one_matrix_for_each_degree(factorization: str | None) -> None:
     model = small(SFNO, factorization=factorization, rank=0.5)
-    spec = by_name(model)["fno_blocks.convs.0"]
+    spec = by_module(model)["fno_blocks.convs.0"]
     assert (spec.kind, spec.shape, spec.dtype) == ("spectral", (8, 8, 8), C64)
     whole = model.fno_blocks.convs[0].weight.to_tensor().detach()
     torch.testing.assert_close(stack_of(model, spec), whole.permute(2, 0, 1))
@@ -303,20 +290,20 @@ def test_u_shaped_operators() -> None:
         uno_n_modes=[[4, 4], [4, 4], [4, 4]], uno_scalings=[[1, 1], [0.5, 0.5], [2, 2]],
         n_layers=3, channel_mlp_skip="linear", horizontal_skips_map={2: 0},
     )  # fmt: skip
-    layers = by_name(model)
+    layers = by_module(model)
     assert layers["fno_blocks.0.convs.0"].shape == (4 * 3, 8, 8)
     assert layers["fno_blocks.2.convs.0"].shape == (4 * 3, 16, 8)  # with the skipped channels
 
 
 def test_quadrants_of_the_older_convolution_are_layers() -> None:
     module = QuadrantConv(4, 6, (8, 8))
-    layers = by_name(module)
+    layers = by_module(module)
     assert {name: spec.shape for name, spec in layers.items()} == {
         "weight.0": (16, 4, 6),
         "weight.1": (16, 4, 6),
     }
     joint = QuadrantConv(4, 6, (8, 8), n_layers=2, joint_factorization=True, factorization="tucker")
-    (spec,) = by_name(joint).values()
+    (spec,) = by_module(joint).values()
     assert (spec.name, spec.shape) == ("weight", (4 * 16, 4, 6))
     whole = joint.weight.to_tensor().detach()  # (layers and quadrants, in, out, x, y)
     torch.testing.assert_close(stack_of(joint, spec)[17], whole[1, :, :, 0, 1])
@@ -336,7 +323,7 @@ def test_separable_convolutions_have_no_matrices(factorization: str | None) -> N
 def test_dpot_shaped_model() -> None:
     torch.manual_seed(4)
     model = DenoisingOperator(4, 3, TOY)
-    layers = by_name(model)
+    layers = by_module(model)
     expected = {
         "time_agg.w": ("stacked", (3, 16, 16)),
         "patch_embed.0": ("conv2d", (16, 8, 6)),
@@ -390,7 +377,7 @@ class CausalConv(BlockLinear):
 
 def test_a_three_dimensional_weight_is_stacked_along_its_shorter_end() -> None:
     module = nn.ModuleList([BlockLinear(3, 6, 5), BlockLinear(6, 5, 3), CausalConv(3, 6, 5)])
-    found = [(spec.kind, spec.shape) for spec in by_name(module).values()]
+    found = [(spec.kind, spec.shape) for spec in by_module(module).values()]
     assert found == [("stacked", (3, 6, 5)), ("conv1d", (3, 6, 5)), ("conv1d", (5, 3, 6))]
 
 

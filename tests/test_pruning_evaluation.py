@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from farms_fast.adapters.pruning.evaluation import SEVEN_TASKS, perplexity, zero_shot
+from farms_fast.adapters.pruning.tokens import longest_sequence
 from tests.language_models import VOCABULARY, small_model, some_tokens
 
 
@@ -140,6 +141,8 @@ def harness(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         return {
             "results": {
                 task: {"acc,none": number / 10, "acc_norm,none": 0.9, "alias": task}
+                if task != "wikitext"
+                else {"word_perplexity,none": 20.0, "alias": task}
                 for number, task in enumerate(options["tasks"])
             }
         }
@@ -190,7 +193,23 @@ def test_refuses_no_tasks(harness: dict[str, Any]) -> None:
             zero_shot(small_model(), None, tasks)
 
 
+@pytest.mark.usefixtures("harness")
+def test_refuses_tasks_without_an_accuracy() -> None:
+    with pytest.raises(ValueError, match=r"tasks: expected tasks with an accuracy, got wikitext$"):
+        zero_shot(small_model(), None, ["boolq", "wikitext"])
+
+
 def test_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(ImportError, match=r"pip install 'farms-fast\[lm-eval\]'"):
         zero_shot(small_model(), None)
+
+
+@pytest.mark.parametrize(("positions", "longest"), [(64, 64), (-1, None), (None, None)])
+def test_longest_sequence_is_what_a_config_tells(
+    positions: int | None, longest: int | None
+) -> None:
+    model = nn.Linear(2, 2)
+    assert longest_sequence(model) is None
+    model.config = SimpleNamespace(max_position_embeddings=positions)
+    assert longest_sequence(model) == longest

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from farms_fast.commands.console import check_outputs, echo, one_line_errors
+from farms_fast.commands.console import check_outputs, echo, one_line_errors, terminal_width
+from farms_fast.commands.options import Quiet
 from farms_fast.commands.saved import SavedAnalysis, load_saved
-from farms_fast.commands.tables import fit_table, fixed
+from farms_fast.commands.tables import fit_table
 from farms_fast.comparison import Comparison, LayerDifference
 from farms_fast.comparison import compare as compare_analyses
-from farms_fast.results import printable
+from farms_fast.results import fixed, printable
 
 __all__ = ["compare", "format_comparison", "register"]
 
@@ -66,9 +66,7 @@ def compare(
     title: Annotated[
         str | None, typer.Option(help="Heading of the page.", show_default="the two names")
     ] = None,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", help="No progress bar and no table, only errors.")
-    ] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Compare the layers of two analyses: fine-tuned, pruned, another seed.
 
@@ -94,9 +92,7 @@ def compare(
 
             write_comparison(found, output, title=title, progress=not quiet)
         if not quiet:
-            # COLUMNS if set, the terminal's width if there is one, else 100.
-            width = shutil.get_terminal_size(fallback=(100, 24)).columns
-            echo(format_comparison(found, width, sort))
+            echo(format_comparison(found, terminal_width(), sort))
 
 
 def format_comparison(comparison: Comparison, width: int, sort: str = "model") -> str:
@@ -122,9 +118,9 @@ def format_comparison(comparison: Comparison, width: int, sort: str = "model") -
     columns = [
         ("alpha A", 8, [fixed(layer.a.alpha) if layer.a else "-" for layer in layers]),
         ("alpha B", 9, [fixed(layer.b.alpha) if layer.b else "-" for layer in layers]),
-        ("difference", 10, [_signed(layer.difference, 3) for layer in layers]),
+        ("difference", 10, [fixed(layer.difference, sign=True) for layer in layers]),
         ("±", 6, [fixed(layer.difference_se) for layer in layers]),
-        ("z", 7, [_signed(layer.z, 1) for layer in layers]),
+        ("z", 7, [fixed(layer.z, 1, sign=True) for layer in layers]),
         ("note", 5, [printable(layer.note) for layer in layers]),
     ]
     if not any(columns[-1][2]):
@@ -134,12 +130,7 @@ def format_comparison(comparison: Comparison, width: int, sort: str = "model") -
     lines.append(
         f"compared {len(comparison.compared)}, only in A {len(comparison.only_a)}, only in B "
         f"{len(comparison.only_b)}; beyond 1.96 standard errors {len(comparison.different)}; "
-        f"mean difference {_signed(comparison.mean_difference, 4)}"
+        f"mean difference {fixed(comparison.mean_difference, 4, sign=True)}"
     )
     lines += [f"note: {printable(note)}" for note in comparison.notes]
     return "\n".join(lines)
-
-
-def _signed(value: float, digits: int) -> str:
-    # Rounded first: what is nearly nothing has no sign.
-    return f"{round(value, digits) + 0.0:+.{digits}f}" if math.isfinite(value) else "-"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ __all__ = [
     "check_outputs",
     "echo",
     "one_line_errors",
+    "terminal_width",
 ]
 
 EXIT_LAYERS_FAILED = 1
@@ -34,6 +36,11 @@ def echo(text: str) -> None:
         text = text.translate({ord("…"): "~", ord("±"): "s", ord("λ"): "l"})
         text = text.encode(encoding, "backslashreplace").decode(encoding)
     typer.echo(text)
+
+
+def terminal_width() -> int:
+    """Columns for a table: COLUMNS if set, the terminal's if there is one, else 100."""
+    return shutil.get_terminal_size(fallback=(100, 24)).columns
 
 
 def check_outputs(**paths: Path | None) -> None:

@@ -9,8 +9,9 @@ import typer
 
 from farms_fast.commands.console import check_outputs, echo, one_line_errors
 from farms_fast.commands.options import AnalysisJson, MetricsCsv
+from farms_fast.commands.saved import layers_done, load_run
 from farms_fast.results import printable
-from farms_fast.store import ResultsStore, RunInfo
+from farms_fast.store import ResultsStore
 
 __all__ = ["export", "register", "runs"]
 
@@ -60,10 +61,7 @@ def export(
         if not any(given.values()):
             raise ValueError(f"expected at least one of {', '.join(f'--{name}' for name in given)}")
         check_outputs(store=store, **given)
-        with ResultsStore(store, create=False) as opened:
-            analysis = opened.load(run)
-            known = opened.runs()
-        info = known[-1] if run is None else next(info for info in known if info.id == run)
+        analysis, info = load_run(store, run)
         if csv is not None:
             analysis.to_csv(csv)
         if json is not None:
@@ -75,7 +73,7 @@ def export(
         if npz is not None:
             analysis.spectra_to_npz(npz)
         if info.finished is None:
-            typer.echo(f"note: run {info.id} is not finished: {_layers(info)} layers", err=True)
+            typer.echo(f"note: run {info.id} is not finished: {layers_done(info)} layers", err=True)
 
 
 def runs(store: Store) -> None:
@@ -92,7 +90,7 @@ def runs(store: Store) -> None:
                 str(info.id),
                 info.started,
                 info.finished or "-",
-                _layers(info),
+                layers_done(info),
                 printable(str(info.settings.get("source", "-"))),
             )
             for info in known
@@ -102,7 +100,3 @@ def runs(store: Store) -> None:
         for *cells, source in rows:
             padded = [cell.ljust(width) for cell, width in zip(cells, widths, strict=True)]
             echo("  ".join((*padded, source)))
-
-
-def _layers(info: RunInfo) -> str:
-    return f"{info.layers}/{'?' if info.total is None else info.total}"

@@ -44,6 +44,10 @@ Xmin = Annotated[str, typer.Option(help="Rule for the start of the tail: median,
 Bootstrap = Annotated[
     int, typer.Option(help="Resamplings for the standard error of alpha; 0 for none.")
 ]
+Device = Annotated[
+    str | None,
+    typer.Option(help="cpu, cuda or cuda:N.", show_default="cuda if there is one, else cpu"),
+]
 Dtype = Annotated[str, typer.Option(help="Arithmetic: float64, or float32 (less accurate).")]
 Memory = Annotated[
     str | None,
@@ -70,6 +74,7 @@ Exclude = Annotated[
 ShowSkipped = Annotated[
     bool, typer.Option("--show-skipped", help="List the skipped tensors by name.")
 ]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar and no table, only errors.")]
 
 _UNITS = {
     "": 1,
@@ -89,9 +94,7 @@ def sampling_of(
     from farms_fast.windows import FixedAspectSampling, FullMatrix
 
     if full:
-        given = {"--rows": rows, "--q": q, "--per-dim": per_dim}
-        clashing = ", ".join(option for option, value in given.items() if value is not None)
-        if clashing:
+        if clashing := window_options(rows, q, per_dim):
             raise ValueError(f"full: takes whole matrices, so it cannot go with {clashing}")
         return FullMatrix()
     default = FixedAspectSampling()
@@ -100,6 +103,12 @@ def sampling_of(
         q=default.q if q is None else q,
         per_dim=default.per_dim if per_dim is None else per_dim,
     )
+
+
+def window_options(rows: int | None, q: float | None, per_dim: int | None) -> str:
+    """Those settings of windows that were given, by their options; empty for none."""
+    given = {"--rows": rows, "--q": q, "--per-dim": per_dim}
+    return ", ".join(option for option, value in given.items() if value is not None)
 
 
 def parse_memory(text: str) -> int:

@@ -76,6 +76,7 @@ def plan(
     with one_line_errors():
         from farms_fast.arguments import natural
         from farms_fast.engine.plan import plan as plan_layers
+        from farms_fast.exports import write_text
         from farms_fast.sources import open_source
 
         sampling = sampling_of(rows, q, per_dim, full)
@@ -107,7 +108,7 @@ def plan(
                 "machine": vars(machine),
             }
             text = json_format.dumps(_as_json(planned, skipped, settings), indent=1)
-            json.write_text(text + "\n", encoding="utf-8")
+            write_text(json, text + "\n")
         for line in _lines(planned, machine):
             echo(line)
         for line in skipped_lines(skipped, show_skipped):
@@ -118,14 +119,12 @@ def _machine(device: str | None) -> Machine:
     """What a device is to the prediction."""
     import torch
 
-    from farms_fast._extension import has_cuda
+    from farms_fast.arguments import default_device
     from farms_fast.engine.cost import Machine
     from farms_fast.engine.machine import machine_of
 
-    if device is None:
-        device = "cuda" if has_cuda() and torch.cuda.is_available() else "cpu"
     try:
-        asked = torch.device(device)
+        asked = default_device() if device is None else torch.device(device)
     except RuntimeError:
         asked = torch.device("meta")
     if asked.type not in ("cpu", "cuda"):

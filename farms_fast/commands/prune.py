@@ -10,9 +10,11 @@ import typer
 from farms_fast.commands.console import echo, one_line_errors
 from farms_fast.commands.options import (
     AspectRatio,
+    Device,
     Dtype,
     Memory,
     PerDim,
+    Quiet,
     Rows,
     parse_memory,
 )
@@ -116,10 +118,7 @@ def prune(
     ] = None,
     owl_lambda: Annotated[float, typer.Option(help="owl: half the width of densities.")] = 0.08,
     owl_m: Annotated[float, typer.Option(help="owl: outliers are above M times the mean.")] = 5.0,
-    device: Annotated[
-        str | None,
-        typer.Option(help="cpu, cuda or cuda:N.", show_default="cuda if there is one, else cpu"),
-    ] = None,
+    device: Device = None,
     dtype: Dtype = "float64",
     model_dtype: Annotated[
         str, typer.Option(help="Weights: auto (as stored), float32, float16 or bfloat16.")
@@ -130,9 +129,7 @@ def prune(
         typer.Option(help="Samples at a time.", show_default="about 4096 tokens"),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the choice of samples.")] = 0,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", help="No progress bar and no table, only errors.")
-    ] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Prune the linear layers of a language model, with a ratio for every block or layer.
 

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from farms_fast.commands.options import parse_dtype, sampling_of
+from farms_fast.commands.options import parse_dtype, sampling_of, window_options
 from farms_fast.commands.tables import columns
-from farms_fast.results import printable
+from farms_fast.results import fixed, printable
 
 if TYPE_CHECKING:
     import torch
@@ -54,8 +54,7 @@ def sampling_for(
         )
     if compat not in (None, "farms"):
         raise ValueError(f"compat: expected 'farms', got {compat!r}")
-    given = {"--rows": rows, "--q": q, "--per-dim": per_dim}
-    clashing = ", ".join(option for option, value in given.items() if value is not None)
+    clashing = window_options(rows, q, per_dim)
     if clashing and allocation != "farms":
         raise ValueError(
             f"allocation: {allocation} has no windows, so it cannot go with {clashing}"
@@ -172,21 +171,20 @@ class PruningRun:
         """Does all of it, and gives the lines to print."""
         import torch
 
-        from farms_fast._extension import has_cuda
         from farms_fast.adapters.pruning.blocks import find_blocks
         from farms_fast.adapters.pruning.evaluation import perplexity
         from farms_fast.adapters.pruning.recipe import to_recipe
         from farms_fast.adapters.pruning.saving import save_pruned
         from farms_fast.adapters.pruning.sequential import prune_model
         from farms_fast.adapters.pruning.texts import calibration_tokens, text_tokens
-        from farms_fast.arguments import resolve_device
+        from farms_fast.adapters.pruning.tokens import longest_sequence
+        from farms_fast.arguments import default_device, resolve_device
 
         clock = _Clock()
-        usual = "cuda" if has_cuda() and torch.cuda.is_available() else "cpu"
-        where = resolve_device(self.device, torch.device(usual))
+        where = resolve_device(self.device, default_device())
         model, tokenizer = _load(self.model, self.model_dtype, self.progress)
         blocks = find_blocks(model)
-        seqlen = self.seqlen or _longest(model)
+        seqlen = self.seqlen or min(LONGEST, longest_sequence(model) or LONGEST)
         tokens = text = None
         if self.calibration is not None:
             tokens = calibration_tokens(
@@ -352,11 +350,6 @@ def _load(name: str, dtype: str, progress: bool) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _longest(model: nn.Module) -> int:
-    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    return min(LONGEST, positions) if isinstance(positions, int) else LONGEST
-
-
 def _place(model: nn.Module, device: torch.device, memory: int | None) -> None:
     """Moves a model to the device if it takes at most half of what may be taken there."""
     from farms_fast.engine.machine import machine_of
@@ -388,7 +381,7 @@ def _lines(
             [
                 printable(block),
                 str(weights),
-                "-" if math.isnan(shown) else f"{shown:.3f}",
+                fixed(shown),
                 f"{asked:.4f}",
                 f"{sum(layer.zeros for layer in layers) / weights:.4f}",
             ]

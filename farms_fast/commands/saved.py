@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 
 from farms_fast.results import Analysis, printable
-from farms_fast.store import ResultsStore
+from farms_fast.store import ResultsStore, RunInfo
 
-__all__ = ["SavedAnalysis", "load_saved"]
+__all__ = ["SavedAnalysis", "layers_done", "load_run", "load_saved"]
 
 SavedAnalysis = Annotated[
     Path,
@@ -48,6 +48,25 @@ def load_saved(path: Path, run: int | None = None, option: str = "run") -> Analy
             return Analysis.from_json(path)
         except ValueError as error:
             raise ValueError(f"{error}; expected a results store or such a file") from error
+    analysis, info = load_run(path, run, option)
+    if info.finished is None:
+        text = f"note: run {info.id} of {path.name} is not finished: {layers_done(info)} layers"
+        typer.echo(printable(text), err=True)
+    return analysis
+
+
+def load_run(path: Path, run: int | None, option: str = "run") -> tuple[Analysis, RunInfo]:
+    """A run of a store, the newest where none is named, and what is known of it.
+
+    Args:
+        path: The store.
+        run: A run by its number; None is the newest.
+        option: The option that gave the run, for messages.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no results store, or has no such run.
+    """
     with ResultsStore(path, create=False) as store:
         infos = store.runs()
         known = [info.id for info in infos]
@@ -55,9 +74,9 @@ def load_saved(path: Path, run: int | None = None, option: str = "run") -> Analy
             numbers = ", ".join(map(str, known)) or "none (it has no runs)"
             raise ValueError(f"{option}: expected one of {numbers}, got {run}")
         analysis = store.load(run)
-    info = infos[-1] if run is None else next(info for info in infos if info.id == run)
-    if info.finished is None:
-        total = "?" if info.total is None else info.total
-        text = f"note: run {info.id} of {path.name} is not finished: {info.layers}/{total} layers"
-        typer.echo(printable(text), err=True)
-    return analysis
+    return analysis, infos[-1] if run is None else infos[known.index(run)]
+
+
+def layers_done(info: RunInfo) -> str:
+    """How many layers a run has of how many, a question mark where that is not known yet."""
+    return f"{info.layers}/{'?' if info.total is None else info.total}"

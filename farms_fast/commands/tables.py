@@ -6,7 +6,6 @@ Names come from files that anyone may have written: nothing of them reaches the 
 
 from __future__ import annotations
 
-import math
 import unicodedata
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
@@ -17,7 +16,7 @@ from farms_fast.results import printable
 if TYPE_CHECKING:
     from farms_fast.layers import Skipped
 
-__all__ = ["cells", "columns", "fit_table", "fixed", "pad", "shorten", "skipped_lines"]
+__all__ = ["cells", "columns", "fit_table", "pad", "shorten", "skipped_lines"]
 
 _GAP = "  "
 _NAME_FLOOR = 28
@@ -43,11 +42,6 @@ def columns(table: Sequence[Sequence[str]]) -> Iterator[str]:
     widths = [max(map(cells, column)) for column in zip(*table, strict=True)]
     for row in table:
         yield _GAP.join(pad(text, w, right=True) for text, w in zip(row, widths, strict=True))
-
-
-def fixed(value: float, digits: int = 3) -> str:
-    """A number with so many digits after its point; a dash for what is not finite."""
-    return f"{value:.{digits}f}" if math.isfinite(value) else "-"
 
 
 def fit_table(

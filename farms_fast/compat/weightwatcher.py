@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from farms_fast._extension import has_cuda
-from farms_fast.arguments import resolve_device
+from farms_fast.arguments import default_device, resolve_device
 from farms_fast.compat.ww_columns import columns_of
 from farms_fast.compat.ww_derived import find_layers
 from farms_fast.compat.ww_fits import fit_tails
@@ -169,8 +168,7 @@ are not computed
         raise ValueError(
             "peft: expected False with a base_model, which WeightWatcher ignores it for"
         )
-    best = "cuda" if has_cuda() and torch.cuda.is_available() else "cpu"
-    where = resolve_device(device, torch.device(best))
+    where = resolve_device(device, default_device())
     found = find_layers(model, base_model, options)
     spectra = layer_spectra(found.layers, where, shuffle=options.randomize, seed=options.seed)
     fits = fit_tails(spectra, options)

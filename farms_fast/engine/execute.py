@@ -11,7 +11,7 @@ from torch import Tensor
 
 from farms_fast.digests import layer_digest_of
 from farms_fast.engine.plan import Batch, LayerWindows
-from farms_fast.records import LayerRecord, Uncertainty
+from farms_fast.records import LayerRecord, Uncertainty, nonfinite_message
 from farms_fast.sources import Source
 from farms_fast.spectrum import window_eigenvalues
 from farms_fast.uncertainty import FitRule, fit_layers
@@ -177,8 +177,7 @@ class BatchStages:
                 continue
             rows = slice(end, end := end + state.layer.windows)
             if bad := int((~np.isfinite(values[rows, -1])).sum()):
-                count = state.layer.windows
-                state.fail("nonfinite", f"NaN, infinity or overflow in {bad} of {count} windows")
+                state.fail("nonfinite", nonfinite_message(bad, state.layer.windows))
             else:
                 usable.append((state, rows))
         fits = fit_layers(

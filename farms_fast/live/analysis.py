@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from numbers import Real
 
 import torch
 from torch import nn
 
 from farms_fast._extension import has_cuda
-from farms_fast.arguments import check_dtype, check_sampling, check_solver, natural
+from farms_fast.arguments import (
+    check_dtype,
+    check_sampling,
+    check_solver,
+    natural,
+    not_negative,
+)
 from farms_fast.engine.execute import Settings
 from farms_fast.engine.machine import machine_of
 from farms_fast.engine.plan import Plan, plan
@@ -103,7 +107,11 @@ class LiveAnalysis:
         check_dtype(dtype)
         check_sampling(sampling)
         budget = None if memory is None else natural("memory", memory, least=1)
-        demands = Demands(natural("min_evals", min_evals), _threshold(evals_threshold), rule.xmin)
+        demands = Demands(
+            natural("min_evals", min_evals),
+            not_negative("evals_threshold", evals_threshold),
+            rule.xmin,
+        )
         # A spectrum without values: the rule checks its own settings.
         rule.fit(torch.empty(0, dtype=torch.float64, device="cpu"), [0])
         with _undisturbed():
@@ -217,12 +225,3 @@ def _renumbered(found: Plan, position: Mapping[str, int]) -> Plan:
         for batch in found.batches
     ]
     return replace(found, batches=tuple(batches))
-
-
-def _threshold(value: object) -> float:
-    if not isinstance(value, Real) or isinstance(value, bool):
-        raise TypeError(f"evals_threshold: expected a number, got {type(value).__name__}")
-    threshold = float(value)
-    if not (math.isfinite(threshold) and threshold >= 0):
-        raise ValueError(f"evals_threshold: expected a finite number of at least 0, got {value!r}")
-    return threshold

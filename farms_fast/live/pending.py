@@ -11,7 +11,7 @@ from torch import Tensor
 
 from farms_fast.layers import LayerSpec
 from farms_fast.power_law import STATUSES, PowerLawFit
-from farms_fast.records import fit_message
+from farms_fast.records import fit_message, nonfinite_message
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,7 @@ class Demands:
         alpha, distance, tail_start = row[:3]
         n_tail, status, dropped, bad = map(int, row[3:])
         if bad:
-            return failed(
-                spec, "nonfinite", f"NaN, infinity or overflow in {bad} of {windows} windows"
-            )
+            return failed(spec, "nonfinite", nonfinite_message(bad, windows))
         kept = evals - dropped if self.threshold > 0 else evals
         if kept < self.min_evals:
             above = f" of at least {self.threshold:g}" if self.threshold > 0 else ""
@@ -107,7 +105,7 @@ class Launched:
         layers: the rows' layers: position among the specs, windows, eigenvalues.
         rows: (layers, 7) of `RESULT_COLUMNS`, on the host once `done` has happened.
         done: None where the rows are there already.
-        failures: layers without a row, by position: status and message.
+        failures: what went wrong with layers that have no row, by position.
     """
 
     layers: Sequence[tuple[int, int, int]]

@@ -8,7 +8,7 @@ from html import escape
 
 from farms_fast.comparison import Comparison
 from farms_fast.records import LayerRecord
-from farms_fast.results import Analysis, printable
+from farms_fast.results import Analysis, fixed, printable
 
 __all__ = ["analysis_html", "comparison_html", "record_html"]
 
@@ -46,11 +46,11 @@ def analysis_html(analysis: Analysis) -> str:
             printable(layer.name),
             "x".join(map(str, layer.shape[layer.shape[0] == 1 :])),
             str(layer.windows),
-            number(layer.alpha),
-            number(layer.alpha_se),
-            number(layer.split_half),
-            number(layer.D),
-            number(layer.stable_rank, 1),
+            fixed(layer.alpha),
+            fixed(layer.alpha_se),
+            fixed(layer.split_half),
+            fixed(layer.D),
+            fixed(layer.stable_rank, 1),
             printable(layer.status if not layer.message else f"{layer.status}: {layer.message}"),
         )
         for layer in analysis
@@ -76,24 +76,16 @@ def comparison_html(comparison: Comparison) -> str:
     rows = [
         (
             printable(layer.name),
-            number(math.nan if layer.a is None else layer.a.alpha),
-            number(math.nan if layer.b is None else layer.b.alpha),
-            number(layer.difference, sign=True),
-            number(layer.difference_se),
-            number(layer.z, 1, sign=True),
+            fixed(math.nan if layer.a is None else layer.a.alpha),
+            fixed(math.nan if layer.b is None else layer.b.alpha),
+            fixed(layer.difference, sign=True),
+            fixed(layer.difference_se),
+            fixed(layer.z, 1, sign=True),
             printable(layer.note),
         )
         for layer in comparison
     ]
     return _table(". ".join([repr(comparison), *comparison.notes]), heads, rows)
-
-
-def number(value: float, digits: int = 3, *, sign: bool = False) -> str:
-    """A number with so many digits after its point; a dash for what is not finite."""
-    if not math.isfinite(value):
-        return "-"
-    # Rounded first: what is nearly nothing has no sign.
-    return f"{round(value, digits) + 0.0:{'+' if sign else ''}.{digits}f}"
 
 
 def _significant(value: float) -> str:

@@ -160,12 +160,7 @@ def _side(analysis: Analysis) -> dict[str, Any]:
 
 
 def _missing_spectra(analysis: Analysis) -> list[str]:
-    # Known without reading one: a record that has to load its spectrum has one.
-    empty = [
-        record
-        for record in analysis
-        if record.num_evals and "window_evals" in record.__dict__ and record.window_evals.size == 0
-    ]
+    empty = [record for record in analysis if record.num_evals and not record.has_spectrum]
     if not empty:
         return []
     return [

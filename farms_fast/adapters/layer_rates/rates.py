@@ -33,8 +33,7 @@ from farms_fast.adapters.layer_rates.optimizer_groups import (
     set_rate,
 )
 from farms_fast.adapters.layer_rates.rate_table import RateTable
-from farms_fast.adapters.layer_rates.sharing import Ahead, computed_once, ranks_of
-from farms_fast.adapters.layer_rates.sharing import Group as ProcessGroup
+from farms_fast.adapters.layer_rates.sharing import Ahead, ProcessGroup, computed_once, ranks_of
 from farms_fast.adapters.layer_rates.tuned_layers import (
     Blocks,
     TunedLayer,
@@ -229,7 +228,7 @@ class LayerRates(ABC):
         Raises:
             ValueError: the rate is negative, or a glob matches no parameter.
         """
-        check_rate(lr)
+        base = check_rate(lr)
         self._refresh()
         if self.last is None:
             ranks = ranks_of(self.process_group)
@@ -237,8 +236,10 @@ class LayerRates(ABC):
                 self._adopt(computed_once(ranks, self._live))
             else:
                 self._adopt([])
+            assert self.last is not None
+            self.last = self.last.at(base)
             if ranks.leads:
-                self._tell(float(lr))
+                self._tell()
         self._found = None
         self._assignment = assign(self.model, self.layers, self._left_alone, self.partners)
         return make_groups(self._assignment, lr, self.factors_by_layer, no_decay, options)
@@ -279,7 +280,7 @@ class LayerRates(ABC):
         assert self.last is not None  # param_groups has made one
         self.last = self.last.at(base, self.calls)
         if measured is not None and ranks.leads:
-            self._tell(base)
+            self._tell()
         return self.last
 
     def apply(self, optimizer: Optimizer, lr: float | None = None) -> None:
@@ -382,9 +383,8 @@ class LayerRates(ABC):
                     f"{row.name} keeps the base rate: {row.message}", RateWarning, stacklevel=3
                 )
 
-    def _tell(self, base: float) -> None:
+    def _tell(self) -> None:
         assert self.last is not None
-        self.last = self.last.at(base)
         for log in self.logs:
             log(self.last)
 

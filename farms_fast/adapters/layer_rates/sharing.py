@@ -11,17 +11,17 @@ import torch.distributed as dist
 from farms_fast.engine.distributed import Ranks
 from farms_fast.live import LayerAlpha, LiveAnalysis, PendingAlphas
 
-__all__ = ["Ahead", "Group", "computed_once", "ranks_of"]
+__all__ = ["Ahead", "ProcessGroup", "computed_once", "ranks_of"]
 
 T = TypeVar("T")
 if TYPE_CHECKING:  # torch can be built without process groups
     # "default" is that of torch.distributed, None this process alone.
-    Group = dist.ProcessGroup | str | None
+    ProcessGroup = dist.ProcessGroup | str | None
 else:
-    Group = object
+    ProcessGroup = object
 
 
-def ranks_of(process_group: Group) -> Ranks:
+def ranks_of(process_group: ProcessGroup) -> Ranks:
     """The processes that a rate is shared between, at this moment.
 
     Raises:

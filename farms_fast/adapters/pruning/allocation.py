@@ -18,7 +18,12 @@ import numpy as np
 import numpy.typing as npt
 
 from farms_fast.adapters.pruning.block_names import group_by_block
-from farms_fast.adapters.pruning.sparsities import Allocation, check_sparsity, shared_to_total
+from farms_fast.adapters.pruning.sparsities import (
+    Allocation,
+    check_sparsity,
+    is_number,
+    shared_to_total,
+)
 from farms_fast.arguments import natural
 from farms_fast.results import Analysis
 
@@ -80,7 +85,7 @@ def allocate_sparsity(
         (0.5, 0.5)
     """
     check_sparsity(sparsity)
-    if not _is_number(epsilon) or not 0 <= epsilon <= 1:
+    if not is_number(epsilon) or not 0 <= epsilon <= 1:
         raise ValueError(
             "epsilon: expected a number from 0 to 1 (above 1 a layer's ratio is negative), "
             f"got {epsilon!r}"
@@ -260,7 +265,3 @@ def _relative(alphas: Array, epsilon: float) -> Array:
 
 def _spread(units: list[list[str]], values: Array) -> dict[str, float]:
     return {name: float(value) for unit, value in zip(units, values, strict=True) for name in unit}
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float, np.floating)) and not isinstance(value, bool)

@@ -20,16 +20,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from farms_fast.adapters.pruning.blocks import Block, Blocks, PrunableLayer
-from farms_fast.arguments import natural, resolve_device
+from farms_fast.adapters.pruning.placement import block_device, device_of, input_device
+from farms_fast.arguments import natural
 from farms_fast.engine.machine import machine_of
 
-__all__ = [
-    "BlockRunner",
-    "MemoryUse",
-    "block_device",
-    "evaluating",
-    "input_device",
-]
+__all__ = ["BlockRunner", "MemoryUse", "evaluating", "usual_batch"]
 
 _Tree = TypeVar("_Tree")
 _BATCH_TOKENS = 4096
@@ -107,7 +102,7 @@ class BlockRunner:
         self._model = model
         self._blocks = blocks.blocks
         self._tokens = tokens
-        home = _home(self._blocks[0].module)
+        home = device_of(self._blocks[0].module)
         self._device = None if device is None else block_device(device, home)
         self._where = self._device or home
         self._home = home
@@ -128,7 +123,7 @@ class BlockRunner:
     ) -> tuple[int, MemoryUse]:
         samples, seqlen = self._tokens.shape
         if batch_size is None:
-            size = min(samples, max(1, _BATCH_TOKENS // seqlen))
+            size = min(samples, usual_batch(seqlen))
         else:
             size = min(samples, natural("batch_size", batch_size, least=1))
         hidden = self._probe()
@@ -160,7 +155,7 @@ class BlockRunner:
         kept = samples * hidden.numel() * value
         block = collected = batch = 0
         for item in self._blocks:
-            if _home(item.module) != self._where:
+            if device_of(item.module) != self._where:
                 weights = sum(p.numel() * p.element_size() for p in item.module.parameters())
                 block = max(block, weights)
             collected = max(collected, statistics(item))
@@ -270,7 +265,7 @@ class BlockRunner:
 
     def _run_batch(self, number: int, batch: Tensor) -> Any:
         """What the block that is due returns for one batch."""
-        place = _home(self._blocks[self._next].module)
+        place = device_of(self._blocks[self._next].module)
         reached = False
         output: Any = None
 
@@ -315,7 +310,7 @@ class BlockRunner:
     def on_device(self) -> Iterator[Block]:
         """The block that is due, with its weights on the device for as long."""
         block = self._blocks[self._next]
-        home = _home(block.module)
+        home = device_of(block.module)
         if self._device is None or home == self._device:
             yield block
             return
@@ -351,28 +346,9 @@ class BlockRunner:
             yield
 
 
-def block_device(device: str | torch.device | None, home: torch.device) -> torch.device:
-    """The device that an argument names, with its number, so that it equals that of a tensor.
-
-    Raises:
-        ValueError: As `farms_fast.arguments.resolve_device`.
-    """
-    found = resolve_device(device, home)
-    if found.type == "cuda" and found.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return found
-
-
-def _home(module: nn.Module) -> torch.device:
-    for parameter in module.parameters():
-        return parameter.device
-    return torch.device("cpu")
-
-
-def input_device(model: nn.Module) -> torch.device:
-    """Where a model takes its token ids."""
-    embed = getattr(model, "get_input_embeddings", lambda: None)()
-    return _home(embed if isinstance(embed, nn.Module) else model)
+def usual_batch(seqlen: int) -> int:
+    """Samples at a time where nobody says: about 4096 tokens."""
+    return max(1, _BATCH_TOKENS // seqlen)
 
 
 def _moved(tree: _Tree, device: torch.device) -> _Tree:

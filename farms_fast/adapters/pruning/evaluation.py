@@ -14,12 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from farms_fast.adapters.pruning.blocks import find_blocks
-from farms_fast.adapters.pruning.calibration import (
-    BlockRunner,
-    block_device,
-    evaluating,
-    input_device,
-)
+from farms_fast.adapters.pruning.calibration import BlockRunner, evaluating, usual_batch
+from farms_fast.adapters.pruning.placement import block_device, input_device
 from farms_fast.adapters.pruning.tokens import check_positions, token_ids
 from farms_fast.arguments import natural
 
@@ -36,7 +32,6 @@ SEVEN_TASKS = (
     "arc_challenge",
     "openbookqa",
 )
-_BATCH_TOKENS = 4096
 
 
 def perplexity(
@@ -94,7 +89,7 @@ def perplexity(
         raise ValueError(f"tokens: expected at least two, got {tokens.numel()}")
     text = token_ids(model, tokens, "tokens").flatten()
     check_positions(model, min(length, len(text)), "tokens")
-    size = max(1, _BATCH_TOKENS // length)
+    size = usual_batch(length)
     if batch_size is not None:
         size = natural("batch_size", batch_size, least=1)
     place = input_device(model)
@@ -215,7 +210,7 @@ def zero_shot(
 
     Raises:
         ImportError: lm_eval is not installed.
-        ValueError: No task.
+        ValueError: No task, or one that has no accuracy.
     """
     if isinstance(tasks, str) or not tasks:
         raise ValueError(f"tasks: expected a sequence of names of tasks, got {tasks!r}")
@@ -238,5 +233,8 @@ def zero_shot(
     finally:
         np.random.set_state(numpy_state)  # noqa: NPY002
         random.setstate(python_state)
-    results = found["results"]
-    return {task: float(results[task]["acc,none"]) for task in tasks}
+    results = {task: found["results"].get(task, {}) for task in tasks}
+    without = [task for task, result in results.items() if "acc,none" not in result]
+    if without:
+        raise ValueError(f"tasks: expected tasks with an accuracy, got {', '.join(without)}")
+    return {task: float(result["acc,none"]) for task, result in results.items()}

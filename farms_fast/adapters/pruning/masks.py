@@ -6,8 +6,6 @@ scores the earlier place goes first, so that a mask is the same on every device 
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from farms_fast.arguments import natural
@@ -129,7 +127,7 @@ def check_target(
     if (ratio is None) == (n_m is None):
         raise ValueError(f"ratio, n_m: expected one of the two, got ratio={ratio}, n_m={n_m}")
     if n_m is None:
-        if not isinstance(ratio, (int, float)) or not 0 <= ratio <= 1 or math.isnan(ratio):
+        if not isinstance(ratio, (int, float)) or not 0 <= ratio <= 1:
             raise ValueError(f"ratio{of}: expected a number from 0 to 1, got {ratio!r}")
         return
     try:

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from farms_fast.adapters.pruning.blocks import Block, Blocks, PrunableLayer, find_blocks
-from farms_fast.adapters.pruning.calibration import BlockRunner, block_device
+from farms_fast.adapters.pruning.calibration import BlockRunner
 from farms_fast.adapters.pruning.collecting import collect
 from farms_fast.adapters.pruning.masks import check_target, check_weight
 from farms_fast.adapters.pruning.owl import outlier_ratio
+from farms_fast.adapters.pruning.placement import block_device
 from farms_fast.adapters.pruning.pruners import Pruner, pruner
 from farms_fast.adapters.pruning.sparsities import Allocation
 from farms_fast.adapters.pruning.statistics import InputStatistics

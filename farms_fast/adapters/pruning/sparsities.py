@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +13,7 @@ import numpy.typing as npt
 from farms_fast.arguments import natural
 from farms_fast.results import printable
 
-__all__ = ["Allocation", "check_sparsity", "shared_to_total"]
+__all__ = ["Allocation", "check_sparsity", "is_number", "shared_to_total"]
 
 Array = npt.NDArray[np.float64]
 
@@ -247,10 +248,14 @@ class Allocation:
         return math.fsum(self.alphas[n] for n in parts) / len(parts) if parts else math.nan
 
 
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether it is a number of Python or a floating one of NumPy, and no bool."""
+    return isinstance(value, (int, float, np.floating)) and not isinstance(value, bool)
+
+
 def check_sparsity(sparsity: object) -> None:
     """Raises ValueError unless it is a number within (0, 1)."""
-    number = isinstance(sparsity, (int, float, np.floating)) and not isinstance(sparsity, bool)
-    if not number or not 0 < sparsity < 1:  # type: ignore[operator]
+    if not is_number(sparsity) or not 0 < sparsity < 1:
         raise ValueError(f"sparsity: expected a number between 0 and 1, got {sparsity!r}")
 
 

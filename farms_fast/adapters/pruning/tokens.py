@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-__all__ = ["check_positions", "check_tokens", "token_ids"]
+from farms_fast.adapters.pruning.placement import input_embeddings
+
+__all__ = ["check_positions", "check_tokens", "longest_sequence", "token_ids"]
 
 
 def check_tokens(model: nn.Module, tokens: object) -> Tensor:
@@ -39,8 +41,7 @@ def token_ids(model: nn.Module, tokens: object, argument: str) -> Tensor:
         got = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
         raise TypeError(f"{argument}: expected token ids as an int64 tensor, got {got}")
     found = tokens.detach().to("cpu", torch.int64)
-    embed = getattr(model, "get_input_embeddings", lambda: None)()
-    vocabulary = getattr(embed, "num_embeddings", None)
+    vocabulary = getattr(input_embeddings(model), "num_embeddings", None)
     low, high = int(found.min()), int(found.max())
     if low < 0 or (isinstance(vocabulary, int) and high >= vocabulary):
         raise ValueError(
@@ -50,10 +51,16 @@ def token_ids(model: nn.Module, tokens: object, argument: str) -> Tensor:
     return found
 
 
+def longest_sequence(model: nn.Module) -> int | None:
+    """The positions that a model has; None where its config does not tell."""
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else None
+
+
 def check_positions(model: nn.Module, seqlen: int, argument: str) -> None:
     """Raises ValueError where the model has fewer positions than a sequence has tokens."""
-    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if isinstance(positions, int) and seqlen > positions > 0:
+    positions = longest_sequence(model)
+    if positions is not None and seqlen > positions:
         raise ValueError(
             f"{argument}: expected at most the {positions} positions of the model, "
             f"got a seqlen of {seqlen}"

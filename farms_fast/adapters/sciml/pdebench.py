@@ -172,8 +172,8 @@ def _layout(file: Any, path: str) -> tuple[int, int, int, int]:
 def _h5py() -> Any:
     try:
         import h5py
-    except ImportError:
+    except ImportError as error:
         raise ImportError(
-            "h5py: it reads and writes PDEBench's files; pip install 'farms-fast[sciml]'"
-        ) from None
+            "PDEBench's files need h5py, which is not installed: pip install 'farms-fast[sciml]'"
+        ) from error
     return h5py

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from farms_fast.adapters.layer_rates import LayerRates
+from farms_fast.arguments import not_negative
 from farms_fast.operator_layers import factor_matrices
 from farms_fast.windows import FixedAspectSampling, Sampling
 
@@ -94,7 +95,7 @@ class TBSigmoid(LayerRates):
             known = " or ".join(map(repr, _FACTORISED))
             raise ValueError(f"factorised: expected {known}, got {factorised!r}")
         self.scale = _scale(scale)
-        self.tau = _number("tau", tau)
+        self.tau = not_negative("tau", tau)
         if self.tau == 0:
             raise ValueError("tau: expected a positive number, got 0")
         if factorised == "factors":
@@ -104,7 +105,9 @@ class TBSigmoid(LayerRates):
             sampling,
             xmin,
             min_evals=min_evals,
-            evals_threshold=0.0 if filter_zeros is None else _number("filter_zeros", filter_zeros),
+            evals_threshold=0.0
+            if filter_zeros is None
+            else not_negative("filter_zeros", filter_zeros),
             **options,
         )
 
@@ -126,17 +129,8 @@ class TBSigmoid(LayerRates):
 
 def _scale(scale: object) -> tuple[float, float]:
     if isinstance(scale, Real):
-        both = _number("scale", scale)
+        both = not_negative("scale", scale)
         return both, both
     if not isinstance(scale, (tuple, list)) or len(scale) != 2:
         raise TypeError(f"scale: expected a number or a pair (s_low, s_high), got {scale!r}")
-    return _number("scale", scale[0]), _number("scale", scale[1])
-
-
-def _number(argument: str, value: object) -> float:
-    if not isinstance(value, Real) or isinstance(value, bool):
-        raise TypeError(f"{argument}: expected a number, got {value!r}")
-    number = float(value)
-    if not (math.isfinite(number) and number >= 0):
-        raise ValueError(f"{argument}: expected a finite number that is not negative, got {value}")
-    return number
+    return not_negative("scale", scale[0]), not_negative("scale", scale[1])

@@ -16,10 +16,9 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-__all__ = ["ARCHIVE_MD5", "Cifar100", "load_cifar100"]
+__all__ = ["Cifar100", "load_cifar100"]
 
-# Of cifar-100-python.tar.gz, and of the files in it.
-ARCHIVE_MD5 = "eb9058c3a382ffc7106e4002c42a8d85"
+# Of the published files, which are in the archive or its folder.
 _FILE_MD5 = {
     "train": "16019d7e3df5f24257cddd939b257f8d",
     "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
