@@ -2,7 +2,7 @@
 
     python -m benchmarks.report                        # from benchmarks/saved/*.json
     python -m benchmarks.report save cpu RAW.json ...  # first takes pytest-benchmark's files over
-    python -m benchmarks.report save cpu --update RAW.json   # only the kinds of case that it has
+    python -m benchmarks.report save cpu --update RAW.json   # only the cases that it has
 
 A saved run is `NAME.json`, with the roofline of the same machine as `NAME-roofline.json` beside it.
 """
@@ -54,8 +54,8 @@ def save(name: str, files: Sequence[Path], folder: Path = SAVED, *, update: bool
         name: of the saved run.
         files: pytest-benchmark's.
         folder: of the saved runs.
-        update: keep what the saved run has of other kinds of case than the files; the report gives
-            the day of those that are not of the run's own.
+        update: keep what the saved run has of other cases than the files; the report gives the day
+            of those that are not of the run's own.
     """
     runs = [json.loads(path.read_text()) for path in files]
     for run in runs:
@@ -89,17 +89,23 @@ def _merged(runs: Sequence[Run]) -> Run:
 
 
 def _updated(saved: Run, new: Run) -> Run:
-    """The saved run with the families of the new one in place of its own."""
+    """The saved run with the cases of the new one in place of its own."""
     if title(saved) != title(new):
         raise ValueError(f"update: expected a run of {title(saved)}, got one of {title(new)}")
-    families = {entry["extra_info"]["family"] for entry in new["benchmarks"]}
+
+    def case(entry: Run) -> tuple[str, str]:
+        return entry["family"], entry["case"]
+
+    # A case is replaced with all of its peers: ratios are of times in one run.
+    cases = {case(entry["extra_info"]) for entry in new["benchmarks"]}
     for key in ("skipped", "failed"):
-        kept = [entry for entry in saved["run"][key] if entry["family"] not in families]
-        saved["run"][key] = kept + new["run"][key]
-    kept = [e for e in saved["benchmarks"] if e["extra_info"]["family"] not in families]
+        kept = [entry for entry in saved["run"][key] if case(entry) not in cases]
+        saved["run"][key] = kept + [entry for entry in new["run"][key] if case(entry) in cases]
+    kept = [e for e in saved["benchmarks"] if case(e["extra_info"]) not in cases]
     saved["benchmarks"] = kept + new["benchmarks"]
     dates = saved["run"].setdefault("dates", {})
-    dates.update(dict.fromkeys(sorted(families), new["datetime"]))
+    for family, name in sorted(cases):
+        dates.setdefault(family, {})[name] = new["datetime"]
     return saved
 
 
@@ -151,15 +157,22 @@ def _section(run: Run, roofline: Run | None) -> list[str]:
         entries = [e["extra_info"] | {"stats": e["stats"]} for e in run["benchmarks"]]
         entries = [entry for entry in entries if entry["family"] == family]
         if entries:
-            explained = _EXPLAIN[family]
-            measured = run["run"].get("dates", {}).get(family, run["datetime"])[:10]
-            if measured != run["datetime"][:10]:
-                explained += f" Measured on {measured}."
+            explained = _EXPLAIN[family] + _later(run, family)
             parts += [f"### {heading}\n", explained + "\n", _table(entries, family, gpu)]
             parts.append(_notes(entries, run["run"], family))
     if roofline is not None:
         parts += ["### Against the machine's limits\n", _roofline(roofline, gpu)]
     return parts
+
+
+def _later(run: Run, family: str) -> str:
+    """Which cases were measured anew on another day than the rest."""
+    days: dict[str, list[str]] = {}
+    for case, moment in run["run"].get("dates", {}).get(family, {}).items():
+        if moment[:10] != run["datetime"][:10]:
+            days.setdefault(moment[:10], []).append(case)
+    told = [f" Measured on {day}: {'; '.join(cases)}." for day, cases in sorted(days.items())]
+    return "".join(told)
 
 
 def title(run: Run) -> str:
@@ -355,9 +368,7 @@ def main(arguments: list[str] | None = None) -> None:
     saving.add_argument("name", help="of the file in benchmarks/saved")
     saving.add_argument("files", nargs="+", type=Path)
     saving.add_argument("--roofline", type=Path, help="of the same machine")
-    saving.add_argument(
-        "--update", action="store_true", help="keep the saved run's other kinds of case"
-    )
+    saving.add_argument("--update", action="store_true", help="keep the saved run's other cases")
     saving.add_argument("--note", help="what a reader has to know about the run")
     asked = parser.parse_args(arguments)
     if asked.command == "save":

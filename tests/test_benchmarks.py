@@ -243,7 +243,7 @@ def test_ratios_are_times_over_the_contenders() -> None:
 def raw_run(path: Path, family: str, median: float, day: str, cpu: str = "a CPU") -> Path:
     run = a_run("cpu") | {"datetime": day, "commit_info": {}}
     run["machine_info"]["cpu"] = cpu
-    missing = {"family": family, "case": "one", "peer": "CuPy", "reason": day}
+    missing = {"family": family, "case": "k=512 x 9", "peer": "CuPy", "reason": day}
     run["run"] |= {"seconds": 1.0, "skipped": [missing]}
     run["benchmarks"] = [entry("farms_fast", median)]
     run["benchmarks"][0]["extra_info"]["family"] = family
@@ -251,7 +251,7 @@ def raw_run(path: Path, family: str, median: float, day: str, cpu: str = "a CPU"
     return path
 
 
-def test_an_update_replaces_the_families_that_it_has(tmp_path: Path) -> None:
+def test_an_update_replaces_the_cases_that_it_has(tmp_path: Path) -> None:
     first = [
         raw_run(tmp_path / "a.json", "gram", 1.0, "2026-01-02"),
         raw_run(tmp_path / "b.json", "fit", 2.0, "2026-01-02"),
@@ -264,7 +264,7 @@ def test_an_update_replaces_the_families_that_it_has(tmp_path: Path) -> None:
     skipped = {e["family"]: e["reason"] for e in saved["run"]["skipped"]}
     assert skipped == {"gram": "2026-01-02", "fit": "2026-03-04"}
     text = report.results([(saved, None)])
-    assert text.count("Measured on 2026-03-04.") == 1
+    assert text.count("Measured on 2026-03-04: k=512 x 9.") == 1
     elsewhere = raw_run(tmp_path / "d.json", "fit", 1.0, "2026-03-04", "another CPU")
     with pytest.raises(ValueError, match=r"expected a run of CPU, 2 cores \(a CPU\)"):
         report.save("here", [elsewhere], tmp_path, update=True)
