@@ -52,10 +52,10 @@ def test_prunes_a_checkpoint(
     model: Path, text: Path, tmp_path: Path, method: str, allocation: str
 ) -> None:
     out = tmp_path / "out"
-    windows = WINDOWS if allocation == "farms" else ()
+    own = {"farms": WINDOWS, "owl": ("--owl-m", "2")}.get(allocation, ())
     result = run(
         *(model, "--sparsity", "0.6", "--method", method, "--allocation", allocation),
-        *("--calibration", text, *CALIBRATION, *windows, "--owl-m", "2", "--out", out),
+        *("--calibration", text, *CALIBRATION, *own, "--out", out),
         *("--evaluate", text),
     )
     assert result.exit_code == 0, result.output
@@ -230,6 +230,12 @@ def test_the_seed_and_the_dtype_of_the_weights(model: Path, text: Path, tmp_path
         (("--sparsity", ".5", "--stride", "0"), "stride: expected an integer of at least 1"),
         (("--sparsity", ".5", "--batch-size", "0"), "batch-size: expected an integer of at"),
         (("--sparsity", ".5", "--seed", "-1"), "seed: expected an integer of at least 0, got -1"),
+        (
+            ("--sparsity", ".5", "--allocation", "uniform", "--epsilon", "0.2"),
+            "epsilon: only --allocation farms or alpha uses it, got --allocation uniform",
+        ),
+        (("--sparsity", ".5", "--allocation", "alpha", "--owl-m", "5"), "owl-m: only --alloc"),
+        (("--sparsity", ".5", "--stride", "8"), "stride: only --evaluate uses it, got none"),
     ],
 )
 def test_bad_usage_is_one_line(

@@ -24,6 +24,7 @@ __all__ = ["prune"]
 
 
 def prune(
+    context: typer.Context,
     model: Annotated[
         str,
         typer.Argument(
@@ -174,7 +175,31 @@ def prune(
             seed=seed,
             progress=not quiet,
         )
+        _refuse_unused(context, allocation, evaluate)
         lines = run.run()
         if not quiet:
             for line in lines:
                 echo(line)
+
+
+def _refuse_unused(context: typer.Context, allocation: str, evaluate: str | None) -> None:
+    """Nothing that was asked for is left out in silence.
+
+    A calibration text may be given to all methods alike: that magnitude does not read it is in the
+    settings that are saved.
+    """
+    alphas = (allocation in ("farms", "alpha"), "--allocation farms or alpha uses")
+    outliers = (allocation == "owl", "--allocation owl uses")
+    uses = {
+        "epsilon": alphas,
+        "level": alphas,
+        "xmin": alphas,
+        "owl_lambda": outliers,
+        "owl_m": outliers,
+        "stride": (evaluate is not None, "--evaluate uses"),
+    }
+    for name, (used, who) in uses.items():
+        given = context.get_parameter_source(name)
+        if not used and given is not None and given.name == "COMMANDLINE":
+            got = f"--allocation {allocation}" if name != "stride" else "none"
+            raise ValueError(f"{name.replace('_', '-')}: only {who} it, got {got}")
