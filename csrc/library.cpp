@@ -77,6 +77,12 @@ struct Windows {
   int64_t count() const { return static_cast<int64_t>(windows.size()); }
 };
 
+// A weight as its windows see it.
+struct Stack {
+  const char* data;
+  int64_t size[3], stride[3];
+};
+
 Windows resolve_windows(const char* op, const std::vector<Tensor>& weights, const Tensor& windows, int64_t order) {
   FARMS_CHECK(!weights.empty(), op, "weights", "expected at least one tensor, got none");
   FARMS_CHECK(order > 0, op, "order", "expected a positive order, got ", order);
@@ -96,25 +102,30 @@ Windows resolve_windows(const char* op, const std::vector<Tensor>& weights, cons
               "expected a contiguous int64 CPU tensor of shape (windows, 6), got another kind of tensor");
 
   Windows resolved{{}, weight_dtype(op, first.scalar_type())};
+  // Asked for once a weight, not once a window: each of these is a call into torch.
+  std::vector<Stack> stacks;
+  for (const Tensor& weight : weights)
+    stacks.push_back({static_cast<const char*>(weight.const_data_ptr()),
+                      {weight.size(0), weight.size(1), weight.size(2)},
+                      {weight.stride(0), weight.stride(1), weight.stride(2)}});
   const int64_t item = static_cast<int64_t>(item_size(resolved.dtype));
   const int64_t count = windows.size(0);
   const int64_t* table = windows.const_data_ptr<int64_t>();
   resolved.windows.reserve(static_cast<size_t>(count));
   for (int64_t b = 0; b < count; ++b) {
     const int64_t* row = table + b * kWindowColumns;
-    FARMS_CHECK(row[0] >= 0 && row[0] < static_cast<int64_t>(weights.size()), op, "windows",
-                "expected a weight's index below ", weights.size(), ", got ", row[0], " in row ", b);
-    const Tensor& weight = weights[static_cast<size_t>(row[0])];
-    const bool inside = row[1] >= 0 && row[1] < weight.size(0) && row[2] >= 0 && row[3] >= 0 && row[4] > 0 &&
-                        row[5] > 0 && row[4] <= weight.size(1) - row[2] && row[5] <= weight.size(2) - row[3];
-    FARMS_CHECK(inside, op, "windows", "expected a window inside a stack of shape (", weight.size(0), ", ",
-                weight.size(1), ", ", weight.size(2), "), got entry ", row[1], ", row ", row[2], ", column ", row[3],
+    FARMS_CHECK(row[0] >= 0 && row[0] < static_cast<int64_t>(stacks.size()), op, "windows",
+                "expected a weight's index below ", stacks.size(), ", got ", row[0], " in row ", b);
+    const Stack& stack = stacks[static_cast<size_t>(row[0])];
+    const bool inside = row[1] >= 0 && row[1] < stack.size[0] && row[2] >= 0 && row[3] >= 0 && row[4] > 0 &&
+                        row[5] > 0 && row[4] <= stack.size[1] - row[2] && row[5] <= stack.size[2] - row[3];
+    FARMS_CHECK(inside, op, "windows", "expected a window inside a stack of shape (", stack.size[0], ", ",
+                stack.size[1], ", ", stack.size[2], "), got entry ", row[1], ", row ", row[2], ", column ", row[3],
                 ", size ", row[4], " x ", row[5], " in row ", b);
     FARMS_CHECK(std::min(row[4], row[5]) == order, op, "windows", "expected windows of order ", order,
                 ", got one of size ", row[4], " x ", row[5], " in row ", b);
-    const void* matrix = static_cast<const char*>(weight.const_data_ptr()) + item * row[1] * weight.stride(0);
-    resolved.windows.push_back(
-        {row[0], row[1], matrix, weight.stride(1), weight.stride(2), row[2], row[3], row[4], row[5]});
+    resolved.windows.push_back({row[0], row[1], stack.data + item * row[1] * stack.stride[0], stack.stride[1],
+                                stack.stride[2], row[2], row[3], row[4], row[5]});
   }
   return resolved;
 }
