@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import re
 import resource
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -128,8 +127,8 @@ def run(
     options: dict[str, Any] = {
         "memory": None if memory is None else parse_memory(memory),
         "bootstrap": bootstrap,
-        "progress": sys.stderr.isatty(),
     }
+    finished: list[float] = []
     sampling = FixedAspectSampling(rows=rows, per_dim=per_dim)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -139,9 +138,17 @@ def run(
         start = time.perf_counter()
         device = local_device()
         analysis = analyze(
-            folder, sampling, xmin, store=store, process_group=group, device=device, **options
+            folder,
+            sampling,
+            xmin,
+            store=store,
+            process_group=group,
+            device=device,
+            progress=lambda *done: finished.append(time.perf_counter() - start),
+            **options,
         )
         seconds = time.perf_counter() - start
+        by_process = ranks.gather((len(finished), min(finished), max(finished)))
     if not ranks.leads:
         return
     told: dict[str, Any] = {
@@ -150,6 +157,7 @@ def run(
         "failed": len(analysis.failed),
         "windows": sum(layer.windows for layer in analysis),
         "seconds": seconds,
+        "layers of each process, seconds to its first and to its last": by_process,
         "host MiB above the start": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
         / 1024,
     }
@@ -160,7 +168,7 @@ def run(
         from torch.profiler import ProfilerActivity, profile
 
         with profile(activities=[ProfilerActivity.CUDA]) as recorded:
-            analyze(folder, sampling, xmin, include=profile_only, **options)
+            analyze(folder, sampling, xmin, include=profile_only, progress=False, **options)
         told["device seconds, profiled"] = _stages(recorded)
     for key, value in told.items():
         typer.echo(f"{key}: {value}")
