@@ -78,11 +78,11 @@ def test_llama_7b(hollow: dict[str, Path]) -> None:
     )
     order, dtype, layers, batches, windows, weights, flops, *_ = lines[1].split()
     assert (order, dtype, layers, windows) == ("2000", "float16", "224", "50400")
-    # 2^21 eigenvalues a batch are 4 layers of 450,000.
-    assert (batches, weights) == ("56", "13")
+    # 2^19 eigenvalues a batch are one layer of 450,000.
+    assert (batches, weights) == ("224", "13")
     assert 940 < float(flops) < 1000
     assert lines[2] == ""
-    assert lines[3].startswith("224 layers in 56 batches, 50400 windows, 13 GB of weights, ")
+    assert lines[3].startswith("224 layers in 224 batches, 50400 windows, 13 GB of weights, ")
     found = re.fullmatch(
         r"about (\S+) s on one NVIDIA H200, (\S+) GB of the (\S+) GB allowed", lines[4]
     )

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Beyond these a larger batch, or a larger call of the fit, gains nothing: four layers of 225
-# windows of 2000 fill a device, and what is under way when a run is killed is lost.
-MAX_EIGENVALUES = 2**21
+# Beyond these a larger batch, or a larger call of the fit, gains nothing: a layer of 225 windows of
+# 2000 fills a device, the device idles while the first batch is read and the last one fitted, and
+# what is under way when a run is killed is lost.
+MAX_EIGENVALUES = 2**19
 MAX_FIT_VALUES = 2**24
 MAX_WORKSPACE = 2**35
 

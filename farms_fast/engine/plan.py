@@ -187,7 +187,7 @@ def plan(
 
     Three batches share the memory, one that is read, one that is solved and one that is finished;
     where a layer needs more than a third of it, each batch has all of it and runs alone. A batch is
-    closed where the next layer would take it beyond its shares (see `MemoryBudget`), or beyond 2^21
+    closed where the next layer would take it beyond its shares (see `MemoryBudget`), or beyond 2^19
     eigenvalues. A layer larger than that is a batch of its own, and what it leaves of the memory is
     the solver's.
 
