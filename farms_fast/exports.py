@@ -20,6 +20,7 @@ from urllib.parse import quote
 import numpy as np
 import numpy.typing as npt
 
+from farms_fast.extras import optional_import
 from farms_fast.layers import Skipped
 from farms_fast.records import CSV_COLUMNS, INT_FIELDS, SCALAR_FIELDS, TEXT_FIELDS, LayerRecord
 
@@ -43,6 +44,7 @@ __all__ = [
 
 _FORMAT = "farms_fast.analysis"
 _FORMAT_VERSION = 1
+_INSTEAD = "use to_csv or to_json"
 
 Array = npt.NDArray[np.float64]
 FilePath = str | os.PathLike[str]
@@ -69,13 +71,8 @@ def write_rows(
 
 def data_frame(columns: Sequence[str], rows: Sequence[Mapping[str, object]]) -> pd.DataFrame:
     """The rows as pandas has them; ImportError if it is not installed."""
-    try:
+    with optional_import("pandas", extra="pandas", needed_for="to_pandas", instead=_INSTEAD):
         import pandas as pd
-    except ImportError as error:
-        raise ImportError(
-            "to_pandas needs pandas, which is not installed: pip install pandas "
-            "(to_csv and to_json work without it)"
-        ) from error
     return pd.DataFrame(list(rows), columns=list(columns))
 
 
@@ -83,14 +80,9 @@ def write_parquet(
     path: FilePath, layers: Sequence[LayerRecord], settings: Mapping[str, object]
 ) -> None:
     """As :meth:`farms_fast.results.Analysis.to_parquet` says."""
-    try:
+    with optional_import("pyarrow", extra="parquet", needed_for="to_parquet", instead=_INSTEAD):
         import pyarrow
         import pyarrow.parquet
-    except ImportError as error:
-        raise ImportError(
-            "to_parquet needs pyarrow, which is not installed: pip install pyarrow "
-            "(to_csv and to_json work without it)"
-        ) from error
     rows = [layer.scalars() for layer in layers]
     columns = {}
     for name in CSV_COLUMNS:

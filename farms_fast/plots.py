@@ -13,6 +13,7 @@ import numpy as np
 
 from farms_fast.curves import spectrum_curves
 from farms_fast.depths import places
+from farms_fast.extras import optional_import
 from farms_fast.records import LayerRecord
 from farms_fast.results import Analysis, printable
 
@@ -160,13 +161,8 @@ def plot_esd(record: LayerRecord, ax: Axes | None = None) -> Axes:
 
 
 def _axes(ax: Axes | None) -> Axes:
-    try:
+    with optional_import("matplotlib", extra="plot", needed_for="plots", instead="use to_html"):
         import matplotlib.pyplot as plt
-    except ImportError as error:
-        raise ImportError(
-            "plots need matplotlib, which is not installed: pip install 'farms-fast[plot]' "
-            "(to_html writes a page without it)"
-        ) from error
     return plt.subplots(figsize=(8, 4.5), layout="constrained")[1] if ax is None else ax
 
 

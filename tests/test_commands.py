@@ -96,7 +96,7 @@ def test_export_without_pyarrow(store: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     result = run("export", store, "--parquet", store.parent / "a.parquet")
     assert result.exit_code == 2
-    assert result.stderr.startswith("error: to_parquet needs pyarrow")
+    assert result.stderr.startswith("error: to_parquet: pyarrow is needed")
 
 
 @pytest.mark.parametrize("command", [("runs",), ("export", "--csv", "a.csv")])

@@ -225,7 +225,7 @@ class TestParquet:
             text=True,
             check=True,
         )
-        assert "pip install pyarrow" in done.stdout
+        assert "pip install 'farms-fast[parquet]', or use to_csv" in done.stdout
         assert os.listdir(tmp_path) == []
 
     def test_pyarrow_is_not_imported_unasked(self) -> None:

@@ -478,7 +478,7 @@ def test_without_pandas(tmp_path: Path) -> None:
         text=True,
         check=True,
     )
-    assert "pip install pandas" in done.stdout
+    assert "pip install 'farms-fast[pandas]', or use to_csv" in done.stdout
 
 
 def test_pandas_is_not_imported_unasked() -> None:

@@ -19,6 +19,7 @@ from farms_fast.compat.ww_derived import find_layers
 from farms_fast.compat.ww_fits import fit_tails
 from farms_fast.compat.ww_options import checked_options, refuse_unsupported
 from farms_fast.compat.ww_spectra import layer_spectra
+from farms_fast.extras import optional_import
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -130,12 +131,8 @@ def weightwatcher(
         ValueError: vectors: WeightWatcher's option vectors=True is not supported: eigenvectors \
 are not computed
     """
-    try:
+    with optional_import("pandas", extra="pandas", needed_for="weightwatcher"):
         import pandas as pd
-    except ImportError as error:
-        raise ImportError(
-            "weightwatcher needs pandas, which is not installed: pip install pandas"
-        ) from error
     given = {
         "layers": layers,
         "min_evals": min_evals,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from farms_fast.adapters.layer_rates.rate_table import RateTable
+from farms_fast.extras import optional_import
 
 __all__ = ["CSV_COLUMNS", "CsvLog", "Log", "TensorBoardLog", "logs_of", "scalars"]
 
@@ -67,12 +68,8 @@ class TensorBoardLog:
         if hasattr(where, "add_scalar"):
             self.writer = where
             return
-        try:
+        with optional_import("tensorboard", extra="tensorboard", needed_for="event files"):
             from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ImportError(
-                "where: event files need tensorboard: pip install 'farms-fast[tensorboard]'"
-            ) from error
         self.writer = SummaryWriter(str(where))  # type: ignore[no-untyped-call]
 
     def __call__(self, table: RateTable) -> None:

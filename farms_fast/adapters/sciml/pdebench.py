@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from farms_fast.arguments import natural
+from farms_fast.extras import optional_import
 
 __all__ = ["FIELDS", "CompressibleFlow", "read_pdebench", "write_pdebench"]
 
@@ -170,10 +171,6 @@ def _layout(file: Any, path: str) -> tuple[int, int, int, int]:
 
 
 def _h5py() -> Any:
-    try:
+    with optional_import("h5py", extra="sciml", needed_for="PDEBench's files"):
         import h5py
-    except ImportError as error:
-        raise ImportError(
-            "PDEBench's files need h5py, which is not installed: pip install 'farms-fast[sciml]'"
-        ) from error
     return h5py

@@ -8,16 +8,13 @@ from typing import Any
 from farms_fast.adapters.layer_rates import LayerRates
 from farms_fast.adapters.layer_rates.due import Clock
 from farms_fast.adapters.layer_rates.logs import scalars
+from farms_fast.extras import optional_import
 
-try:
-    from lightning.pytorch import Callback
-except ImportError:
+with optional_import("lightning", extra="lightning", needed_for="LightningRates"):
     try:
+        from lightning.pytorch import Callback
+    except ImportError:
         from pytorch_lightning import Callback
-    except ImportError as error:
-        raise ImportError(
-            "LightningRates needs Lightning: pip install 'farms-fast[lightning]'"
-        ) from error
 
 __all__ = ["LightningRates"]
 

@@ -7,14 +7,11 @@ from typing import Any
 
 from farms_fast.adapters.layer_rates import LayerRates
 from farms_fast.adapters.layer_rates.due import Clock
+from farms_fast.extras import optional_import
 
-try:
+with optional_import("transformers", extra="transformers", needed_for="TrainerRates"):
     from transformers import TrainerCallback
     from transformers.trainer_callback import ExportableState
-except ImportError as error:
-    raise ImportError(
-        "TrainerRates needs transformers: pip install 'farms-fast[transformers]'"
-    ) from error
 
 __all__ = ["TrainerRates"]
 
