@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, chain, cycle
+from itertools import accumulate, chain, cycle, groupby
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from farms_fast.arrays import FLOATING
 from farms_fast.compat.published_windows import PublishedWindows
 from farms_fast.compat.tails import TailRule
 from farms_fast.engine.lanes import beside, side_by_side
+from farms_fast.engine.packing import pack
 from farms_fast.layers import module_tensor, sparse_layout
 from farms_fast.power_law import STATUSES, sort_spectra
 from farms_fast.spectrum import window_eigenvalues
@@ -202,33 +203,22 @@ def _batches(layers: Sequence[WindowedLayer]) -> list[list[int]]:
         if layer.count:
             key = (layer.stack.device, layer.stack.dtype, layer.windows.order)
             buckets.setdefault(key, []).append(index)
-    batches: list[list[int]] = []
-    for bucket in buckets.values():
-        values = math.inf
-        for index in bucket:
-            values += layers[index].count
-            if values > _VALUES_PER_BATCH:
-                batches.append([])
-                values = layers[index].count
-            batches[-1].append(index)
-    return batches
+    parts = [
+        pack(bucket, lambda index: layers[index].count, _VALUES_PER_BATCH)
+        for bucket in buckets.values()
+    ]
+    return list(chain.from_iterable(parts))
 
 
 def _together(
     batches: Sequence[Sequence[int]], layers: Sequence[WindowedLayer]
 ) -> list[list[Sequence[int]]]:
     """Batches of one device, as many at a time as may be held."""
-    parts: list[list[Sequence[int]]] = []
-    room = 0
-    for batch in batches:
-        values = sum(layers[index].count for index in batch)
-        device = layers[batch[0]].stack.device
-        if not parts or values > room or layers[parts[-1][0][0]].stack.device != device:
-            parts.append([])
-            room = _VALUES_PER_BATCH
-        parts[-1].append(batch)
-        room -= values
-    return parts
+    parts = [
+        pack(own, lambda batch: sum(layers[index].count for index in batch), _VALUES_PER_BATCH)
+        for _, own in groupby(batches, key=lambda batch: layers[batch[0]].stack.device)
+    ]
+    return list(chain.from_iterable(parts))
 
 
 def _solved(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from farms_fast.compat.ww_layers import WeightLayer
+from farms_fast.engine.packing import pack
 from farms_fast.spectrum import window_eigenvalues
 from farms_fast.windows import FullMatrix, window_table
 
@@ -111,17 +112,18 @@ def _draws(layer: WeightLayer) -> int:
 
 
 def _batches(layers: Sequence[WeightLayer], shuffle: bool) -> list[list[int]]:
-    batches: list[list[int]] = []
-    last: dict[int, tuple[list[int], int]] = {}
+    """Layers of one order, in parts of bounded size; as near to the layers' order as that goes."""
+    buckets: dict[int, list[int]] = {}
     for index, layer in enumerate(layers):
-        weight_bytes = 4 * math.prod(layer.shape) * (1 + shuffle * _draws(layer))
-        batch, held = last.get(layer.order, ([], _WEIGHT_BYTES))
-        if held + weight_bytes > _WEIGHT_BYTES:
-            batch, held = [], 0
-            batches.append(batch)
-        batch.append(index)
-        last[layer.order] = (batch, held + weight_bytes)
-    return batches
+        buckets.setdefault(layer.order, []).append(index)
+
+    def weight_bytes(index: int) -> int:
+        layer = layers[index]
+        return 4 * math.prod(layer.shape) * (1 + shuffle * _draws(layer))
+
+    return sorted(
+        batch for bucket in buckets.values() for batch in pack(bucket, weight_bytes, _WEIGHT_BYTES)
+    )
 
 
 def _solved(

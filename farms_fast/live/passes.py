@@ -12,6 +12,7 @@ from torch import Tensor
 from farms_fast.engine.distributed import share
 from farms_fast.engine.execute import Settings, solve_windows
 from farms_fast.engine.lanes import LANES, beside, side_by_side
+from farms_fast.engine.packing import pack
 from farms_fast.engine.plan import Batch, LayerWindows, Plan
 from farms_fast.live.pending import RESULT_COLUMNS, Launched
 from farms_fast.live.weights import Read, Snapshot, Stacks
@@ -144,7 +145,10 @@ class DevicePasses:
                 f"memory: expected at least {least} bytes with overlap=True, {reserved} of them "
                 f"for the copy of the weights, got {plan.memory}"
             )
-        return [self._prepared(batches) for batches in _together(plan, plan.memory - reserved)]
+        return [
+            self._prepared(batches)
+            for batches in pack(plan.batches, lambda batch: batch.peak, plan.memory - reserved)
+        ]
 
     def _launched(
         self, passes: Sequence[_Pass], tensors: Mapping[str, Read], stacks: Stacks
@@ -307,19 +311,6 @@ def _without(batches: Sequence[Batch], failures: Mapping[int, str]) -> list[Batc
     return left
 
 
-def _together(plan: Plan, memory: int) -> list[list[Batch]]:
-    """Batches in their order, as many at a time as the memory holds."""
-    passes: list[list[Batch]] = []
-    room = 0
-    for batch in plan.batches:
-        if not passes or batch.peak > room:
-            passes.append([])
-            room = memory
-        passes[-1].append(batch)
-        room -= batch.peak
-    return passes
-
-
 def _fit_values(batches: Sequence[Batch]) -> int:
     """Values that the batches' peaks have room to fit at a time."""
     total = 0
@@ -331,13 +322,8 @@ def _fit_values(batches: Sequence[Batch]) -> int:
 
 def _pools(sizes: Sequence[int], most: int, device: torch.device) -> Iterator[_Pool]:
     """Layers of so many values each, at most so many values in one call, or one layer."""
-    runs: list[list[int]] = []
-    for size in sizes:
-        if not runs or sum(runs[-1]) + size > most:
-            runs.append([])
-        runs[-1].append(size)
     begin = 0
-    for run in runs:
+    for run in pack(sizes, int, most):
         lengths = torch.tensor(run, dtype=torch.int64, device="cpu")
         offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
         end = begin + sum(run)
