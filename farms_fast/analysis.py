@@ -19,6 +19,7 @@ from farms_fast.arguments import (
     check_solver,
     default_device,
     natural,
+    path_of,
     resolve_device,
 )
 from farms_fast.engine.distributed import Ranks, share
@@ -121,6 +122,9 @@ def analyze(
     check_sampling(sampling)
     where = resolve_device(device, default_device())
     check_solver(solver, where)
+    if store is not None:
+        path_of("store", store)
+    ranks = Ranks.of(process_group)
     if force and store is None:
         raise ValueError("force: computes anew what a store holds, so it needs store=")
     # A spectrum without values: the rule's own settings are checked before any weight is read.
@@ -154,7 +158,6 @@ def analyze(
         machine=machine_of(where),
     )
     whole = mine = planned(specs)
-    ranks = Ranks.of(process_group)
     positions: Sequence[int] = range(len(specs))
     if ranks.size > 1:
         owners = share([cost.seconds for _, cost in whole.layers], ranks.size)

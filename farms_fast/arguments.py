@@ -4,11 +4,49 @@ from __future__ import annotations
 
 import math
 import operator
+import os
+from collections.abc import Iterable
 from numbers import Real
+from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from farms_fast._extension import has_cuda
+
+T = TypeVar("T")
+
+
+def check_type(argument: str, value: object, kinds: type | tuple[type, ...], expected: str) -> None:
+    """Raises TypeError unless the value is of one of these types, which the message calls so."""
+    if not isinstance(value, kinds):
+        raise TypeError(f"{argument}: expected {expected}, got {type(value).__name__}")
+
+
+def check_module(argument: str, value: object) -> None:
+    """Raises TypeError unless the value is a module."""
+    check_type(argument, value, torch.nn.Module, "a torch.nn.Module")
+
+
+def list_of(argument: str, values: object, kind: type[T], expected: str) -> list[T]:
+    """The values as a list; TypeError unless all are of the type, which the message calls so."""
+    if not isinstance(values, Iterable):
+        raise TypeError(f"{argument}: expected {expected}, got {type(values).__name__}")
+    found = list(values)
+    for value in found:
+        if not isinstance(value, kind):
+            raise TypeError(
+                f"{argument}: expected {expected}, got {type(values).__name__} with "
+                f"{type(value).__name__} in it"
+            )
+    return found
+
+
+def path_of(argument: str, value: object) -> Path:
+    """The value as a path; TypeError unless it is text, or what stands for a path in text."""
+    if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str):
+        raise TypeError(f"{argument}: expected a path, got {type(value).__name__}")
+    return Path(value)
 
 
 def check_dtype(dtype: object) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from farms_fast.arguments import resolve_device
+from farms_fast.arguments import check_type, resolve_device
 from farms_fast.exports import data_frame, plain, write_rows, write_text
 from farms_fast.pairing import (
     DECIDING_SETTINGS,
@@ -349,9 +349,8 @@ def compare(
         >>> round(layer.difference, 2), layer.paired, layer.z < -1.96
         (-0.34, True, True)
     """
-    for name, analysis in (("a", a), ("b", b)):
-        if not isinstance(analysis, Analysis):
-            raise TypeError(f"{name}: expected an Analysis, got {type(analysis).__name__}")
+    check_type("a", a, Analysis, "an Analysis")
+    check_type("b", b, Analysis, "an Analysis")
     records_a, records_b = _by_name("a", a), _by_name("b", b)
     names = _in_order(list(records_a), list(records_b))
     where = resolve_device(device, torch.device("cpu"))

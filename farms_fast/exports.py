@@ -13,13 +13,13 @@ import secrets
 import stat
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import quote
 
 import numpy as np
 import numpy.typing as npt
 
+from farms_fast.arguments import path_of
 from farms_fast.extras import optional_import
 from farms_fast.layers import Skipped
 from farms_fast.records import CSV_COLUMNS, INT_FIELDS, SCALAR_FIELDS, TEXT_FIELDS, LayerRecord
@@ -131,8 +131,9 @@ def read_json(path: FilePath) -> tuple[list[LayerRecord], list[Skipped], dict[st
         FileNotFoundError: If there is no such file.
         ValueError: If it is not such a file.
     """
+    file = path_of("path", path)
     try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
+        document = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"path: {os.fspath(path)!r} is not a JSON file ({error})") from error
     if not isinstance(document, dict) or document.get("format") != _FORMAT:
@@ -311,7 +312,7 @@ def whole_file(path: FilePath) -> Iterator[BinaryIO]:
 
     No reader ever sees half a file, and an error leaves the old one.
     """
-    path = Path(path)
+    path = path_of("path", path)
     if path.exists() and not stat.S_ISREG(path.stat().st_mode):
         # A directory is an error of open; a pipe or a device cannot be replaced by a file.
         with path.open("wb") as stream:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from farms_fast.arguments import check_module
 from farms_fast.layer_rules import (
     HeaderIndex,
     convolution_part,
@@ -93,7 +94,7 @@ def layers_from_headers(
 
     Raises:
         ValueError: Two headers have one name, ``include`` is empty, or a pattern matches no name.
-        TypeError: A pattern is not a string.
+        TypeError: A pattern is not a string, or ``change`` no function.
 
     Example:
         >>> import torch
@@ -111,9 +112,7 @@ def layers_from_headers(
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"headers: expected each name once, got {twice!r} more than once")
-    found = assembled(restore(headers, config))
-    if change is not None:
-        found = change(found)
+    found = _changed(assembled(restore(headers, config)), change)
     index = HeaderIndex((header for header, _ in found), config)
     proposals = [
         (header, _checked(reason or unusable(header) or parts_by_name(header, index)))
@@ -147,7 +146,7 @@ def layers_from_module(
 
     Raises:
         ValueError: ``include`` is empty, or a pattern matches no name.
-        TypeError: ``module`` is not a module, or a pattern is not a string.
+        TypeError: ``module`` is not a module, a pattern is not a string, or ``change`` no function.
 
     Example:
         >>> from torch import nn
@@ -157,8 +156,7 @@ def layers_from_module(
         >>> skipped
         [Skipped(name='0.bias', shape=(4,), reason='vector, not a matrix')]
     """
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
+    check_module("module", module)
     wrappers = module_wrappers(module)
     owned: list[_Owned] = []
     for prefix, owner in module.named_modules(remove_duplicate=False):
@@ -177,9 +175,7 @@ def layers_from_module(
         item if item.reason else _as_wrapped(item.header, wrappers)
         for item in restore([item.header for item in owned if not item.reason], config)
     ]
-    found = assembled(found, module_notes(module))
-    if change is not None:
-        found = change(found)
+    found = _changed(assembled(found, module_notes(module)), change)
     index = HeaderIndex((header for header, _ in found), config)
     proposals: list[tuple[int, TensorHeader, list[Part] | str]] = [
         (number, item.header, item.reason) for number, item in enumerate(owned) if item.reason
@@ -192,6 +188,14 @@ def layers_from_module(
         proposals.append((number, header, _checked(parts or parts_by_name(header, index))))
     proposals.sort(key=lambda proposal: proposal[0])
     return _select([(header, parts) for _, header, parts in proposals], index, include, exclude)
+
+
+def _changed(found: list[Found], change: Change | None) -> list[Found]:
+    if change is None:
+        return found
+    if not callable(change):
+        raise TypeError(f"change: expected None or a function, got {type(change).__name__}")
+    return change(found)
 
 
 def _header(visible: str, name: str, tensor: torch.Tensor) -> TensorHeader:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from farms_fast.arguments import check_type, list_of
 from farms_fast.curves import spectrum_curves
 from farms_fast.depths import places
 from farms_fast.extras import optional_import
@@ -45,6 +46,7 @@ def plot_alpha(analysis: Analysis, ax: Axes | None = None) -> Axes:
 
     Raises:
         ImportError: If matplotlib is not installed.
+        TypeError: If an argument is of another kind.
 
     Example:
         >>> import matplotlib
@@ -55,8 +57,8 @@ def plot_alpha(analysis: Analysis, ax: Axes | None = None) -> Axes:
         >>> ax.get_ylabel(), [text.get_text() for text in ax.get_legend().get_texts()]
         ('alpha', ['fc'])
     """
+    layers = list_of("analysis", analysis, LayerRecord, "an Analysis")
     ax = _axes(ax)
-    layers = list(analysis)
     found = places([layer.name for layer in layers], [layer.kind for layer in layers])
     groups: dict[str, list[int]] = {}
     for index, place in enumerate(found):
@@ -118,6 +120,7 @@ def plot_esd(record: LayerRecord, ax: Axes | None = None) -> Axes:
 
     Raises:
         ImportError: If matplotlib is not installed.
+        TypeError: If an argument is of another kind.
         ValueError: If the record has no spectrum, or no eigenvalue above 0.
 
     Example:
@@ -130,6 +133,7 @@ def plot_esd(record: LayerRecord, ax: Axes | None = None) -> Axes:
         >>> ax.get_xscale(), ax.get_yscale(), ax.get_title()
         ('log', 'log', 'fc')
     """
+    check_type("record", record, LayerRecord, "a LayerRecord")
     try:
         curves = spectrum_curves(record)
     except ValueError as error:
@@ -163,7 +167,11 @@ def plot_esd(record: LayerRecord, ax: Axes | None = None) -> Axes:
 def _axes(ax: Axes | None) -> Axes:
     with optional_import("matplotlib", extra="plot", needed_for="plots", instead="use to_html"):
         import matplotlib.pyplot as plt
-    return plt.subplots(figsize=(8, 4.5), layout="constrained")[1] if ax is None else ax
+        from matplotlib.axes import Axes
+    if ax is None:
+        return plt.subplots(figsize=(8, 4.5), layout="constrained")[1]
+    check_type("ax", ax, Axes, "None or matplotlib's Axes")
+    return ax
 
 
 def _plain(text: str, most: int = 40) -> str:

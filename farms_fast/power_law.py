@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 
 from farms_fast import ops
-from farms_fast.arguments import natural
+from farms_fast.arguments import check_type, natural
 from farms_fast.arrays import on_stream_of, to_tensor
 
 __all__ = [
@@ -310,8 +310,7 @@ def _require_packed(spectra: torch.Tensor, offsets: torch.Tensor) -> None:
         ("spectra", spectra, torch.float64),
         ("offsets", offsets, torch.int64),
     ):
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name}: expected a torch tensor, got {type(tensor).__name__}")
+        check_type(name, tensor, torch.Tensor, "a torch tensor")
         if tensor.dtype != dtype:
             raise TypeError(f"{name}: expected {dtype}, got {tensor.dtype}")
         if tensor.ndim != 1:

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from farms_fast.arguments import check_type, list_of
 from farms_fast.exports import (
     data_frame,
     read_json,
@@ -60,8 +61,10 @@ class Analysis:
         settings: Mapping[str, object] | None = None,
     ) -> None:
         """Copies the sequences and the mapping."""
-        self.layers: list[LayerRecord] = list(layers)
-        self.skipped: list[Skipped] = list(skipped)
+        self.layers = list_of("layers", layers, LayerRecord, "LayerRecords")
+        self.skipped = list_of("skipped", skipped, Skipped, "Skipped tensors")
+        if settings is not None:
+            check_type("settings", settings, Mapping, "a mapping of names to values")
         self.settings: dict[str, object] = dict(settings or {})
 
     def __len__(self) -> int:

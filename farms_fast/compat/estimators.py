@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from farms_fast.arguments import natural
+from farms_fast.arguments import check_module, natural
 from farms_fast.compat.published_windows import (
     PublishedWindows,
     block_windows,
@@ -313,8 +313,7 @@ def _waived(net: nn.Module, names: Collection[str]) -> set[str]:
         raise TypeError(f"waived_layers: expected a list of module names, got {names!r}")
     if not names:
         return set()
-    if not isinstance(net, nn.Module):
-        raise TypeError(f"net: expected a torch.nn.Module, got {type(net).__name__}")
+    check_module("net", net)
     known = [name for name, _ in net.named_modules()]
     for name in names:
         if name not in known:

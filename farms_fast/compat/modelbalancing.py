@@ -78,11 +78,17 @@ def net_esd_estimator(
     if sr_mid_pos is not None and not number("sr_mid_pos", sr_mid_pos) > 1:
         raise ValueError(f"sr_mid_pos: expected None or a number above 1, got {sr_mid_pos!r}")
     layers = [layer for layer in whole_layers(net, conv_norm) if layer.count >= least]
-    if init_stable_rank is not None and len(init_stable_rank) < len(layers):
-        raise ValueError(
-            f"init_stable_rank: expected a number for each of {len(layers)} layers, "
-            f"got {len(init_stable_rank)}"
-        )
+    if init_stable_rank is not None:
+        if not hasattr(init_stable_rank, "__len__"):
+            raise TypeError(
+                "init_stable_rank: expected None or a number for each layer, "
+                f"got {type(init_stable_rank).__name__}"
+            )
+        if len(init_stable_rank) < len(layers):
+            raise ValueError(
+                f"init_stable_rank: expected a number for each of {len(layers)} layers, "
+                f"got {len(init_stable_rank)}"
+            )
     keys = ["alpha", "spectral_norm", "D", "longname", "eigs", "norm", "stable_rank"]
     keys += ["norm_stable_rank", "init_norm_stable_rank", "eig_ratio"]
     results: Results = {key: [] for key in keys}

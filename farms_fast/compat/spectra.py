@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from farms_fast.arguments import natural
+from farms_fast.arguments import check_module, natural
 from farms_fast.arrays import FLOATING
 from farms_fast.compat.published_windows import PublishedWindows
 from farms_fast.compat.tails import TailRule
@@ -122,8 +122,7 @@ def weights_of(net: nn.Module) -> Iterable[Weight]:
         TypeError: not a module, or a weight that is not dense and real floating.
         ValueError: a weight without data, or on a device that is neither CPU nor CUDA.
     """
-    if not isinstance(net, nn.Module):
-        raise TypeError(f"net: expected a torch.nn.Module, got {type(net).__name__}")
+    check_module("net", net)
     for name, module in net.named_modules():
         if not isinstance(module, nn.Linear | nn.Conv2d):
             continue

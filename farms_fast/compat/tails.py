@@ -45,7 +45,8 @@ class TailRule:
             TypeError: an argument of another kind.
             ValueError: an unknown rule or a number out of range.
         """
-        if fix_fingers is not None and fix_fingers not in XMIN_RULES:
+        # A list compares where a mapping would hash, which not everything can be.
+        if fix_fingers is not None and fix_fingers not in list(XMIN_RULES):
             choices = ", ".join(repr(choice) for choice in (None, *XMIN_RULES))
             raise ValueError(f"fix_fingers: expected one of {choices}; got {fix_fingers!r}")
         number("EVALS_THRESH", EVALS_THRESH)

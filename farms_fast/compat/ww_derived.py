@@ -32,7 +32,8 @@ def find_layers(model: object, base_model: object, options: Options) -> WeightLa
     found = layers_of(model, options)
     if base_model is not None:
         return WeightLayers(
-            _differences(found.layers, layers_of(base_model, options).layers), found.skipped
+            _differences(found.layers, layers_of(base_model, options, "base_model").layers),
+            found.skipped,
         )
     if options.peft:
         return WeightLayers(_adapters(found.layers, options.peft == "with_base"), found.skipped)

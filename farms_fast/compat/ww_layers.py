@@ -92,19 +92,20 @@ class _Weight:
     load: Callable[[], Tensor]
 
 
-def layers_of(model: object, options: Options) -> WeightLayers:
+def layers_of(model: object, options: Options, argument: str = "model") -> WeightLayers:
     """The layers of a model that are within the options' ranges.
 
     Args:
         model: a module, a mapping of names to tensors, or the path of a checkpoint.
         options: checked options.
+        argument: what the caller knows the model as.
 
     Raises:
         FileNotFoundError: a path that does not exist.
         TypeError: something that holds no weights.
         ValueError: a filter that matches nothing, or weights that cannot be read.
     """
-    weights, skipped = _weights(model, options.start_ids)
+    weights, skipped = _weights(model, options.start_ids, argument)
     kept = _filtered(weights, options.layers)
     layers: list[WeightLayer] = []
     for weight in weights:
@@ -119,7 +120,7 @@ def layers_of(model: object, options: Options) -> WeightLayers:
     return WeightLayers(layers, skipped)
 
 
-def _weights(model: object, start_ids: int) -> tuple[list[_Weight], dict[str, str]]:
+def _weights(model: object, start_ids: int, argument: str) -> tuple[list[_Weight], dict[str, str]]:
     if isinstance(model, nn.Module):
         return _module_weights(model, start_ids)
     if isinstance(model, Mapping):
@@ -130,15 +131,13 @@ def _weights(model: object, start_ids: int) -> tuple[list[_Weight], dict[str, st
         names = [header.name for header in source.headers]
         return _named_weights(source, names, start_ids or 1, arrays)
     if not isinstance(model, (str, os.PathLike)):
-        raise TypeError(
-            "model: expected a torch.nn.Module, a mapping of names to tensors, or a path, "
-            f"got {type(model).__name__}"
-        )
+        expected = "a torch.nn.Module, a mapping of names to tensors, or a path"
+        raise TypeError(f"{argument}: expected {expected}, got {type(model).__name__}")
     opened = open_source(model)
     if not isinstance(opened, (SafetensorsSource, PickleSource)):
         raise ValueError(
-            f"model: expected a checkpoint of whole weights, got the adapter {str(model)!r}: give "
-            "the module with the adapter in it, and peft=True"
+            f"{argument}: expected a checkpoint of whole weights, got the adapter {str(model)!r}: "
+            "give the module with the adapter in it, and peft=True"
         )
     names = [header.name for header in opened.headers]
     # safetensors files list their tensors by name, and so do their indexes.

@@ -45,9 +45,14 @@ class Ranks:
 
     @staticmethod
     def of(group: dist.ProcessGroup | None) -> Ranks:
-        """The ranks of a group; of a single process for None."""
+        """The ranks of a group, of a single process for None; TypeError for anything else."""
         if group is None:
             return Ranks()
+        if not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+            raise TypeError(
+                "process_group: expected None or a group of torch.distributed, "
+                f"got {type(group).__name__}"
+            )
         return Ranks(dist.get_rank(group), dist.get_world_size(group), group)
 
     @property

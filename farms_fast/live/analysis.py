@@ -12,6 +12,7 @@ from torch import nn
 from farms_fast._extension import has_cuda
 from farms_fast.arguments import (
     check_dtype,
+    check_module,
     check_sampling,
     check_solver,
     natural,
@@ -101,8 +102,7 @@ class LiveAnalysis:
         change: Change | None = None,
     ) -> None:
         """Finds the layers and plans everything that depends on shapes alone."""
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        check_module("model", model)
         rule = FitRule(xmin_rule(xmin), xmin_pos, bins, getattr(sampling, "compat", None))
         check_dtype(dtype)
         check_sampling(sampling)

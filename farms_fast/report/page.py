@@ -18,6 +18,7 @@ from importlib.resources import files
 from typing import Any
 
 from farms_fast._extension import __version__
+from farms_fast.arguments import check_type, path_of
 from farms_fast.comparison import Comparison
 from farms_fast.exports import write_text
 from farms_fast.progress import Progress
@@ -59,6 +60,7 @@ def write_report(
 
     Raises:
         OSError: If it cannot be written.
+        TypeError: If an argument is of another kind.
 
     Example:
         >>> import tempfile
@@ -70,6 +72,8 @@ def write_report(
         ...     Path(folder, "report.html").read_text(encoding="utf-8")[:15]
         '<!doctype html>'
     """
+    check_type("analysis", analysis, Analysis, "an Analysis")
+    _check(path, title)
     write_text(path, _page(*report_payload(analysis, title, progress)))
 
 
@@ -81,7 +85,16 @@ def write_comparison(
     progress: bool | Progress = False,
 ) -> None:
     """Writes a page of two analyses compared; everything as :func:`write_report`."""
+    check_type("comparison", comparison, Comparison, "a Comparison")
+    _check(path, title)
     write_text(path, _page(*comparison_payload(comparison, title, progress)))
+
+
+def _check(path: object, title: object) -> None:
+    """Before spectra are read, which may take a while."""
+    path_of("path", path)
+    if title is not None:
+        check_type("title", title, str, "a string")
 
 
 def script_json(value: Any) -> str:

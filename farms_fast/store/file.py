@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from farms_fast.arguments import not_negative
 from farms_fast.records import CSV_COLUMNS, INT_FIELDS, TEXT_FIELDS
 
 __all__ = ["FORMAT_VERSION", "StoreFile"]
@@ -92,7 +93,7 @@ class StoreFile:
     def __init__(self, path: str | os.PathLike[str], timeout: float, *, create: bool) -> None:
         """Opens the file and makes its tables if it is new."""
         self.path = os.path.abspath(os.fspath(path))
-        self.timeout = timeout
+        self.timeout = not_negative("timeout", timeout)
         self._lock = threading.RLock()
         self._connection: sqlite3.Connection | None = None
         if os.path.isdir(self.path):

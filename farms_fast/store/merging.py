@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+from farms_fast.arguments import path_of
 from farms_fast.store.file import StoreFile
 from farms_fast.store.results_store import insert_run, newest_run, write_layer
 from farms_fast.store.rows import LAYER_COLUMNS, LayerRow
@@ -40,6 +41,7 @@ def merge(
     Raises:
         FileNotFoundError: If a part does not exist; nothing is merged then.
         OSError: If a file cannot be read or written.
+        TypeError: If an argument is of another kind.
         ValueError: If a part is the target, or a file is not a results store.
 
     Example:
@@ -57,6 +59,10 @@ def merge(
         ...         [layer.name for layer in store.load()]
         ['fc0', 'fc1']
     """
+    path_of("target", target)
+    if isinstance(parts, str) or not isinstance(parts, Iterable):
+        raise TypeError(f"parts: expected a sequence of paths, got {type(parts).__name__}")
+    parts = [path_of("parts", part) for part in parts]
     for part in parts:
         if not os.path.exists(part):
             raise FileNotFoundError(f"parts: {os.fspath(part)!r} does not exist")

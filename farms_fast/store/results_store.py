@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from farms_fast._extension import __version__
+from farms_fast.arguments import check_type, path_of
 from farms_fast.exports import plain
 from farms_fast.layers import Skipped
 from farms_fast.records import CSV_COLUMNS, LayerRecord
@@ -103,7 +104,7 @@ class ResultsStore:
         self, path: str | os.PathLike[str], *, timeout: float = 60.0, create: bool = True
     ) -> None:
         """Opens the file, and makes it if it is not there."""
-        self._file = StoreFile(path, timeout, create=create)
+        self._file = StoreFile(path_of("path", path), timeout, create=create)
         self.path = self._file.path
 
     def __enter__(self) -> ResultsStore:
@@ -146,6 +147,7 @@ class ResultsStore:
             OSError: If the file cannot be written.
             ValueError: If a name of ``deciding`` is none of the settings.
         """
+        check_type("settings", settings, Mapping, "a mapping of names to values")
         names = settings.keys() if deciding is None else set(deciding)
         if unknown := sorted(names - settings.keys()):
             raise ValueError(
@@ -192,7 +194,7 @@ class ResultsStore:
             if not known:
                 raise ValueError(f"store: {self.path!r} holds no run")
             number = max(known) if run is None else run
-            if number not in known:
+            if number not in list(known):  # what has no hash is no run either
                 raise ValueError(
                     f"run: expected one of {', '.join(map(str, known))}, got {number!r}"
                 )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from farms_fast.adapters.layer_rates.rate_table import RateTable
+from farms_fast.arguments import check_type, path_of
 from farms_fast.extras import optional_import
 
 __all__ = ["CSV_COLUMNS", "CsvLog", "Log", "TensorBoardLog", "logs_of", "scalars"]
@@ -39,11 +40,12 @@ class CsvLog:
     """
 
     def __init__(self, path: str | Path) -> None:
-        """Touches no file."""
-        self.path = Path(path)
+        """Touches no file; TypeError for what is no path."""
+        self.path = path_of("path", path)
 
     def __call__(self, table: RateTable) -> None:
         """Appends the table; OSError if the file cannot be written."""
+        check_type("table", table, RateTable, "a RateTable")
         with self.path.open("a", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             if file.tell() == 0:
@@ -61,6 +63,7 @@ class TensorBoardLog:
 
     Raises:
         ImportError: a folder is given and tensorboard is not installed.
+        TypeError: neither is given.
     """
 
     def __init__(self, where: Any) -> None:
@@ -68,9 +71,10 @@ class TensorBoardLog:
         if hasattr(where, "add_scalar"):
             self.writer = where
             return
+        folder = str(path_of("where", where))
         with optional_import("tensorboard", extra="tensorboard", needed_for="event files"):
             from torch.utils.tensorboard import SummaryWriter
-        self.writer = SummaryWriter(str(where))  # type: ignore[no-untyped-call]
+        self.writer = SummaryWriter(folder)  # type: ignore[no-untyped-call]
 
     def __call__(self, table: RateTable) -> None:
         """Writes the table at its call."""
@@ -88,6 +92,7 @@ def scalars(table: RateTable) -> dict[str, float]:
         >>> scalars(RateTable(0, 0.1, (row,)))
         {'lr/base': 0.1, 'alpha/mean': 2.5, 'alpha/fc': 2.5, 'factor/fc': 1.5}
     """
+    check_type("table", table, RateTable, "a RateTable")
     alphas = [row.alpha for row in table if not math.isnan(row.alpha)]
     named = {"lr/base": table.base_lr}
     if alphas:

@@ -134,7 +134,7 @@ class FoundGroups:
 
     def still_of(self, optimizer: Optimizer) -> bool:
         """Whether the optimizer has the same groups, none replaced, added or taken away."""
-        now = optimizer.param_groups
+        now = getattr(optimizer, "param_groups", ())
         return len(now) == len(self.groups) and all(
             group is known for group, known in zip(now, self.groups, strict=True)
         )

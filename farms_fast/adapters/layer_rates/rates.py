@@ -41,7 +41,7 @@ from farms_fast.adapters.layer_rates.tuned_layers import (
     plain_model,
     tuned_layers,
 )
-from farms_fast.arguments import natural
+from farms_fast.arguments import check_module, natural
 from farms_fast.layers import Change, layers_from_module
 from farms_fast.live import LayerAlpha, LiveAnalysis
 from farms_fast.windows import FixedAspectSampling, Sampling
@@ -145,8 +145,7 @@ class LayerRates(ABC):
         change: Change | None = None,
     ) -> None:
         """Finds the layers; weights are read by `param_groups` and `step`."""
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        check_module("model", model)
         self.model = plain_model(model)
         self._watch = ModelWatch(self.model)
         self.every = natural("every", every, least=1)

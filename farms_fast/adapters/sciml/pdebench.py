@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from farms_fast.arguments import natural
+from farms_fast.arguments import check_type, natural, path_of
 from farms_fast.extras import optional_import
 
 __all__ = ["FIELDS", "CompressibleFlow", "read_pdebench", "write_pdebench"]
@@ -80,7 +79,7 @@ def read_pdebench(
         FileNotFoundError: there is no such file.
         ValueError: the file has not this layout (the message names what is missing or does not
             fit), has not so many flows, or holds a value that is not finite.
-        TypeError: a count is not an integer.
+        TypeError: a count is not an integer, or `path` is none.
 
     Example:
         >>> import pathlib, tempfile, torch
@@ -93,11 +92,12 @@ def read_pdebench(
         >>> again.fields.shape, again.eta
         (torch.Size([2, 2, 4, 2, 2]), 0.01)
     """
+    file_path = path_of("path", path)
     h5py = _h5py()
     start = natural("first", first)
     count = None if samples is None else natural("samples", samples, least=1)
     space, time = natural("space_step", space_step, 1), natural("time_step", time_step, 1)
-    if not Path(path).is_file():
+    if not file_path.is_file():
         raise FileNotFoundError(f"path: expected an HDF5 file, got {os.fspath(path)!r}")
     try:
         file = h5py.File(path, "r")
@@ -135,11 +135,14 @@ def write_pdebench(path: str | os.PathLike[str], flow: CompressibleFlow) -> None
 
     Raises:
         ImportError: h5py is not installed.
+        TypeError: an argument is of another kind.
     """
+    where = path_of("path", path)
+    check_type("flow", flow, CompressibleFlow, "a CompressibleFlow")
     t = flow.t.double()
     spacing = t[-1] - t[-2] if t.numel() > 1 else torch.ones(())
     axes = (torch.cat((t, (t[-1:] + spacing))), flow.x, flow.y)
-    with _h5py().File(path, "w") as file:
+    with _h5py().File(where, "w") as file:
         for channel, name in enumerate(FIELDS):
             file.create_dataset(name, data=flow.fields[:, :, channel].float().cpu().numpy())
         for name, axis in zip(_AXES, axes, strict=True):

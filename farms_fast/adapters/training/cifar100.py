@@ -16,6 +16,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
+from farms_fast.arguments import path_of
+
 __all__ = ["Cifar100", "load_cifar100"]
 
 # Of the published files, which are in the archive or its folder.
@@ -62,6 +64,7 @@ def load_cifar100(path: str | os.PathLike[str], *, verify: bool = True) -> Cifar
 
     Raises:
         FileNotFoundError: there is no archive and no folder of it.
+        TypeError: `path` is none.
         ValueError: a file is damaged, is not as published, or holds something else.
 
     Example:
@@ -69,7 +72,7 @@ def load_cifar100(path: str | os.PathLike[str], *, verify: bool = True) -> Cifar
         Traceback (most recent call last):
         FileNotFoundError: path: expected cifar-100-python.tar.gz or its folder, got no/such/folder
     """
-    contents = {name: data for name, data in _files(Path(path))}
+    contents = {name: data for name, data in _files(path_of("path", path))}
     published = True
     for name, data in contents.items():
         found = hashlib.md5(data, usedforsecurity=False).hexdigest()

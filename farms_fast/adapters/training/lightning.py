@@ -8,6 +8,7 @@ from typing import Any
 from farms_fast.adapters.layer_rates import LayerRates
 from farms_fast.adapters.layer_rates.due import Clock
 from farms_fast.adapters.layer_rates.logs import scalars
+from farms_fast.arguments import check_type
 from farms_fast.extras import optional_import
 
 with optional_import("lightning", extra="lightning", needed_for="LightningRates"):
@@ -34,7 +35,8 @@ class LightningRates(Callback):  # type: ignore[misc]
         log: write base rate, alphas, factors and rates to the trainer's loggers.
 
     Raises:
-        TypeError: `rates` is something else, or leads to something else.
+        TypeError: `rates` is something else, or leads to something else, or `optimizer` is no
+            index.
         IndexError: the trainer has no such optimizer.
 
     Example:
@@ -63,6 +65,7 @@ class LightningRates(Callback):  # type: ignore[misc]
             raise TypeError(
                 f"rates: expected LayerRates, an attribute's name or a function, got {rates!r}"
             )
+        check_type("optimizer", optimizer, int, "an index of the trainer's optimizers")
         self._where = rates
         self._optimizer = optimizer
         self._log = log
