@@ -44,14 +44,15 @@ class GramCase:
 
 @dataclass(frozen=True)
 class FitCase:
-    """The fit of one spectrum."""
+    """The fits of so many spectra of one size in one call."""
 
     size: int
     rule: str
+    spectra: int = 1
 
     @property
     def id(self) -> str:
-        return f"{self.rule} of {self.size}"
+        return f"{self.rule} of {'' if self.spectra == 1 else f'{self.spectra} x '}{self.size}"
 
 
 # Keys are "cpu", "cuda" and "quick"; the quick set checks the harness and measures nothing.
@@ -87,10 +88,11 @@ GRAM: dict[str, tuple[tuple[int, int, int, int], ...]] = {
     "cpu": ((1024, 2560, 512, 2), (512, 1376, 250, 15)),
     "quick": ((32, 80, 16, 2), (30, 50, 10, 5)),
 }
-FIT: dict[str, tuple[int, ...]] = {
-    "cuda": (2000, 20_000, 45_000, 450_000),
-    "cpu": (2000, 20_000, 45_000, 450_000),
-    "quick": (300,),
+# Sizes of one spectrum, or how many of a size; as many as a call of a bootstrap takes.
+FIT: dict[str, tuple[tuple[int, ...], ...]] = {
+    "cuda": ((2000,), (20_000,), (45_000,), (450_000,), (450_000, 37)),
+    "cpu": ((2000,), (20_000,), (45_000,), (450_000,)),
+    "quick": ((300,), (200, 3)),
 }
 RULES = ("median", "peak", "ks")
 
@@ -104,4 +106,4 @@ def gram_cases(profile: str) -> list[GramCase]:
 
 
 def fit_cases(profile: str) -> list[FitCase]:
-    return [FitCase(size, rule) for size in FIT[profile] for rule in RULES]
+    return [FitCase(size, rule, *count) for size, *count in FIT[profile] for rule in RULES]

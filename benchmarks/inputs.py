@@ -61,3 +61,15 @@ def spectrum(size: int, seed: int, device: torch.device) -> Tensor:
     heavy = np.where(generator.random(size) < 0.1, 1 + generator.pareto(1.5, size), 1.0)
     # No exact zeros: the peers do not drop them.
     return torch.from_numpy(np.sort(np.maximum(singular**2, 1e-12) * heavy)).to(device)
+
+
+def packed_spectra(
+    size: int, count: int, most: int, device: torch.device, quick: bool
+) -> list[Tensor]:
+    """At most so many sets of `count` spectra, one after the other, together past the cache.
+
+    The first spectrum is the same whatever the count.
+    """
+    sets = min(most, sets_past_cache(count * size * 8, device, quick))
+    made = [spectrum(size, seed, device) for seed in range(sets * count)]
+    return [torch.cat(made[begin : begin + count]) for begin in range(0, len(made), count)]

@@ -37,7 +37,8 @@ _EXPLAIN = {
     "eigenvalues": "k is the order of the window, followed by how many windows there are; float64 "
     "in, all eigenvalues out.",
     "gram": "From a float32 weight to the float64 Gram matrix of every window.",
-    "fit": "One ascending spectrum; the rule says where the tail may start.",
+    "fit": "Ascending spectra, one or so many of a size in a call; the rule says where the tail "
+    "may start.",
     "jobs": "From weights to alpha for every layer.",
     "faces": "The functions of farms_fast.compat with the published defaults, from a module to a "
     "dict of lists.",

@@ -22,11 +22,11 @@ from pathlib import Path
 import torch
 
 from benchmarks.cases import EigenCase, FitCase, GramCase, eigen_cases, fit_cases, gram_cases
-from benchmarks.inputs import gaussian_windows, sets_past_cache, spectrum, weights
+from benchmarks.inputs import gaussian_windows, packed_spectra, weights
 from benchmarks.machine import describe
 from benchmarks.peers import GRAM_PEERS, contender
-from farms_fast import fit_power_law
 from farms_fast.engine.cost import Stage, eigenvalue_stages, fit_stages, gram_flops
+from farms_fast.power_law import fit_power_laws, sort_spectra
 from farms_fast.windows import WindowGrid
 
 
@@ -127,12 +127,12 @@ def measure_case(
         run = GRAM_PEERS[0].prepare(case.sampling.grid(case.rows, case.columns))
         stages = gram_stages(case)
     else:
-        count = min(20, sets_past_cache(case.size * 8, device, quick))
-        sets = [spectrum(case.size, seed, device) for seed in range(count)]
-        stages = fit_stages(case.size)
+        sets = packed_spectra(case.size, case.spectra, 20, device, quick)
+        stages = fit_stages(case.spectra * case.size)
+        offsets = torch.arange(case.spectra + 1, device=device) * case.size
 
         def run(evals: torch.Tensor) -> object:
-            return fit_power_law(evals, case.rule)
+            return fit_power_laws(sort_spectra(evals, offsets), offsets, case.rule)[0]
 
     turn = iter(sets * 30)
     return _seconds(lambda: run(next(turn)), device, 0.2), stages
