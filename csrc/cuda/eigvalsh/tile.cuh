@@ -2,6 +2,7 @@
 #pragma once
 
 #include "fragments.cuh"
+#include "householder.cuh"
 
 namespace farms_fast {
 namespace one_stage {
@@ -64,7 +65,7 @@ struct Tile : Fragments<Warps, Strips, Tiles, Spilled, ColumnGroups> {
   // 0; `divisor` is v's, u's is returned.
   static __device__ __forceinline__ double reflect(int pivot, int order, double divisor, Vectors& shared,
                                                    const double* v, double* u, double* diagonal, double* off_diagonal) {
-    const double tau = divisor > 0.0 ? 1.0 / divisor : 0.0;
+    const double tau = divisor > 0.0 ? fast_reciprocal(divisor) : 0.0;
     double x[per_lane], own[per_lane], w[per_lane], dot = 0.0;
 #pragma unroll
     for (int e = 0; e < per_lane; ++e) {
@@ -96,7 +97,7 @@ struct Tile : Fragments<Warps, Strips, Tiles, Spilled, ColumnGroups> {
     // The largest element is near 1: a column of 1e-100 is zero, and its square would lose its digits.
     const bool any = squares > 1e-200;
     if (any) {
-      const double total = fma(alpha, alpha, squares), norm = total * rsqrt(total);
+      const double total = fma(alpha, alpha, squares), norm = total * fast_rsqrt(total);
       beta = alpha > 0.0 ? -norm : norm;
       first = alpha - beta;
       divisor = norm * (norm + fabs(alpha));
