@@ -386,66 +386,6 @@ def test_names_a_layer_that_no_token_reaches() -> None:
         prune_model(model, "wanda", 0.5, torch.ones(2, 3, dtype=torch.int64))
 
 
-# ---------------------------------------------------------------------------------------- memory
-
-
-def test_says_which_block_has_no_room() -> None:
-    model = small_model()
-
-    def no_room(*args: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    model.model.layers[1].mlp.register_forward_pre_hook(no_room)
-    message = r"memory: cpu has no room for block 'model\.layers\.1' with 3 samples at a time"
-    with pytest.raises(ValueError, match=message):
-        prune_model(model, "wanda", 0.5, some_tokens(5), batch_size=3)
-
-
-def test_batches_shrink_to_fit_the_memory() -> None:
-    model, tokens = small_model(), some_tokens(16)
-    blocks = find_blocks(model)
-    whole = BlockRunner(model, blocks, tokens, statistics=lambda block: 1000)
-    assert whole.batch_size == 16
-    use = whole.use
-    assert use.kept == 16 * 16 * 32 * 4
-    assert use.statistics == 1000
-    assert use.block == 0
-    # A token in a block: twice the hidden state, what goes in and out of q, k, v, o, gate, up and
-    # down, and the widest input in float32.
-    widths = 2 * 32 + (32 + 32) * 2 + (32 + 16) * 2 + (32 + 48) * 3
-    assert use.batch == 16 * 16 * (4 * widths + 4 * 48)
-    assert use.device == use.kept + use.statistics + use.batch
-    half = BlockRunner(
-        model, blocks, tokens, statistics=lambda block: 1000, memory=use.device - use.batch // 2
-    )
-    assert half.batch_size == 8
-    least = use.kept + use.statistics + use.batch // 16
-    one = BlockRunner(model, blocks, tokens, statistics=lambda block: 1000, memory=least)
-    assert one.batch_size == 1
-    with pytest.raises(ValueError, match=f"memory: expected at least {least} bytes on cpu for 1"):
-        BlockRunner(model, blocks, tokens, statistics=lambda block: 1000, memory=least - 1)
-
-
-def test_a_given_batch_size_is_kept_or_refused() -> None:
-    model, tokens = small_model(), some_tokens(16)
-    blocks = find_blocks(model)
-    assert BlockRunner(model, blocks, tokens, batch_size=5).batch_size == 5
-    with pytest.raises(ValueError, match="for 5 samples of 16 tokens at a time"):
-        BlockRunner(model, blocks, tokens, batch_size=5, memory=40_000)
-
-
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
-def test_no_batch_size_changes_what_is_pruned(method: str) -> None:
-    tokens = some_tokens(6)
-    masks = []
-    for size in (1, 4, 6):
-        model = small_model().double()
-        prune_model(model, method, 0.5, tokens, batch_size=size)
-        masks.append({n: p == 0 for n, p in model.named_parameters()})
-    assert same(masks[0], masks[1])
-    assert same(masks[0], masks[2])
-
-
 # ------------------------------------------------------------------------------------------- CUDA
 
 

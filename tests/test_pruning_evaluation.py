@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from farms_fast.adapters.pruning.evaluation import SEVEN_TASKS, perplexity, zero_shot
@@ -191,6 +192,37 @@ def test_refuses_no_tasks(harness: dict[str, Any]) -> None:
     for tasks in ((), "boolq"):
         with pytest.raises(ValueError, match="tasks: expected a sequence of names"):
             zero_shot(small_model(), None, tasks)
+
+
+@pytest.mark.usefixtures("harness")
+@pytest.mark.parametrize(
+    ("model", "options", "error", "message"),
+    [
+        ("llama", {}, TypeError, r"model: expected a torch\.nn\.Module, got str"),
+        (None, {"tasks": [1]}, ValueError, r"tasks: expected a sequence .*, got \[1\]"),
+        (None, {"tasks": 3}, ValueError, "tasks: expected a sequence of names of tasks, got 3"),
+        (None, {"limit": "all"}, TypeError, "limit: expected an integer, got str"),
+    ],
+)
+def test_zero_shot_refuses(
+    model: Any, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        zero_shot(model or small_model(), None, **options)
+
+
+@pytest.mark.usefixtures("harness")
+def test_zero_shot_refuses_what_is_not_causal() -> None:
+    config = transformers.BertConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=VOCABULARY,
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match="expected a causal language model, got BertLMHeadModel"):
+        zero_shot(model, None)
 
 
 @pytest.mark.usefixtures("harness")

@@ -78,6 +78,7 @@ def test_prunes_saves_and_reloads(family: str, method: str, tmp_path: Path) -> N
     document = json.loads((tmp_path / "out" / SETTINGS_FILE).read_text())
     assert document["settings"] == {"seed": 3}
     assert document["sparsity"] == report.sparsity
+    assert document["batch_size"] == (0 if method == "magnitude" else 6)
     assert {layer["name"]: layer["ratio"] for layer in document["layers"]} == ratios
     assert {layer["name"]: layer["zeros"] for layer in document["layers"]} == {
         layer.name: layer.zeros for layer in report.layers

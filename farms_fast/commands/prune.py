@@ -127,7 +127,10 @@ def prune(
     memory: Memory = None,
     batch_size: Annotated[
         int | None,
-        typer.Option(help="Samples at a time.", show_default="about 4096 tokens"),
+        typer.Option(
+            help="Samples at a time; half as many where memory ends.",
+            show_default="about 4096 tokens",
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the choice of samples.")] = 0,
     quiet: Quiet = False,

@@ -172,7 +172,8 @@ class PruningRun:
         import torch
 
         from farms_fast.adapters.pruning.blocks import find_blocks
-        from farms_fast.adapters.pruning.evaluation import perplexity
+        from farms_fast.adapters.pruning.evaluation import check_causal, perplexity
+        from farms_fast.adapters.pruning.placement import place_model
         from farms_fast.adapters.pruning.recipe import to_recipe
         from farms_fast.adapters.pruning.saving import save_pruned
         from farms_fast.adapters.pruning.sequential import prune_model
@@ -192,7 +193,7 @@ class PruningRun:
             )
         if self.evaluate is not None:
             text = text_tokens(tokenizer, self.evaluate)
-        _place(model, where, self.memory)
+        place_model(model, where, self.memory)
         clock.lap("loading")
 
         perplexities: dict[str, float] = {}
@@ -210,6 +211,9 @@ class PruningRun:
                 )
                 clock.lap("evaluation")
 
+        # What is saved is a causal language model, whatever it was read from.
+        if text is None:
+            check_causal(model, device=where, memory=self.memory)
         measure("before")
         allocated = self._allocate(model, blocks, tokens, where)
         clock.lap("alphas" if self.allocation in ("farms", "alpha") else self.allocation)
@@ -348,16 +352,6 @@ def _load(name: str, dtype: str, progress: bool) -> tuple[Any, Any]:
             f"nothing for {missing[0]!r} of {type(model).__name__} ({len(missing)} missing)"
         )
     return model, tokenizer
-
-
-def _place(model: nn.Module, device: torch.device, memory: int | None) -> None:
-    """Moves a model to the device if it takes at most half of what may be taken there."""
-    from farms_fast.engine.machine import machine_of
-
-    budget = machine_of(device).memory // 2 if memory is None else memory
-    weights = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
-    if device.type != "cpu" and 2 * weights <= budget:
-        model.to(device)
 
 
 def _lines(

@@ -20,9 +20,11 @@ import numpy.typing as npt
 from farms_fast.adapters.pruning.block_names import group_by_block
 from farms_fast.adapters.pruning.sparsities import (
     Allocation,
+    as_number,
     check_sparsity,
     is_number,
     shared_to_total,
+    weight_counts,
 )
 from farms_fast.arguments import natural
 from farms_fast.results import Analysis
@@ -134,7 +136,7 @@ def uniform_sparsity(params: Mapping[str, int], sparsity: float) -> Allocation:
         sparsity: Within (0, 1).
 
     Raises:
-        TypeError: A number of weights that is no integer.
+        TypeError: No mapping, or a number of weights that is no integer.
         ValueError: A sparsity out of range, or no layers.
 
     Example:
@@ -142,7 +144,7 @@ def uniform_sparsity(params: Mapping[str, int], sparsity: float) -> Allocation:
         {'layers.0.q': 0.5, 'layers.1.q': 0.5}
     """
     check_sparsity(sparsity)
-    counts = _counts(list(params), params)
+    counts = weight_counts("params", params)
     try:
         groups = group_by_block(counts)
     except ValueError:
@@ -221,10 +223,7 @@ def _as_list(alphas: object) -> list[float]:
 def _checked(alphas: Mapping[str, float]) -> dict[str, float]:
     found = {}
     for name, alpha in alphas.items():
-        try:
-            value = float(alpha)
-        except (TypeError, ValueError):
-            raise TypeError(f"alphas: expected numbers, got {alpha!r} for {name!r}") from None
+        value = as_number("alphas", alpha, name)
         if math.isinf(value) or value <= 0:
             raise ValueError(
                 f"alphas: expected positive finite numbers, or NaN where a fit failed, got {value} "

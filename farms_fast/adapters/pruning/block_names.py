@@ -22,13 +22,19 @@ def group_by_block(names: Iterable[str]) -> dict[str, list[str]]:
         in none.
 
     Raises:
+        TypeError: They are no names.
         ValueError: There are no repeated blocks.
 
     Example:
         >>> group_by_block(["layers.0.q", "layers.0.up", "layers.1.q", "layers.1.up", "lm_head"])
         {'layers.0': ['layers.0.q', 'layers.0.up'], 'layers.1': ['layers.1.q', 'layers.1.up']}
     """
+    if isinstance(names, (str, bytes)) or not isinstance(names, Iterable):
+        raise TypeError(f"names: expected names of layers, got {type(names).__name__}")
     every = list(names)
+    for name in every:
+        if not isinstance(name, str):
+            raise TypeError(f"names: expected names of layers, got {name!r} for one")
     # Of each list and each name inside of its blocks: the numbers of the blocks that have it.
     numbers: dict[tuple[str, str], set[str]] = {}
     for name in every:

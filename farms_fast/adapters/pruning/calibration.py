@@ -5,60 +5,43 @@ in which the blocks before give back what is kept of the last of them, and which
 that is due. So a block gets every argument as it gets it in a plain run, whatever the model calls
 its masks, positions and flags, and only one set of hidden states is ever kept. What precedes the
 blocks (embeddings, masks, positions) runs once for each block and batch, where its weights are.
+
+Where the device's memory ends, everything is done again with half of the samples at a time, from
+the first block on: which dimension of what a block returns is that of the samples, nobody knows.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from farms_fast.adapters.pruning.blocks import Block, Blocks, PrunableLayer
-from farms_fast.adapters.pruning.placement import block_device, device_of, input_device
+from farms_fast.adapters.pruning.blocks import Block, Blocks
+from farms_fast.adapters.pruning.memory_use import plan_memory
+from farms_fast.adapters.pruning.module_state import evaluating, patched
+from farms_fast.adapters.pruning.placement import (
+    block_device,
+    device_of,
+    input_device,
+    move_module,
+)
+from farms_fast.adapters.pruning.shortage import is_out_of_memory, no_room, release, whole
 from farms_fast.arguments import natural
 from farms_fast.engine.machine import machine_of
 
-__all__ = ["BlockRunner", "MemoryUse", "evaluating", "usual_batch"]
+__all__ = ["BlockRunner"]
 
 _Tree = TypeVar("_Tree")
-_BATCH_TOKENS = 4096
 
 
 class _Done(Exception):
     """Ends the model's forward pass after the block that is due."""
-
-
-@dataclass(frozen=True)
-class MemoryUse:
-    """Bytes that a calibration takes, beside what the model takes where it is.
-
-    Attributes:
-        kept: The hidden states between two blocks: samples · seqlen · hidden size · bytes of a
-            value (and whatever else a block returns).
-        block: The largest block's weights, if they are not on the device already.
-        statistics: Of one block's layers, as the method says.
-        batch: What one batch takes inside a block: batch · seqlen · (2 · hidden size + the inputs
-            and outputs of its layers) · bytes of a value, and a float32 copy of the widest input.
-            Attention is taken to keep no matrix of scores.
-        on_device: Whether ``kept`` is on the device; else it is in the host's memory.
-    """
-
-    kept: int
-    block: int
-    statistics: int
-    batch: int
-    on_device: bool
-
-    @property
-    def device(self) -> int:
-        """Bytes on the device at most."""
-        return self.block + self.statistics + self.batch + (self.kept if self.on_device else 0)
 
 
 class BlockRunner:
@@ -75,12 +58,13 @@ class BlockRunner:
         memory: Bytes to take on that device at most; None is half of the device's. The hidden
             states are kept on the device where they fit beside the rest, else in the host's memory,
             which has to have room for them.
-        batch_size: Samples at a time; None is about 4096 tokens, fewer where memory is short.
+        batch_size: Samples at a time to begin with; None is about 4096 tokens, fewer where memory
+            is short. Where the device has no room for them after all, half as many.
         statistics: Bytes of what is collected of a block.
 
     Attributes:
-        use: What it takes, a `MemoryUse`.
-        batch_size: Samples at a time.
+        use: What it takes, a `farms_fast.adapters.pruning.memory_use.MemoryUse`.
+        batch_size: Samples at a time by now.
 
     Raises:
         ValueError: The memory is not enough for one sample at a time, an unknown device, or the
@@ -106,67 +90,21 @@ class BlockRunner:
         self._device = None if device is None else block_device(device, home)
         self._where = self._device or home
         self._home = home
+        self._homes = [device_of(block.module) for block in self._blocks]
         self._direct = True
-        self._budget = None if memory is None else natural("memory", memory, least=1)
         self._next = 0
         self._due: Callable[..., Any] | None = None
         self._carried: Any = None
         self._kept: list[Any] = []
         takes = inspect.signature(model.forward).parameters
         self._options = {"use_cache": False} if "use_cache" in takes else {}
-        self.batch_size, self.use = self._plan(batch_size, statistics)
-
-    # -------------------------------------------------------------------------------- memory
-
-    def _plan(
-        self, batch_size: int | None, statistics: Callable[[Block], int]
-    ) -> tuple[int, MemoryUse]:
-        samples, seqlen = self._tokens.shape
-        if batch_size is None:
-            size = min(samples, usual_batch(seqlen))
-        else:
-            size = min(samples, natural("batch_size", batch_size, least=1))
-        hidden = self._probe()
-        budget = self._budget
-        if budget is None:
+        if memory is None:
             budget = machine_of(self._where).memory // 2
-        while True:
-            use = self._use(hidden, samples, size, statistics, budget)
-            if use.device <= budget:
-                return size, use
-            if size == 1 or batch_size is not None:
-                raise ValueError(
-                    f"memory: expected at least {use.device} bytes on {self._where} for {size} "
-                    f"samples of {seqlen} tokens at a time (block {use.block}, statistics "
-                    f"{use.statistics}, batch {use.batch}, kept hidden states "
-                    f"{use.kept if use.on_device else 'in host memory'}), got {budget}"
-                )
-            size //= 2
-
-    def _use(
-        self,
-        hidden: Tensor,
-        samples: int,
-        size: int,
-        statistics: Callable[[Block], int],
-        budget: int,
-    ) -> MemoryUse:
-        value = hidden.element_size()
-        kept = samples * hidden.numel() * value
-        block = collected = batch = 0
-        for item in self._blocks:
-            if device_of(item.module) != self._where:
-                weights = sum(p.numel() * p.element_size() for p in item.module.parameters())
-                block = max(block, weights)
-            collected = max(collected, statistics(item))
-            width = 2 * hidden.shape[-1] + sum(sum(layer.shape) for layer in item.layers)
-            widest = max((layer.shape[1] for layer in item.layers), default=0)
-            token = width * value + 4 * widest
-            batch = max(batch, size * (hidden.numel() // hidden.shape[-1]) * token)
-        use = MemoryUse(kept, block, collected, batch, on_device=True)
-        if use.device > budget and self._where.type != "cpu":
-            use = MemoryUse(kept, block, collected, batch, on_device=False)
-        return use
+        else:
+            budget = natural("memory", memory, least=1)
+        self.batch_size, self.use = plan_memory(
+            self._blocks, self._probe(), tokens, self._where, budget, batch_size, statistics
+        )
 
     def _probe(self) -> Tensor:
         """The hidden states that the first block gets for one sample."""
@@ -176,7 +114,8 @@ class BlockRunner:
             found.extend(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
             raise _Done
 
-        with self, self._calling(look):
+        what = f"what precedes the blocks with one sample of {self._tokens.shape[1]} tokens"
+        with self, self._calling(look), whole(self._where, what):
             self._call(self._tokens[:1])
         if not found or found[0].dim() < 2:
             raise ValueError(
@@ -194,7 +133,7 @@ class BlockRunner:
         self._restore.enter_context(torch.no_grad())
         self._restore.enter_context(evaluating(self._model))
         for index, block in enumerate(self._blocks):
-            self._restore.enter_context(_patched(block.module, self._stand_in(index)))
+            self._restore.enter_context(patched(block.module, self._stand_in(index)))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -236,32 +175,73 @@ class BlockRunner:
             f"model: its forward pass never called block {self._blocks[self._next].name!r}"
         )
 
-    def run(self, *, keep: bool) -> None:
-        """Runs the block that is due on every batch.
+    def run(self, *, keep: bool, again: Callable[[], object] = lambda: None) -> None:
+        """Runs the block that is due on every batch; with half of the batch where it has no room.
 
         Args:
             keep: Take what it returns as input of the next block, which is due from then on; else
                 forget it.
+            again: Called before every batch runs again, to forget what was collected of them.
 
         Raises:
-            ValueError: It returns NaN or infinity, or the device is out of memory; the message
-                names the block.
+            ValueError: It returns NaN or infinity, or the device has no room for a single sample;
+                the message names the block.
         """
+        due = self._next
+        block = self._blocks[due]
+        place = device_of(block.module)
+        while True:
+            try:
+                self._catch_up(due)
+                move_module(block.module, place)
+                self._run_all(keep)
+                return
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                failure = str(error)
+            # Beyond the handler, where the tensors of what failed are no longer held by its frames.
+            again()
+            self._shrink(f"block {block.name!r}", failure)
+
+    def _run_all(self, keep: bool) -> None:
         block = self._blocks[self._next]
         store = self._where if self.use.on_device else torch.device("cpu")
         for number, batch in enumerate(self._tokens.split(self.batch_size)):
-            try:
-                output = self._run_batch(number, batch)
-            except torch.OutOfMemoryError as error:
-                raise ValueError(
-                    f"memory: {self._where} has no room for block {block.name!r} with "
-                    f"{len(batch)} samples at a time: give a smaller batch_size"
-                ) from error
+            output = self._run_batch(number, batch)
             if keep:
                 _check_finite(output, block)
                 self._kept[number : number + 1] = [_moved(output, store)]
+            # Not beside that of the next batch.
+            output = None
         if keep:
             self._next += 1
+
+    def _shrink(self, what: str, failure: str) -> None:
+        """Less at a time; the first block is due then, and nothing is kept.
+
+        Half of the samples; with one at a time, hidden states in the host's memory.
+
+        Raises:
+            ValueError: There is nothing less.
+        """
+        self._kept, self._next = [], 0
+        release()
+        if self.batch_size > 1:
+            self.batch_size //= 2
+        elif self.use.on_device and self._where.type != "cpu":
+            self.use = replace(self.use, on_device=False)
+        else:
+            seqlen = self._tokens.shape[1]
+            raise no_room(self._where, f"{what} with one sample of {seqlen} tokens", failure)
+
+    def _catch_up(self, due: int) -> None:
+        """Runs the blocks before the one that is due, which makes room for them meanwhile."""
+        if self._next < due < len(self._blocks):
+            move_module(self._blocks[due].module, self._homes[due])
+        while self._next < due:
+            with self.on_device():
+                self._run_all(keep=True)
 
     def _run_batch(self, number: int, batch: Tensor) -> Any:
         """What the block that is due returns for one batch."""
@@ -285,8 +265,8 @@ class BlockRunner:
             self._carried = self._inputs(number, place if self._direct else self._home)
             try:
                 self._call(batch)
-            except RuntimeError:
-                if reached or not self._direct or place == self._home:
+            except RuntimeError as error:
+                if reached or not self._direct or place == self._home or is_out_of_memory(error):
                     raise
                 self._direct = False
                 self._carried = self._inputs(number, self._home)
@@ -299,56 +279,82 @@ class BlockRunner:
         """A copy of what is kept of a batch, for a block may write to its input."""
         return tree_map_only(Tensor, lambda x: x.to(place, copy=True), self._kept[number])
 
-    def outputs(self) -> Iterator[Any]:
-        """What the model returns for every batch, once all blocks have run with ``keep``."""
-        for number, batch in enumerate(self._tokens.split(self.batch_size)):
-            self._carried = self._inputs(number, self._home)
-            yield self._model(batch.to(input_device(self._model)), **self._options)
-        self._carried = None
+    def outputs(
+        self, make: Callable[[Any, int], Any] = lambda output, first: output
+    ) -> Iterator[Any]:
+        """Goes once over what the model returns, after all blocks have run with ``keep``.
+
+        Args:
+            make: Called with what it returns for a batch, and with the number of the batch's first
+                sample. Where memory ends in there, the batch is halved as it is in a block.
+
+        Yields:
+            For every batch what ``make`` returns.
+
+        Raises:
+            ValueError: As `run`.
+        """
+        first = 0
+        while len(self._tokens):
+            batch = self._tokens[: self.batch_size]
+            failure = None
+            try:
+                self._catch_up(len(self._blocks))
+                made = self._finish(batch, first, make)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                failure = str(error)
+            if failure is not None:
+                self._shrink("what follows the blocks", failure)
+                continue
+            # What is left is all that may have to run again.
+            self._tokens = self._tokens[len(batch) :]
+            del self._kept[0]
+            first += len(batch)
+            yield made
+
+    def _finish(self, batch: Tensor, first: int, make: Callable[[Any, int], Any]) -> Any:
+        self._carried = self._inputs(0, self._home)
+        try:
+            output = self._model(batch.to(input_device(self._model)), **self._options)
+            return make(output, first)
+        finally:
+            self._carried = None
 
     @contextlib.contextmanager
     def on_device(self) -> Iterator[Block]:
-        """The block that is due, with its weights on the device for as long."""
-        block = self._blocks[self._next]
-        home = device_of(block.module)
-        if self._device is None or home == self._device:
-            yield block
-            return
-        block.module.to(self._device)
+        """The block that is due, with its weights on the device for as long.
+
+        Raises:
+            ValueError: The device has no room for them.
+        """
+        number = self._next
+        block, home = self._blocks[number], self._homes[number]
         try:
+            self._bring(block)
             yield block
         finally:
-            block.module.to(home)
+            move_module(block.module, home)
 
-    @contextlib.contextmanager
-    def collecting(
-        self, layers: Iterable[PrunableLayer], add: Callable[[PrunableLayer, Tensor], None]
-    ) -> Iterator[None]:
-        """Hands every input of some layers on while the block runs.
-
-        Args:
-            layers: Of the block that is due.
-            add: Called with a layer and its input (..., in).
-        """
-        with contextlib.ExitStack() as hooks:
-            for layer in layers:
-
-                def look(
-                    module: nn.Module,
-                    args: tuple[Any, ...],
-                    kwargs: dict[str, Any],
-                    layer: PrunableLayer = layer,
-                ) -> None:
-                    add(layer, (*args, *kwargs.values())[0])
-
-                handle = layer.module.register_forward_pre_hook(look, with_kwargs=True)
-                hooks.callback(handle.remove)
-            yield
-
-
-def usual_batch(seqlen: int) -> int:
-    """Samples at a time where nobody says: about 4096 tokens."""
-    return max(1, _BATCH_TOKENS // seqlen)
+    def _bring(self, block: Block) -> None:
+        if self._device is None:
+            return
+        while True:
+            try:
+                move_module(block.module, self._device)
+                return
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                failure = str(error)
+            if not self.use.on_device:
+                raise no_room(self._where, f"the weights of block {block.name!r}", failure)
+            # The hidden states can make room for them.
+            self.use = replace(self.use, on_device=False)
+            for number, kept in enumerate(self._kept):
+                self._kept[number] = _moved(kept, torch.device("cpu"))
+            release()
 
 
 def _moved(tree: _Tree, device: torch.device) -> _Tree:
@@ -368,29 +374,3 @@ def _check_finite(output: object, block: Block) -> None:
             f"calibration: block {block.name!r} returns NaN or infinite activations: check its "
             "weights, or run in a wider dtype"
         )
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode within, and afterwards each module's own."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextlib.contextmanager
-def _patched(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Another forward pass, whether the module has one of its own or its class's."""
-    own = module.__dict__.get("forward")
-    module.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.__dict__["forward"]
-        else:
-            module.__dict__["forward"] = own

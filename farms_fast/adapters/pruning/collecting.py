@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from farms_fast.adapters.pruning.blocks import PrunableLayer
 from farms_fast.adapters.pruning.calibration import BlockRunner
@@ -32,13 +34,34 @@ def collect(
     for sharing in (True, False) if how.needs_hessian and not keep else (False,):
         collector = _Collector(how, sharing)
         try:
-            with runner.collecting(layers, collector.add):
+            with _listening(layers, collector.add):
                 if (layers and how.needs_inputs) or keep:
-                    runner.run(keep=keep)
+                    runner.run(keep=keep, again=collector.clear)
             return collector.statistics(layers)
         except _NotTheSame:
             continue
     raise AssertionError("without sharing nothing has to be the same")
+
+
+@contextlib.contextmanager
+def _listening(
+    layers: Iterable[PrunableLayer], add: Callable[[PrunableLayer, Tensor], None]
+) -> Iterator[None]:
+    """Hands every input of some layers on, (..., in), while their block runs."""
+    with contextlib.ExitStack() as hooks:
+        for layer in layers:
+
+            def look(
+                module: nn.Module,
+                args: tuple[Any, ...],
+                kwargs: dict[str, Any],
+                layer: PrunableLayer = layer,
+            ) -> None:
+                add(layer, (*args, *kwargs.values())[0])
+
+            handle = layer.module.register_forward_pre_hook(look, with_kwargs=True)
+            hooks.callback(handle.remove)
+        yield
 
 
 class _NotTheSame(Exception):
@@ -56,6 +79,10 @@ class _Collector:
     def __init__(self, how: Pruner, sharing: bool) -> None:
         self._how = how
         self._sharing = sharing
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets all inputs, those of a batch that ended half-way among them."""
         self._own: dict[str, InputStatistics] = {}
         self._leaders: dict[str, str] = {}
         self._calls: dict[str, int] = {}

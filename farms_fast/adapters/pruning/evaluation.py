@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import random
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from farms_fast.adapters.pruning.blocks import find_blocks
-from farms_fast.adapters.pruning.calibration import BlockRunner, evaluating, usual_batch
-from farms_fast.adapters.pruning.placement import block_device, input_device
-from farms_fast.adapters.pruning.tokens import check_positions, token_ids
+from farms_fast.adapters.pruning.likelihood import TokenLosses, check_order, with_another_end
+from farms_fast.adapters.pruning.module_state import evaluating
+from farms_fast.adapters.pruning.placement import input_embeddings
+from farms_fast.adapters.pruning.tokens import check_positions, longest_sequence, token_ids
 from farms_fast.arguments import natural
 
-__all__ = ["SEVEN_TASKS", "perplexity", "zero_shot"]
+__all__ = ["SEVEN_TASKS", "check_causal", "perplexity", "zero_shot"]
 
+# Tokens that it takes to see whether a model is causal.
+_TRIED = 16
 #: The zero-shot tasks that the literature on pruning reports, by their names in lm_eval: BoolQ,
 #: RTE, HellaSwag, WinoGrande, ARC easy and challenge, OpenBookQA.
 SEVEN_TASKS = (
@@ -52,13 +52,18 @@ def perplexity(
     token of each, which has no context, is not scored. With a smaller stride every token but the
     text's first is scored once, with at least ``seqlen - stride`` tokens before it.
 
+    The model has to be causal: a token's likelihood may depend on the tokens before it alone. That
+    is tried out on the first window, whose second half is replaced to see whether the likelihoods
+    in its first half change.
+
     Args:
         model: Called with token ids (n, seqlen); returns logits (n, seqlen, vocabulary), or an
             output with ``logits``, or a tuple with them first. It runs in evaluation mode.
         tokens: int64 (n,) or (1, n), a text.
         seqlen: Tokens of a window.
         stride: Tokens from a window's start to that of the next, at most seqlen; None is seqlen.
-        batch_size: Windows at a time; None is about 4096 tokens.
+        batch_size: Windows at a time to begin with; None is about 4096 tokens. Where the device's
+            memory ends, half of them, and so on down to one.
         device: Where the model's repeated blocks run, one at a time, what is around them running
             where it is; None runs the model where it is, as does the device that it is on.
         memory: With a device: as `farms_fast.adapters.pruning.sequential.prune_model` takes it.
@@ -70,7 +75,8 @@ def perplexity(
     Raises:
         TypeError: An argument of another kind.
         ValueError: Fewer than two tokens, a seqlen below 2 or beyond the model's positions, a
-            stride out of range, an unknown token, or logits that are NaN.
+            stride out of range, an unknown token, logits that are NaN, a model that is not causal,
+            or no memory for one window at a time.
 
     Example:
         >>> import torch
@@ -89,36 +95,61 @@ def perplexity(
         raise ValueError(f"tokens: expected at least two, got {tokens.numel()}")
     text = token_ids(model, tokens, "tokens").flatten()
     check_positions(model, min(length, len(text)), "tokens")
-    size = usual_batch(length)
-    if batch_size is not None:
-        size = natural("batch_size", batch_size, least=1)
-    place = input_device(model)
-    where = place if device is None else block_device(device, place)
+    losses = TokenLosses(model, batch_size=batch_size, device=device, memory=memory)
     total, count = 0.0, 0
     for start, windows, scored in _windows(text, length, step):
-        if where == place:
-            outputs = _outputs(model, windows, size, place)
+        targets = windows[:, -scored:]
+        if start == 0:
+            first = torch.cat(list(losses(with_another_end(windows[0]), targets.expand(2, -1))))
+            check_order(model, first)
+            found: Iterator[Tensor] = iter([first[:1]])
         else:
-            outputs = _outputs_by_blocks(model, windows, batch_size, where, memory)
+            found = losses(windows, targets)
         done = 0
-        # Closed also after an error: until then the model is not as it was.
-        with contextlib.closing(outputs):
-            for output in outputs:
-                logits = _logits(output)[:, -scored - 1 : -1]
-                targets = windows[done : done + len(logits), -scored:].to(logits.device)
-                # Window by window: copies of all logits in float32 would take more than the model.
-                losses = [_loss(*window) for window in zip(logits, targets, strict=True)]
-                loss = float(torch.stack(losses).sum())
-                if math.isnan(loss):
-                    raise ValueError(
-                        "model: its logits are NaN in the windows that start with token "
-                        f"{start + done * step}"
-                    )
-                done += len(logits)
-                total += loss
-                count += targets.numel()
+        for batch in found:
+            loss = float(batch.sum())
+            if math.isnan(loss):
+                raise ValueError(
+                    "model: its logits are NaN in the windows that start with token "
+                    f"{start + done * step}"
+                )
+            done += len(batch)
+            total += loss
+            count += batch.numel()
     mean = total / count
     return math.exp(mean) if mean < 709 else math.inf
+
+
+def check_causal(
+    model: nn.Module,
+    *,
+    device: str | torch.device | None = None,
+    memory: int | None = None,
+) -> None:
+    """Raises unless a model's likelihood of a token depends on the tokens before it alone.
+
+    Args:
+        model: As `perplexity` takes it. Of a model that does not tell its vocabulary, as those of
+            transformers do, nothing is known here.
+        device: As `perplexity` takes it.
+        memory: As `perplexity` takes it.
+
+    Raises:
+        TypeError: The model returns no logits.
+        ValueError: It is not causal.
+
+    Example:
+        >>> check_causal(torch.nn.Sequential(torch.nn.Embedding(10, 10)))
+    """
+    losses = TokenLosses(model, batch_size=None, device=device, memory=memory)
+    vocabulary = getattr(input_embeddings(model), "num_embeddings", None)
+    length = min(_TRIED, longest_sequence(model) or _TRIED)
+    if not isinstance(vocabulary, int) or length < 2:
+        return
+    # From the middle of the vocabulary: its ends often have a meaning of their own.
+    ids = (torch.arange(length) + vocabulary // 2) % vocabulary
+    pair = losses(with_another_end(ids), ids[1:].expand(2, -1))
+    check_order(model, torch.cat(list(pair)))
 
 
 def _windows(text: Tensor, length: int, step: int) -> Iterator[tuple[int, Tensor, int]]:
@@ -137,53 +168,6 @@ def _windows(text: Tensor, length: int, step: int) -> Iterator[tuple[int, Tensor
     left = min(count - (last - step + length), count - last - 1)
     if last + length > count and last and left:
         yield last, text[None, last:], left
-
-
-def _outputs(
-    model: nn.Module, windows: Tensor, size: int, place: torch.device
-) -> Generator[Any, None, None]:
-    with torch.no_grad(), evaluating(model):
-        for batch in windows.split(size):
-            yield model(batch.to(place))
-
-
-def _outputs_by_blocks(
-    model: nn.Module,
-    windows: Tensor,
-    batch_size: int | None,
-    device: torch.device,
-    memory: int | None,
-) -> Generator[Any, None, None]:
-    blocks = find_blocks(model)
-    runner = BlockRunner(
-        model, blocks, windows, device=device, memory=memory, batch_size=batch_size
-    )
-    with runner:
-        for _ in blocks.blocks:
-            with runner.on_device():
-                runner.run(keep=True)
-        yield from runner.outputs()
-
-
-def _loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Negative log likelihood of a window's tokens, summed in float64."""
-    if logits.dtype in (torch.float16, torch.bfloat16):
-        logits = logits.float()
-    return functional.cross_entropy(logits, targets, reduction="none").sum(dtype=torch.float64)
-
-
-def _logits(output: Any) -> Tensor:
-    if isinstance(output, Tensor):
-        return output
-    found = getattr(output, "logits", None)
-    if found is None and isinstance(output, Sequence) and output:
-        found = output[0]
-    if not isinstance(found, Tensor):
-        raise TypeError(
-            "model: expected logits (n, seqlen, vocabulary) or an output that has them, "
-            f"got {type(output).__name__}"
-        )
-    return found
 
 
 def zero_shot(
@@ -210,10 +194,14 @@ def zero_shot(
 
     Raises:
         ImportError: lm_eval is not installed.
-        ValueError: No task, or one that has no accuracy.
+        TypeError: The model is none, or returns no logits.
+        ValueError: No task, one that has no accuracy, or a model that is not causal.
     """
-    if isinstance(tasks, str) or not tasks:
+    named = isinstance(tasks, Sequence) and all(isinstance(task, str) for task in tasks)
+    if isinstance(tasks, str) or not named or not tasks:
         raise ValueError(f"tasks: expected a sequence of names of tasks, got {tasks!r}")
+    if limit is not None:
+        natural("limit", limit, least=1)
     try:
         import lm_eval
         from lm_eval.models.huggingface import HFLM
@@ -222,6 +210,7 @@ def zero_shot(
             "zero_shot needs the lm-evaluation-harness, which is not installed: "
             "pip install 'farms-fast[lm-eval]'"
         ) from error
+    check_causal(model)
     numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002
     try:
         # It seeds every generator for itself.

@@ -6,11 +6,15 @@ scores the earlier place goes first, so that a mask is the same on every device 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
+from farms_fast.adapters.pruning.sparsities import is_number
 from farms_fast.arguments import natural
 
 __all__ = [
+    "check_pattern",
     "check_target",
     "check_weight",
     "lowest",
@@ -127,19 +131,26 @@ def check_target(
     if (ratio is None) == (n_m is None):
         raise ValueError(f"ratio, n_m: expected one of the two, got ratio={ratio}, n_m={n_m}")
     if n_m is None:
-        if not isinstance(ratio, (int, float)) or not 0 <= ratio <= 1:
+        if not is_number(ratio) or not 0 <= ratio <= 1:
             raise ValueError(f"ratio{of}: expected a number from 0 to 1, got {ratio!r}")
         return
-    try:
-        n, m = n_m
-    except (TypeError, ValueError):
-        raise ValueError(f"n_m{of}: expected (n, m), n kept of every m, got {n_m!r}") from None
-    if natural("n_m[0]", n) > natural("n_m[1]", m, least=1):
-        raise ValueError(f"n_m{of}: expected n <= m, n kept of every m, got {n}:{m}")
+    _, m = check_pattern(n_m, layer)
     if weight.shape[1] % m:
         raise ValueError(
             f"n_m{of}: groups of {m} do not divide the {weight.shape[1]} columns of the weight"
         )
+
+
+def check_pattern(n_m: object, layer: str = "") -> tuple[int, int]:
+    """The n and m of n kept of every m; ValueError or TypeError unless they are that."""
+    of = f" of layer {layer!r}" if layer else ""
+    pair = list(n_m) if isinstance(n_m, Iterable) else []
+    if len(pair) != 2:
+        raise ValueError(f"n_m{of}: expected (n, m), n kept of every m, got {n_m!r}")
+    n, m = natural(f"n_m[0]{of}", pair[0]), natural(f"n_m[1]{of}", pair[1], least=1)
+    if n > m:
+        raise ValueError(f"n_m{of}: expected n <= m, n kept of every m, got {n}:{m}")
+    return n, m
 
 
 def _lowest_in_each_row(scores: torch.Tensor, count: int) -> torch.Tensor:

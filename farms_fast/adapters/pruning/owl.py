@@ -8,10 +8,22 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import torch
 
-from farms_fast.adapters.pruning.sparsities import Allocation, check_sparsity, shared_to_total
-from farms_fast.arguments import natural
+from farms_fast.adapters.pruning.sparsities import (
+    Allocation,
+    as_number,
+    check_sparsity,
+    is_number,
+    shared_to_total,
+    weight_counts,
+)
 
-__all__ = ["outlier_ratio", "owl_sparsity"]
+__all__ = ["check_threshold", "outlier_ratio", "owl_sparsity"]
+
+
+def check_threshold(threshold: object) -> None:
+    """Raises ValueError unless it is a number above 0."""
+    if not is_number(threshold) or not threshold > 0:
+        raise ValueError(f"threshold: expected a number above 0, got {threshold!r}")
 
 
 def outlier_ratio(scores: Iterable[torch.Tensor], threshold: float = 5.0) -> float:
@@ -26,15 +38,20 @@ def outlier_ratio(scores: Iterable[torch.Tensor], threshold: float = 5.0) -> flo
         Percentage of the scores that are above threshold times their mean.
 
     Raises:
+        TypeError: Scores that are no tensors.
         ValueError: No scores, scores that are not finite, or a threshold that is not positive.
 
     Example:
         >>> outlier_ratio([torch.tensor([1.0, 1.0, 1.0]), torch.tensor([9.0])], 2.0)
         25.0
     """
-    if not threshold > 0:
-        raise ValueError(f"threshold: expected a number above 0, got {threshold!r}")
+    check_threshold(threshold)
+    if not isinstance(scores, Iterable):
+        raise TypeError(f"scores: expected tensors, got {type(scores).__name__}")
     every = list(scores)
+    for given in every:
+        if not isinstance(given, torch.Tensor):
+            raise TypeError(f"scores: expected tensors, got {type(given).__name__} for one")
     number = sum(tensor.numel() for tensor in every)
     total = math.fsum(float(tensor.sum(dtype=torch.float64)) for tensor in every)
     if not number or not math.isfinite(total):
@@ -67,7 +84,7 @@ def owl_sparsity(
         The ratios by layer.
 
     Raises:
-        TypeError: A number of weights that is no integer.
+        TypeError: Outliers that are no numbers, or a number of weights that is no integer.
         ValueError: A sparsity out of range, a lam that is negative or makes a sparsity negative,
             outliers that are not finite, or layers of other blocks.
 
@@ -77,28 +94,21 @@ def owl_sparsity(
         [0.78, 0.62, 0.7]
     """
     check_sparsity(sparsity)
-    if not 0 <= lam < math.inf:
+    if not is_number(lam) or not 0 <= lam < math.inf:
         raise ValueError(f"lam: expected a number of at least 0, got {lam!r}")
-    by_block = (
-        {str(block): float(value) for block, value in outliers.items()}
-        if isinstance(outliers, Mapping)
-        else {str(block): float(value) for block, value in enumerate(outliers)}
-    )
+    by_block = _by_block(outliers)
     values = np.array(list(by_block.values()), dtype=np.float64)
     if not len(values) or not np.isfinite(values).all():
         raise ValueError(f"outliers: expected finite numbers by block, got {by_block}")
     inside = {block: {block: 1} for block in by_block} if layers is None else layers
-    if set(inside) != set(by_block) or not all(inside.values()):
+    if not isinstance(inside, Mapping) or set(inside) != set(by_block):
+        got = f"{len(inside)} blocks" if isinstance(inside, Mapping) else type(inside).__name__
         raise ValueError(
-            f"layers: expected those of the {len(by_block)} blocks of outliers, got those of "
-            f"{len(inside)} blocks, or a block without layers"
+            f"layers: expected those of the {len(by_block)} blocks of outliers, got {got}"
         )
-    params = {
-        name: natural(f"layers[{block!r}][{name!r}]", count, least=1)
-        for block in by_block
-        for name, count in inside[block].items()
-    }
-    weights = np.array([float(sum(inside[block].values())) for block in by_block])
+    counts = {block: weight_counts(f"layers[{block!r}]", inside[block]) for block in by_block}
+    params = {name: count for block in counts.values() for name, count in block.items()}
+    weights = np.array([float(sum(block.values())) for block in counts.values()])
     spread = np.ptp(values)
     above = 2 * lam * (values - values.min()) / spread if spread else np.zeros_like(values)
     relative = sparsity - above + (weights * above).sum() / weights.sum()
@@ -109,13 +119,22 @@ def owl_sparsity(
             f"at a total of {sparsity:g}"
         )
     scale, ratios = shared_to_total(relative, weights, float(sparsity))
-    block_of = {name: number for number, block in enumerate(by_block) for name in inside[block]}
+    block_of = {name: at for at, block in enumerate(counts.values()) for name in block}
     return Allocation(
         ratios={name: float(ratios[block_of[name]]) for name in params},
         params=params,
         relative={name: float(relative[block_of[name]]) for name in params},
-        blocks={block: tuple(inside[block]) for block in by_block},
+        blocks={block: tuple(names) for block, names in counts.items()},
         scale=scale,
         settings={"allocation": "owl", "sparsity": float(sparsity), "lam": float(lam)},
         outliers=by_block,
     )
+
+
+def _by_block(outliers: object) -> dict[str, float]:
+    if isinstance(outliers, (str, bytes)) or not isinstance(outliers, Iterable):
+        raise TypeError(
+            f"outliers: expected numbers by block or in order, got {type(outliers).__name__}"
+        )
+    pairs = outliers.items() if isinstance(outliers, Mapping) else enumerate(outliers)
+    return {str(block): as_number("outliers", value, str(block)) for block, value in pairs}

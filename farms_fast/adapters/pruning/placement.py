@@ -5,9 +5,18 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from farms_fast.adapters.pruning.shortage import is_out_of_memory, release
 from farms_fast.arguments import resolve_device
+from farms_fast.engine.machine import machine_of
 
-__all__ = ["block_device", "device_of", "input_device", "input_embeddings"]
+__all__ = [
+    "block_device",
+    "device_of",
+    "input_device",
+    "input_embeddings",
+    "move_module",
+    "place_model",
+]
 
 
 def block_device(device: str | torch.device | None, home: torch.device) -> torch.device:
@@ -39,3 +48,38 @@ def input_device(model: nn.Module) -> torch.device:
     """Where a model takes its token ids."""
     embeddings = input_embeddings(model)
     return device_of(model if embeddings is None else embeddings)
+
+
+def move_module(module: nn.Module, device: torch.device) -> None:
+    """Moves all of a module to a device, or none of it where that has no room."""
+    before = device_of(module)
+    if before == device:
+        return
+    try:
+        module.to(device)
+    except BaseException:
+        module.to(before)
+        raise
+
+
+def place_model(model: nn.Module, device: torch.device, memory: int | None = None) -> None:
+    """Moves a model to a device if it takes at most half of what may be taken there.
+
+    Where the device has no room for it, it stays where it is.
+
+    Args:
+        model: Whole on one device.
+        device: Where to.
+        memory: Bytes that may be taken; None is half of what the device has.
+    """
+    budget = machine_of(device).memory // 2 if memory is None else memory
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
+    if device.type == "cpu" or 2 * weights > budget:
+        return
+    try:
+        move_module(model, device)
+        return
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    release()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from farms_fast.adapters.pruning.sparsities import is_number
+
 __all__ = ["EPSILON_PRESETS", "epsilon_preset"]
 
 _SPARSITIES = (0.7, 0.75, 0.8, 0.85)
@@ -48,10 +50,10 @@ def epsilon_preset(model: str, method: str, sparsity: float) -> float:
     methods = EPSILON_PRESETS.get(str(model).lower())
     if methods is None:
         raise ValueError(f"model: expected one of {', '.join(EPSILON_PRESETS)}, got {model!r}")
-    if method not in methods:
+    if not isinstance(method, str) or method not in methods:
         raise ValueError(f"method: expected one of {', '.join(methods)}, got {method!r}")
     for known, epsilon in methods[method].items():
-        if abs(known - sparsity) < 1e-9:
+        if is_number(sparsity) and abs(known - sparsity) < 1e-9:
             return epsilon
     known_ones = ", ".join(f"{known:g}" for known in methods[method])
     raise ValueError(f"sparsity: expected one of {known_ones}, got {sparsity!r}")

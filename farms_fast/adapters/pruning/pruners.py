@@ -22,7 +22,7 @@ class PruneFunction(Protocol):
         self,
         weight: torch.Tensor,
         ratio: float | None,
-        statistics: InputStatistics | None,
+        statistics: InputStatistics | None = None,
         *,
         n_m: tuple[int, int] | None = None,
         layer: str = "",
@@ -79,6 +79,6 @@ def pruner(name: str) -> Pruner:
         >>> pruner("wanda").needs_hessian
         False
     """
-    if name not in PRUNERS:
+    if not isinstance(name, str) or name not in PRUNERS:
         raise ValueError(f"method: expected one of {', '.join(PRUNERS)}, got {name!r}")
     return PRUNERS[name]

@@ -6,8 +6,11 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 
+from farms_fast.adapters.pruning.masks import check_pattern
 from farms_fast.adapters.pruning.pruners import pruner
-from farms_fast.adapters.pruning.sparsities import Allocation
+from farms_fast.adapters.pruning.sparsegpt import check_damping
+from farms_fast.adapters.pruning.sparsities import Allocation, is_number
+from farms_fast.arguments import natural
 
 __all__ = ["to_recipe"]
 
@@ -50,6 +53,7 @@ def to_recipe(
         while it stops at 1 with an error.
 
     Raises:
+        TypeError: ratios or n_m are no mapping, or block is no integer.
         ValueError: An unknown method, no layers, a ratio outside of [0, 1], layers of n_m that are
             not those of the ratios, or n_m with the magnitude method, for which llm-compressor has
             no such thing.
@@ -72,11 +76,19 @@ def to_recipe(
         <BLANKLINE>
     """
     pruner(method)
-    by_layer = dict(ratios.ratios if isinstance(ratios, Allocation) else ratios)
+    natural("block", block, least=1)
+    check_damping(damping)
+    given = ratios.ratios if isinstance(ratios, Allocation) else ratios
+    for argument, value in (("ratios", given), ("n_m", {} if n_m is None else n_m)):
+        if not isinstance(value, Mapping):
+            raise TypeError(
+                f"{argument}: expected a value for each layer by name, got {type(value).__name__}"
+            )
+    by_layer = dict(given)
     if not by_layer:
         raise ValueError("ratios: expected at least one layer, got none")
     for name, ratio in by_layer.items():
-        if not 0 <= ratio <= 1:
+        if not is_number(ratio) or not 0 <= ratio <= 1:
             raise ValueError(f"ratios: expected numbers from 0 to 1, got {ratio!r} for {name!r}")
     if n_m is not None:
         if method == "magnitude":
@@ -85,6 +97,7 @@ def to_recipe(
             raise ValueError(
                 f"n_m: expected the {len(by_layer)} layers of the ratios, got {len(n_m)} others"
             )
+        n_m = {name: check_pattern(pattern, name) for name, pattern in n_m.items()}
 
     groups: dict[object, list[str]] = {}
     for name, ratio in by_layer.items():

@@ -9,6 +9,7 @@ import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from torch import nn
@@ -27,9 +28,12 @@ def check_output(path: str | os.PathLike[str]) -> Path:
     """The path of a folder to make, absolute.
 
     Raises:
+        TypeError: It is no path.
         FileExistsError: It is a file, or a folder that is not empty.
         FileNotFoundError: The folder that it is to be in does not exist.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"out: expected the path of a folder, got {type(path).__name__}")
     target = Path(os.path.abspath(Path(path).expanduser()))
     if target.is_dir():
         if any(target.iterdir()):
@@ -81,13 +85,20 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 def report_as_dict(
     report: PruningReport, settings: Mapping[str, object] | None = None
 ) -> dict[str, Any]:
-    """What `SETTINGS_FILE` has: settings, sparsity, and a line for each layer and skipped tensor.
+    """What `SETTINGS_FILE` has: settings, results, and a line for each layer and skipped tensor.
+
+    Raises:
+        TypeError: No `PruningReport`, or settings that are no mapping.
 
     Example:
         >>> report = PruningReport("magnitude", (), (), 0.0, 0)
-        >>> sorted(report_as_dict(report, {"sparsity": 0.5}))
-        ['farms_fast', 'format', 'layers', 'method', 'settings', 'skipped', 'sparsity', 'version']
+        >>> list(report_as_dict(report, {"sparsity": 0.5}))[3:]
+        ['method', 'sparsity', 'batch_size', 'settings', 'layers', 'skipped']
     """
+    if not isinstance(report, PruningReport):
+        raise TypeError(f"report: expected a PruningReport, got {type(report).__name__}")
+    if not isinstance(settings, (Mapping, NoneType)):
+        raise TypeError(f"settings: expected values by name, got {type(settings).__name__}")
     layers = [
         {
             "name": layer.name,
@@ -108,6 +119,7 @@ def report_as_dict(
         "farms_fast": __version__,
         "method": report.method,
         "sparsity": report.sparsity if report.layers else None,
+        "batch_size": report.batch_size,
         "settings": settings or {},
         "layers": layers,
         "skipped": [vars(tensor) for tensor in report.skipped],
@@ -140,22 +152,26 @@ def save_pruned(
         recipe: The text of a recipe for llm-compressor.
 
     Raises:
-        TypeError: The model has no ``save_pretrained``.
+        TypeError: The model or the tokenizer has no ``save_pretrained``, or an argument of another
+            kind; nothing is written then.
         FileExistsError: The folder is there and not empty.
         FileNotFoundError: The folder that it is to be in does not exist.
         OSError: It cannot be written.
     """
-    save = getattr(model, "save_pretrained", None)
-    if save is None:
-        raise TypeError(
-            "model: expected one with save_pretrained, as models of transformers have it, "
-            f"got {type(model).__name__}"
-        )
+    for argument, saved in (("model", model), ("tokenizer", tokenizer)):
+        if not hasattr(saved, "save_pretrained") and (saved is not None or argument == "model"):
+            raise TypeError(
+                f"{argument}: expected one with save_pretrained, as those of transformers have it, "
+                f"got {type(saved).__name__}"
+            )
+    if not isinstance(recipe, (str, NoneType)):
+        raise TypeError(f"recipe: expected a text, got {type(recipe).__name__}")
+    document = json.dumps(report_as_dict(report, settings), indent=1, allow_nan=False)
     with new_folder(out) as folder:
-        save(folder)
+        saver: Any = model
+        saver.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        document = json.dumps(report_as_dict(report, settings), indent=1, allow_nan=False)
         (folder / SETTINGS_FILE).write_text(document + "\n", encoding="utf-8")
         if recipe is not None:
             (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")

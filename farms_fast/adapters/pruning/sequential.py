@@ -15,13 +15,15 @@ from farms_fast.adapters.pruning.blocks import Block, Blocks, PrunableLayer, fin
 from farms_fast.adapters.pruning.calibration import BlockRunner
 from farms_fast.adapters.pruning.collecting import collect
 from farms_fast.adapters.pruning.masks import check_target, check_weight
-from farms_fast.adapters.pruning.owl import outlier_ratio
-from farms_fast.adapters.pruning.placement import block_device
+from farms_fast.adapters.pruning.owl import check_threshold, outlier_ratio
+from farms_fast.adapters.pruning.placement import block_device, device_of
 from farms_fast.adapters.pruning.pruners import Pruner, pruner
+from farms_fast.adapters.pruning.shortage import whole
 from farms_fast.adapters.pruning.sparsities import Allocation
 from farms_fast.adapters.pruning.statistics import InputStatistics
 from farms_fast.adapters.pruning.tokens import check_tokens
 from farms_fast.adapters.pruning.wanda import wanda_scores
+from farms_fast.arguments import natural
 from farms_fast.layers import Skipped
 from farms_fast.progress import Progress, reporter
 
@@ -72,7 +74,9 @@ class PruningReport:
         skipped: The matrices of the model that were not to be pruned, each with its reason.
         seconds: What it took.
         calibration_bytes: The most bytes taken on the device beside the model, as predicted
-            (`farms_fast.adapters.pruning.calibration.MemoryUse`); 0 without calibration.
+            (`farms_fast.adapters.pruning.memory_use.MemoryUse`); 0 without calibration.
+        batch_size: Samples at a time in the end, after every halving for want of memory; 0 without
+            calibration.
     """
 
     method: str
@@ -80,6 +84,7 @@ class PruningReport:
     skipped: tuple[Skipped, ...] = field(repr=False)
     seconds: float
     calibration_bytes: int
+    batch_size: int = 0
 
     @property
     def sparsity(self) -> float:
@@ -119,8 +124,9 @@ def prune_model(
             for each by name. n = m leaves a layer as it is.
         device: Where blocks run and are pruned, one at a time; None is where each of them is.
         memory: Bytes to take on the device at most, see
-            `farms_fast.adapters.pruning.calibration.MemoryUse`; None is half of the device's.
-        batch_size: Samples at a time; None is about 4096 tokens.
+            `farms_fast.adapters.pruning.memory_use.MemoryUse`; None is half of the device's.
+        batch_size: Samples at a time to begin with; None is about 4096 tokens. Where the device's
+            memory ends, half of them, and so on down to one.
         progress: As `farms_fast.analyze` takes it; layers count.
 
     Returns:
@@ -132,7 +138,8 @@ def prune_model(
         ValueError: An unknown method or device, no repeated blocks, a layer that cannot be pruned
             (see `find_blocks`), ratios that are missing, unknown or out of range, calibration that
             is missing, empty, too long for the model or has unknown tokens, NaN or infinity in
-            weights or activations (the message names the layer), or too little memory.
+            weights or activations (the message names the layer), or too little memory for one
+            sample at a time or for the pruning of one layer.
 
     Example:
         >>> import torch
@@ -148,6 +155,7 @@ def prune_model(
     """
     start = time.perf_counter()
     how = pruner(method)
+    _check_room(memory, batch_size)
     blocks = find_blocks(model)
     targets = _targets(blocks, ratios, n_m)
     for layer in blocks.layers:
@@ -160,7 +168,7 @@ def prune_model(
     elif how.needs_inputs:
         raise TypeError(f"calibration: {method} needs token ids (samples, seqlen), got None")
     done: list[PrunedLayer] = []
-    used = 0
+    used = size = 0
     place = None if device is None else block_device(device, torch.device("cpu"))
     weights = {layer.name: math.prod(layer.shape) for layer in blocks.layers}
     count = len(weights)
@@ -193,7 +201,9 @@ def prune_model(
                             report(layer.name, weights[layer.name], True)
                         if number + 1 < len(blocks.blocks):
                             runner.run(keep=True)
-    return PruningReport(method, tuple(done), blocks.skipped, time.perf_counter() - start, used)
+            size = runner.batch_size
+    seconds = time.perf_counter() - start
+    return PruningReport(method, tuple(done), blocks.skipped, seconds, used, size)
 
 
 def owl_statistics(
@@ -237,8 +247,7 @@ def owl_statistics(
         >>> list(owl_statistics(model, torch.randint(10, (4, 6)), threshold=2))
         ['1', '2']
     """
-    if not threshold > 0:
-        raise ValueError(f"threshold: expected a number above 0, got {threshold!r}")
+    check_threshold(threshold)
     blocks = find_blocks(model)
     tokens = check_tokens(model, calibration)
     how = pruner("wanda")
@@ -257,10 +266,17 @@ def owl_statistics(
         for block in blocks.blocks:
             with runner.on_device():
                 statistics = collect(runner, block.layers, how, keep=True)
-                scores = [wanda_scores(x.matrix, statistics[x.name]) for x in block.layers]
-                found[block.name] = outlier_ratio(scores, threshold)
+                with whole(device_of(block.module), f"the scores of block {block.name!r}"):
+                    scores = [wanda_scores(x.matrix, statistics[x.name]) for x in block.layers]
+                    found[block.name] = outlier_ratio(scores, threshold)
             report(block.name, 1, True)
     return found
+
+
+def _check_room(memory: int | None, batch_size: int | None) -> None:
+    for argument, value in (("memory", memory), ("batch_size", batch_size)):
+        if value is not None:
+            natural(argument, value, least=1)
 
 
 def _targets(
@@ -318,12 +334,14 @@ def _prune_layer(
     """Prunes one layer in place, on the device if there is one."""
     ratio, groups = target
     matrix = layer.matrix
-    before = int((matrix == 0).sum())
-    if not _stays(target):
-        work = matrix if device is None else matrix.to(device)
-        how.prune_(work, None if groups else ratio, statistics, n_m=groups, layer=layer.name)
-        if work is not matrix:
-            matrix.copy_(work)
+    place = device or matrix.device
+    with whole(place, f"pruning layer {layer.name!r} of {layer.shape} by {how.name}"):
+        before = int((matrix == 0).sum())
+        if not _stays(target):
+            work = matrix.to(place)
+            how.prune_(work, None if groups else ratio, statistics, n_m=groups, layer=layer.name)
+            if work is not matrix:
+                matrix.copy_(work)
     return PrunedLayer(
         layer.name,
         block.name,

@@ -17,12 +17,23 @@ from farms_fast.adapters.pruning.masks import (
     lowest_in_groups,
     share_out,
 )
-from farms_fast.adapters.pruning.statistics import InputStatistics, full_float32
+from farms_fast.adapters.pruning.sparsities import is_number
+from farms_fast.adapters.pruning.statistics import (
+    InputStatistics,
+    check_statistics,
+    full_float32,
+)
 from farms_fast.arguments import natural
 
-__all__ = ["inverse_factor", "sparsegpt_prune_"]
+__all__ = ["check_damping", "inverse_factor", "sparsegpt_prune_"]
 
 _MOST_DAMPING = 100.0
+
+
+def check_damping(damping: object) -> None:
+    """Raises ValueError unless it is a number above 0."""
+    if not is_number(damping) or not damping > 0:
+        raise ValueError(f"damping: expected a number above 0, got {damping!r}")
 
 
 def inverse_factor(
@@ -44,16 +55,22 @@ def inverse_factor(
         damping that was enough.
 
     Raises:
-        ValueError: damping is not positive, or 100 times the mean diagonal was not enough, as for a
-            matrix that is no Hessian.
+        TypeError: hessian is no tensor.
+        ValueError: hessian is not square, damping is not positive, or 100 times the mean diagonal
+            was not enough, as for a matrix that is no Hessian.
 
     Example:
         >>> factor, dead, damping = inverse_factor(torch.eye(2) * 2, 1.0)
         >>> factor.diagonal().tolist(), dead.tolist(), damping
         ([0.5, 0.5], [False, False], 1.0)
     """
-    if not damping > 0:
-        raise ValueError(f"damping: expected a number above 0, got {damping!r}")
+    check_damping(damping)
+    if not isinstance(hessian, torch.Tensor):
+        raise TypeError(f"hessian: expected a torch.Tensor, got {type(hessian).__name__}")
+    if hessian.ndim != 2 or hessian.shape[0] != hessian.shape[1]:
+        raise ValueError(
+            f"hessian: expected a square matrix (n, n), got shape {tuple(hessian.shape)}"
+        )
     diagonal = hessian.diagonal()
     dead = diagonal == 0
     alive = int((~dead).sum())
@@ -84,7 +101,7 @@ def _inverse_factor(matrix: torch.Tensor) -> torch.Tensor | None:
 def sparsegpt_prune_(
     weight: torch.Tensor,
     ratio: float | None,
-    statistics: InputStatistics | None,
+    statistics: InputStatistics | None = None,
     *,
     n_m: tuple[int, int] | None = None,
     block: int = 128,
@@ -127,20 +144,12 @@ def sparsegpt_prune_(
     """
     check_weight(weight, layer)
     check_target(weight, ratio, n_m, layer)
-    if statistics is None:
-        raise TypeError(
-            f"statistics of layer {layer!r}: SparseGPT needs those of its inputs, got None"
-        )
+    hessian = check_statistics(statistics, weight, layer).hessian
+    check_damping(damping)
     cols = weight.shape[1]
-    if cols != statistics.columns:
-        raise ValueError(
-            f"statistics of layer {layer or statistics.layer!r}: expected those of {cols} inputs "
-            f"as the weight's columns, got {statistics.columns}"
-        )
     width = natural("block", block, least=1)
     if n_m is not None:
         width = -(-width // n_m[1]) * n_m[1]
-    hessian = statistics.hessian
     hessian = hessian.to(weight.device, torch.promote_types(hessian.dtype, weight.dtype))
     zero = weight == 0
     starts = range(0, cols, width)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,14 @@ import numpy.typing as npt
 from farms_fast.arguments import natural
 from farms_fast.results import printable
 
-__all__ = ["Allocation", "check_sparsity", "is_number", "shared_to_total"]
+__all__ = [
+    "Allocation",
+    "as_number",
+    "check_sparsity",
+    "is_number",
+    "shared_to_total",
+    "weight_counts",
+]
 
 Array = npt.NDArray[np.float64]
 
@@ -96,7 +103,7 @@ class Allocation:
             An Allocation with these names.
 
         Raises:
-            TypeError: A number of weights that is no integer.
+            TypeError: No mapping, or a number of weights that is no integer.
             ValueError: No modules, or one that neither has an r nor lies in a block.
 
         Example:
@@ -107,11 +114,7 @@ class Allocation:
             >>> {name: round(ratio, 3) for name, ratio in fused.ratios.items()}
             {'h.0.qkv': 0.4, 'h.1.qkv': 0.6}
         """
-        if not modules:
-            raise ValueError("modules: expected at least one, got none")
-        counts = {
-            name: natural(f"modules[{name!r}]", count, least=1) for name, count in modules.items()
-        }
+        counts = weight_counts("modules", modules)
         found = {name: self._relative_of(name) for name in counts}
         blocks: dict[str, list[str]] = {}
         for name in counts:
@@ -251,6 +254,39 @@ class Allocation:
 def is_number(value: object) -> TypeGuard[float]:
     """Whether it is a number of Python or a floating one of NumPy, and no bool."""
     return isinstance(value, (int, float, np.floating)) and not isinstance(value, bool)
+
+
+def as_number(argument: str, value: Any, of: str) -> float:
+    """One of several numbers as a float; TypeError for what is none, a text with digits too."""
+    try:
+        if not isinstance(value, (str, bytes)):
+            return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        pass
+    raise TypeError(f"{argument}: expected numbers, got {value!r} for {of!r}")
+
+
+def weight_counts(argument: str, given: object) -> dict[str, int]:
+    """Numbers of weights by name.
+
+    Raises:
+        TypeError: They are no mapping from names to integers.
+        ValueError: There are none, or one is less than 1.
+
+    Example:
+        >>> weight_counts("modules", {"up": 64})
+        {'up': 64}
+    """
+    if not isinstance(given, Mapping):
+        raise TypeError(
+            f"{argument}: expected numbers of weights by name, got {type(given).__name__}"
+        )
+    if not given:
+        raise ValueError(f"{argument}: expected at least one, got none")
+    wrong = [name for name in given if not isinstance(name, str)]
+    if wrong:
+        raise TypeError(f"{argument}: expected names, got {wrong[0]!r} for one")
+    return {name: natural(f"{argument}[{name!r}]", n, least=1) for name, n in given.items()}
 
 
 def check_sparsity(sparsity: object) -> None:

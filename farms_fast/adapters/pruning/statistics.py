@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 import torch
 
-from farms_fast.arguments import natural
+from farms_fast.arguments import check_dtype, natural, resolve_device
 
-__all__ = ["InputStatistics", "full_float32"]
+__all__ = ["InputStatistics", "check_statistics", "full_float32"]
 
 
 class InputStatistics:
@@ -33,6 +33,10 @@ class InputStatistics:
     Attributes:
         tokens: How many tokens were added.
 
+    Raises:
+        TypeError: columns is no integer.
+        ValueError: Less than one column, another dtype, or an unknown device.
+
     Example:
         >>> statistics = InputStatistics(2, hessian=True)
         >>> statistics.add(torch.tensor([[1.0, 0.0], [1.0, 2.0]]))
@@ -52,9 +56,12 @@ class InputStatistics:
         layer: str = "",
     ) -> None:
         """Starts with no tokens."""
+        check_dtype(dtype)
         self.columns = natural("columns", columns, least=1)
         self.has_hessian = hessian
-        self.device = None if device is None else torch.device(device)
+        self.device = (
+            None if device is None else resolve_device(device, default=torch.device("cpu"))
+        )
         self.dtype = dtype
         self.layer = layer
         self.tokens = 0
@@ -68,8 +75,14 @@ class InputStatistics:
             activations: floating (..., columns), any leading dimensions, each place a token.
 
         Raises:
+            TypeError: They are no tensor.
             ValueError: The last dimension is not the layer's number of inputs.
         """
+        if not isinstance(activations, torch.Tensor):
+            raise TypeError(
+                f"activations of layer {self.layer!r}: expected a torch.Tensor, "
+                f"got {type(activations).__name__}"
+            )
         if activations.ndim < 1 or activations.shape[-1] != self.columns:
             raise ValueError(
                 f"activations of layer {self.layer!r}: expected shape (..., {self.columns}), "
@@ -80,17 +93,19 @@ class InputStatistics:
         rows = activations.reshape(-1, self.columns).to(self.device, self.dtype)
         if not len(rows):
             return
-        kept = self.tokens / (self.tokens + len(rows))
-        self.tokens += len(rows)
+        tokens = self.tokens + len(rows)
+        kept = self.tokens / tokens
         if self._moments is None:
             shape = (self.columns, self.columns) if self.has_hessian else (self.columns,)
             self._moments = torch.zeros(shape, dtype=self.dtype, device=self.device)
         if self.has_hessian:
             with full_float32():
-                self._moments.addmm_(rows.T, rows, beta=kept, alpha=1 / self.tokens)
+                self._moments.addmm_(rows.T, rows, beta=kept, alpha=1 / tokens)
         else:
             sums = torch.linalg.vector_norm(rows, dim=0).square_()
-            self._moments.mul_(kept).add_(sums, alpha=1 / self.tokens)
+            self._moments.mul_(kept).add_(sums, alpha=1 / tokens)
+        # Last: where there is no memory for the above, nothing was added.
+        self.tokens = tokens
 
     @property
     def mean_squares(self) -> torch.Tensor:
@@ -139,6 +154,26 @@ class InputStatistics:
                 f"or overflow in {wrong} of {self.columns} columns"
             )
         return self._moments
+
+
+def check_statistics(statistics: object, weight: torch.Tensor, layer: str = "") -> InputStatistics:
+    """The statistics, if they are those of a weight's inputs.
+
+    Raises:
+        TypeError: They are missing, or something else.
+        ValueError: They are of another number of inputs.
+    """
+    if not isinstance(statistics, InputStatistics):
+        got = None if statistics is None else type(statistics).__name__
+        raise TypeError(
+            f"statistics of layer {layer!r}: expected InputStatistics of its inputs, got {got}"
+        )
+    if weight.shape[1] != statistics.columns:
+        raise ValueError(
+            f"statistics of layer {layer or statistics.layer!r}: expected those of "
+            f"{weight.shape[1]} inputs as the weight's columns, got {statistics.columns}"
+        )
+    return statistics
 
 
 @contextmanager

@@ -57,6 +57,7 @@ def calibration_tokens(
         int64 (samples, seqlen).
 
     Raises:
+        TypeError: An argument of another kind.
         FileNotFoundError: The file does not exist.
         ImportError: ``datasets`` is needed and not installed.
         OSError: The data set or the file cannot be read.
@@ -73,6 +74,7 @@ def calibration_tokens(
         ...     calibration_tokens(letters, path, samples=2, seqlen=7).tolist()
         [[97, 98, 99, 100, 101, 102, 103], [98, 99, 100, 101, 102, 103, 104]]
     """
+    _check_tokenizer(tokenizer)
     count = natural("samples", samples, least=1)
     length = natural("seqlen", seqlen, least=2)
     generator = torch.Generator().manual_seed(natural("seed", seed))
@@ -102,11 +104,13 @@ def text_tokens(tokenizer: Any, source: str | os.PathLike[str]) -> Tensor:
         int64 (tokens,).
 
     Raises:
+        TypeError: An argument of another kind.
         FileNotFoundError: The file does not exist.
         ImportError: ``datasets`` is needed and not installed.
         OSError: The data set or the file cannot be read.
         ValueError: The text has fewer than two tokens, or is not UTF-8.
     """
+    _check_tokenizer(tokenizer)
     texts = _texts(source, "test")
     if source == "c4":
         joined = " ".join(text for text, _ in zip(texts, range(_C4_DOCUMENTS), strict=False))
@@ -128,8 +132,14 @@ def check_source(source: str | os.PathLike[str], argument: str = "source") -> Pa
         argument: What gave it, for the message.
 
     Raises:
+        TypeError: It is no name and no path.
         FileNotFoundError: It is neither the name of a data set nor the path of a file.
     """
+    if not isinstance(source, (str, os.PathLike)):
+        raise TypeError(
+            f"{argument}: expected {', '.join(map(repr, TEXTS))} or the path of a text file, got "
+            f"{type(source).__name__}"
+        )
     path = Path(source).expanduser()
     if not (path.is_file() or source in TEXTS):
         raise FileNotFoundError(
@@ -137,6 +147,14 @@ def check_source(source: str | os.PathLike[str], argument: str = "source") -> Pa
             f"{str(path)!r}, which is no file"
         )
     return path
+
+
+def _check_tokenizer(tokenizer: object) -> None:
+    if not callable(tokenizer):
+        raise TypeError(
+            "tokenizer: expected one that is called with a text, as those of transformers are, "
+            f"got {type(tokenizer).__name__}"
+        )
 
 
 def _from_documents(tokenizer: Any, count: int, length: int, generator: torch.Generator) -> Tensor:

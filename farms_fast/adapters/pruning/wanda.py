@@ -10,7 +10,7 @@ from farms_fast.adapters.pruning.masks import (
     lowest_in_groups,
     lowest_in_rows,
 )
-from farms_fast.adapters.pruning.statistics import InputStatistics
+from farms_fast.adapters.pruning.statistics import InputStatistics, check_statistics
 
 __all__ = ["wanda_prune_", "wanda_scores"]
 
@@ -26,7 +26,9 @@ def wanda_scores(weight: torch.Tensor, statistics: InputStatistics) -> torch.Ten
         (out, in) in the dtype of the statistics.
 
     Raises:
-        ValueError: Statistics of another number of inputs, of none, or of NaN (they say which).
+        TypeError: The weight is no tensor, or statistics are missing.
+        ValueError: The weight is no finite floating matrix, or statistics of another number of
+            inputs, of none, or of NaN (they say which).
 
     Example:
         >>> statistics = InputStatistics(2)
@@ -34,11 +36,11 @@ def wanda_scores(weight: torch.Tensor, statistics: InputStatistics) -> torch.Ten
         >>> wanda_scores(torch.tensor([[1.0, -2.0]]), statistics).tolist()
         [[3.0, 2.0]]
     """
-    if weight.shape[1] != statistics.columns:
-        raise ValueError(
-            f"statistics of layer {statistics.layer!r}: expected those of {weight.shape[1]} inputs "
-            f"as the weight's columns, got {statistics.columns}"
-        )
+    check_weight(weight, statistics.layer if isinstance(statistics, InputStatistics) else "")
+    return _scores(weight, check_statistics(statistics, weight))
+
+
+def _scores(weight: torch.Tensor, statistics: InputStatistics) -> torch.Tensor:
     norms = statistics.norms.to(weight.device)
     return weight.abs().to(norms.dtype) * norms
 
@@ -47,7 +49,7 @@ def wanda_scores(weight: torch.Tensor, statistics: InputStatistics) -> torch.Ten
 def wanda_prune_(
     weight: torch.Tensor,
     ratio: float | None,
-    statistics: InputStatistics | None,
+    statistics: InputStatistics | None = None,
     *,
     n_m: tuple[int, int] | None = None,
     layer: str = "",
@@ -81,9 +83,7 @@ def wanda_prune_(
     """
     check_weight(weight, layer)
     check_target(weight, ratio, n_m, layer)
-    if statistics is None:
-        raise TypeError(f"statistics of layer {layer!r}: Wanda needs those of its inputs, got None")
-    scores = wanda_scores(weight, statistics)
+    scores = _scores(weight, check_statistics(statistics, weight, layer))
     zero = weight == 0
     # Inputs that are always zero give scores of zero as well; zero weights go before them.
     scores.masked_fill_(zero, -1)
