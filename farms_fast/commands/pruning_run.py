@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from farms_fast.commands.options import parse_dtype, sampling_of, window_options
 from farms_fast.commands.tables import columns
+from farms_fast.extras import optional_import
 from farms_fast.results import fixed, printable
 
 if TYPE_CHECKING:
@@ -324,12 +325,8 @@ def _load(name: str, dtype: str, progress: bool) -> tuple[Any, Any]:
     """A model on the CPU, and its tokenizer."""
     if dtype not in ("auto", "float32", "float16", "bfloat16"):
         raise ValueError(f"model-dtype: expected auto, float32, float16 or bfloat16, got {dtype!r}")
-    try:
+    with optional_import("transformers", extra="pruning", needed_for="prune"):
         import transformers
-    except ImportError as error:
-        raise ImportError(
-            "prune needs transformers, which is not installed: pip install 'farms-fast[pruning]'"
-        ) from error
     if not progress or not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     # A path that is not there would be taken for a name on the hub.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from farms_fast.arguments import check_module
 from farms_fast.layers import Skipped, tensor_identity
 from farms_fast.quantised import QUANTISED_BUFFERS
 
@@ -115,8 +116,7 @@ def find_blocks(model: nn.Module) -> Blocks:
             block is quantised, has no data, is computed from other tensors (a parametrisation, an
             adapter), or shares its weight with another layer.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    check_module("model", model)
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ValueError(
             f"model: expected one stack of blocks, got {type(model).__name__}, an encoder with a "

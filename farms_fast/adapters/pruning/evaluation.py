@@ -16,6 +16,7 @@ from farms_fast.adapters.pruning.module_state import evaluating
 from farms_fast.adapters.pruning.placement import input_embeddings
 from farms_fast.adapters.pruning.tokens import check_positions, longest_sequence, token_ids
 from farms_fast.arguments import natural
+from farms_fast.extras import optional_import
 
 __all__ = ["SEVEN_TASKS", "check_causal", "perplexity", "zero_shot"]
 
@@ -202,14 +203,9 @@ def zero_shot(
         raise ValueError(f"tasks: expected a sequence of names of tasks, got {tasks!r}")
     if limit is not None:
         natural("limit", limit, least=1)
-    try:
+    with optional_import("lm_eval", extra="lm-eval", needed_for="zero_shot"):
         import lm_eval
         from lm_eval.models.huggingface import HFLM
-    except ImportError as error:
-        raise ImportError(
-            "zero_shot needs the lm-evaluation-harness, which is not installed: "
-            "pip install 'farms-fast[lm-eval]'"
-        ) from error
     check_causal(model)
     numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002
     try:

@@ -18,7 +18,7 @@ from farms_fast.adapters.pruning.memory_use import usual_batch
 from farms_fast.adapters.pruning.module_state import evaluating
 from farms_fast.adapters.pruning.placement import block_device, input_device
 from farms_fast.adapters.pruning.shortage import is_out_of_memory, no_room, release
-from farms_fast.arguments import natural
+from farms_fast.arguments import check_module, natural
 
 __all__ = ["TokenLosses", "check_order", "with_another_end"]
 
@@ -48,8 +48,7 @@ class TokenLosses:
         memory: int | None,
     ) -> None:
         """Nothing runs yet."""
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        check_module("model", model)
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             raise ValueError(_NOT_CAUSAL.format(type(model).__name__, "it has an encoder"))
         self._model = model

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from farms_fast.arguments import natural
+from farms_fast.extras import optional_import
 
 __all__ = ["TEXTS", "calibration_tokens", "check_source", "text_tokens"]
 
@@ -193,13 +194,9 @@ def _texts(source: str | os.PathLike[str], split: str) -> Iterator[str]:
 
 
 def _from_hub(name: str, split: str) -> Iterator[str]:
-    try:
+    what = f"text {name!r}"
+    with optional_import("datasets", extra="pruning", needed_for=what, instead="give a text file"):
         import datasets
-    except ImportError as error:
-        raise ImportError(
-            f"text: {name!r} comes through datasets, which is not installed: "
-            "pip install 'farms-fast[pruning]', or give a text file"
-        ) from error
     path, options = TEXTS[name]
     if "data_files" in options:
         # The hub's own counts are those of all files.
