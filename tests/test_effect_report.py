@@ -33,6 +33,7 @@ SHARE = {
 }  # fmt: skip
 OPERATORS: dict[str, Any] = {
     "options": {"model": "fno", "grid": 64, "rows": 16, "scale": [1.0, 2.0], "epoch": 1000},
+    "machine": {"cpu": "a CPU", "gpu": {"name": "a GPU"}},
     "share": [SHARE],
     "left_out": 1,
     "pretrained": [{"nrmse": 0.01, "rollout": 0.02}],
@@ -41,6 +42,16 @@ OPERATORS: dict[str, Any] = {
         for arm, error in (("baseline", 0.02), ("farms", 0.01))
     ],
 }
+TIMES: dict[str, Any] = {
+    "torch": "2.13",
+    "device": "a GPU",
+    "times": {
+        "vgg16, waited for": {
+            "steps": 40, "without_ms": [99.0, 100.0, 101.0], "with_ms": [102.0, 103.0, 104.0],
+            "step_ms": 2.5, "analysis_ms": 3.0, "cifar_epoch_ms": 977.5, "cifar_share_percent": 0.3,
+        }
+    },
+}  # fmt: skip
 
 
 def save(folder: Path, name: str, result: dict[str, Any]) -> None:
@@ -52,10 +63,12 @@ def save(folder: Path, name: str, result: dict[str, Any]) -> None:
 def test_every_script_has_its_section(tmp_path: Path) -> None:
     table = cv_training.table_of(IMAGES["results"], ["baseline", "farms"])
     save(tmp_path, "cv_training", IMAGES | {"table": table})
+    save(tmp_path, "cv_times", TIMES)
     save(tmp_path, "sciml", OPERATORS)
     text = (tmp_path / "RESULTS.md").read_text()
     assert text.index("## Image classification") < text.index("## Fine-tuning of neural operators")
-    assert text.count("Measured on 2026-01-02.") == 2
+    assert text.count("Measured on 2026-01-02, a GPU.") == 3
+    assert "- vgg16, waited for: 40 steps take 100.0 ms [99.0, 101.0], with an analysis" in text
     assert "| 91.50 | 1: 91.50 | +1.50 |" in text
     assert "-50.00 %" in text
     assert "1 runs were left out" in text

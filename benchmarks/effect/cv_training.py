@@ -198,6 +198,19 @@ def time_of_analyses(settings: Settings, steps: int, repeats: int) -> dict[str, 
     }
 
 
+def times_of_networks(base: Settings, steps: int, repeats: int) -> dict[str, dict[str, Any]]:
+    """`time_of_analyses` of every network with FARMS, waited for and beside the training."""
+    found = {}
+    for model, (lr, lr_range) in MODELS.items():
+        for overlap in (False, True):
+            settings = replace(
+                base, model=model, lr=lr, lr_range=lr_range, arm="farms", overlap=overlap
+            )
+            name = f"{model}, {'from a copy beside the training' if overlap else 'waited for'}"
+            found[name] = time_of_analyses(settings, steps, repeats)
+    return found
+
+
 def quartiles(values: Sequence[float]) -> list[float]:
     """The lower quartile, the median and the upper quartile."""
     if len(values) < 2:
@@ -205,12 +218,13 @@ def quartiles(values: Sequence[float]) -> list[float]:
     return statistics.quantiles(values, n=4, method="inclusive")
 
 
-def line_of(arm: str, found: dict[str, Any]) -> str:
-    """The times of one arm in words."""
+def line_of(what: str, found: dict[str, Any]) -> str:
+    """The times of one arm or network in words."""
     (low, without, high), (below, within, above) = found["without_ms"], found["with_ms"]
     return (
-        f"{ARMS[arm]}: {found['steps']} steps take {without:.1f} ms [{low:.1f}, {high:.1f}], with "
-        f"an analysis {within:.1f} ms [{below:.1f}, {above:.1f}]: {found['analysis_ms']:+.2f} ms. "
+        f"{ARMS.get(what, what)}: {found['steps']} steps take {without:.1f} ms "
+        f"[{low:.1f}, {high:.1f}], with an analysis {within:.1f} ms [{below:.1f}, {above:.1f}]: "
+        f"{found['analysis_ms']:+.2f} ms. "
         f"Of an epoch of {CIFAR_IMAGES} images at this pace ({found['cifar_epoch_ms'] / 1e3:.2f} s)"
         f" that is {found['cifar_share_percent']:.2f} %."
     )
@@ -294,8 +308,16 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--workers", type=int, default=1, help="runs at a time, on one device")
     add("--repeats", type=int, default=7, help="rounds that are timed, alone; 0 for none")
     add("--timed-steps", type=int, default=100, help="training steps of such a round")
+    add("--only-times", action="store_true", help="of analyses in all networks, no run")
     add("--json", help="write settings and results there")
     return parser.parse_args(argv)
+
+
+def _write(path: str | None, device: str, found: dict[str, Any]) -> None:
+    if path:
+        name = torch.cuda.get_device_name() if device != "cpu" else "cpu"
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump({"torch": torch.__version__, "device": name} | found, file, indent=1)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -316,6 +338,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         overlap=options.overlap,
         device=options.device,
     )
+    if options.only_times:
+        times = times_of_networks(base, options.timed_steps, options.repeats)
+        print("\n".join(line_of(name, found) for name, found in times.items()))
+        _write(options.json, base.device, {"times": times})
+        return 0
     description = images_of(replace(base, device="cpu")).description
     print(
         f"{options.model} on {description}, {options.epochs} epochs, base rate {base.lr}, factors "
@@ -330,21 +357,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.repeats and arm != "baseline"
     }
     print("\n".join(["", *lines, "", *(line_of(arm, found) for arm, found in times.items())]))
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump(
-                {
-                    "data": description,
-                    "torch": torch.__version__,
-                    "device": torch.cuda.get_device_name() if base.device != "cpu" else "cpu",
-                    "workers": options.workers,
-                    "results": results,
-                    "times": times,
-                    "table": lines,
-                },
-                file,
-                indent=1,
-            )
+    _write(
+        options.json,
+        base.device,
+        {
+            "data": description,
+            "workers": options.workers,
+            "results": results,
+            "times": times,
+            "table": lines,
+        },
+    )
     return 0
 
 

@@ -39,6 +39,16 @@ def _images(result: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _image_times(result: Mapping[str, Any]) -> list[str]:
+    lines = [cv_training.line_of(name, found) for name, found in result["times"].items()]
+    return [
+        f"{result['device']}, torch {result['torch']}, batches of 128; medians and quartiles of "
+        "rounds with and without an analysis, in turns.",
+        "",
+        *(f"- {line}" for line in lines),
+    ]
+
+
 def _operators(result: Mapping[str, Any]) -> list[str]:
     given = result["options"]
     lines = [
@@ -50,7 +60,8 @@ def _operators(result: Mapping[str, Any]) -> list[str]:
             words = [line for line in sciml.table(dict(result), measure) if line[0] != "|"]
             rows = [line for line in sciml.table(dict(result), measure) if line[0] == "|"]
             lines += ["", *(f"{line}  " for line in words), "", *rows]
-        lines += ["", f"{result['left_out']} runs were left out for lack of time."]
+        if result["left_out"]:
+            lines += ["", f"{result['left_out']} runs were left out for lack of time."]
     shares = [sciml.share_line(row, given["epoch"]) for row in result["share"]]
     return [
         *lines,
@@ -61,6 +72,7 @@ def _operators(result: Mapping[str, Any]) -> list[str]:
 
 _SECTIONS: dict[str, tuple[str, Callable[[Mapping[str, Any]], list[str]]]] = {
     "cv_training": ("Image classification with TempBalance", _images),
+    "cv_times": ("What TempBalance's analysis takes of an epoch", _image_times),
     "sciml": ("Fine-tuning of neural operators with TB_Sigmoid", _operators),
     "sciml_share": ("What TB_Sigmoid's analysis takes of an epoch", _operators),
     "llm_pruning": ("Pruning of small Llamas", llm_pruning.report_lines),
@@ -75,7 +87,10 @@ def results(folder: Path) -> str:
         if path.exists():
             saved = json.loads(path.read_text())
             text = "\n".join(lines(saved["result"]))
-            parts.append(f"## {heading}\n\nMeasured on {saved['date']}.\n\n{text}\n")
+            result = saved["result"]
+            machine = result.get("machine", {})
+            where = machine.get("gpu", {}).get("name") or machine.get("cpu") or result["device"]
+            parts.append(f"## {heading}\n\nMeasured on {saved['date']}, {where}.\n\n{text}\n")
     return "\n".join(parts)
 
 

@@ -30,6 +30,7 @@ import torch
 
 from benchmarks.effect.analysis_share import published_sizes, share_of_time
 from benchmarks.effect.fine_tuning import ARMS, Bench, Errors, Task, make_tasks
+from benchmarks.machine import describe
 
 PROFILES: dict[str, dict[str, Any]] = {
     "toy": {
@@ -275,7 +276,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Runs everything that is asked for, prints it, and returns the figures."""
     args = options(arguments)
     shown = {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items()}
-    result: dict[str, Any] = {"options": shown, "share": []}
+    machine = describe(torch.device(args.device))
+    result: dict[str, Any] = {"options": shown, "machine": machine, "share": []}
     if not args.only_share:
         result.update(fine_tuning(args))
         for measure in ("rollout", "nrmse"):
