@@ -315,8 +315,8 @@ def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 # README shows these cases and peers, where they were measured.
 _README_CASES = re.compile(
-    r"k=(100|512|1000|2000) x|(peak|ks) of 450000|LLaMA|ResNet|MiniLM checkpoint, whole"
-    r"|net_esd_estimator"
+    r"k=512 x 9$|k=2000 x|ks of 450000|LLaMA.*4096x11008,|MiniLM checkpoint, whole"
+    r"|ResNet-18 \(CIFAR\)($|, one|, net_esd_estimator_farms)"
 )
 _README_PEERS = (
     "published FARMS",
