@@ -125,9 +125,9 @@ def test_equal_alphas_and_epsilon_zero_are_uniform(level: str) -> None:
             alphas,
             0.6,
             epsilon,
-            level,
+            level,  # type: ignore[arg-type]
             params=[1, 2, 3, 4],
-            block_size=2,  # type: ignore[arg-type]
+            block_size=2 if level == "block" else None,
         )
         assert list(allocation.ratios.values()) == pytest.approx([0.6] * 4, abs=1e-15)
 
@@ -183,6 +183,7 @@ def test_a_status_that_is_not_ok_counts_as_no_alpha() -> None:
         (r"params: expected 4, as many as alphas, got 3", {"params": [1, 2, 3]}),
         (r"params: expected an integer of at least 1, got 0", {"params": 0}),
         (r"block_size: level 'block' needs .* got None", {"block_size": None}),
+        (r"block_size: level 'layer' has no blocks, expected None, got 2", {"level": "layer"}),
         (r"block_size: 3 layers a block do not divide 4 alphas", {"block_size": 3}),
         (
             r"alphas: expected positive finite numbers, .* got inf for '0.1'",

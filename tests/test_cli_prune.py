@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from pathlib import Path
@@ -11,39 +10,22 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from typer.testing import CliRunner, Result
 
-from farms_fast import cli
 from farms_fast.adapters.pruning.evaluation import perplexity
 from farms_fast.adapters.pruning.texts import text_tokens
 from farms_fast.windows import FixedAspectSampling, FullMatrix
 from tests.language_models import small_model, small_tokenizer, write_words
+from tests.pruning_commands import CALIBRATION, WINDOWS, run, save_checkpoint, settings_of
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "llama"
-    small_model().save_pretrained(folder)
-    small_tokenizer().save_pretrained(folder)
-    return folder
+    return save_checkpoint(tmp_path_factory.mktemp("models") / "llama")
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_words(tmp_path_factory.mktemp("texts") / "text.txt", 400)
-
-
-def run(*arguments: str | Path) -> Result:
-    env = {"COLUMNS": "120", "TERM": "dumb"}
-    return CliRunner().invoke(cli.app, ["prune", *map(str, arguments)], env=env)
-
-
-def settings_of(out: Path) -> Any:
-    return json.loads((out / "farms_fast_pruning.json").read_text())
-
-
-CALIBRATION = ("--samples", "8", "--seqlen", "16")
-WINDOWS = ("--rows", "16", "--per-dim", "3")
 
 
 @pytest.mark.parametrize("allocation", ["farms", "alpha", "owl", "uniform"])
@@ -53,10 +35,11 @@ def test_prunes_a_checkpoint(
 ) -> None:
     out = tmp_path / "out"
     own = {"farms": WINDOWS, "owl": ("--owl-m", "2")}.get(allocation, ())
+    reads = method != "magnitude" or allocation == "owl"
+    sampled = ("--calibration", text, *CALIBRATION) if reads else ("--seqlen", "16")
     result = run(
         *(model, "--sparsity", "0.6", "--method", method, "--allocation", allocation),
-        *("--calibration", text, *CALIBRATION, *own, "--out", out),
-        *("--evaluate", text),
+        *(*sampled, *own, "--out", out, "--evaluate", text),
     )
     assert result.exit_code == 0, result.output
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -69,9 +52,8 @@ def test_prunes_a_checkpoint(
     assert len(document["layers"]) == 21
     assert document["sparsity"] == pytest.approx(0.6, abs=1e-3)
     assert document["method"] == method
-    assert document["settings"]["options"]["calibration"] == (
-        None if method == "magnitude" and allocation != "owl" else str(text)
-    )
+    assert document["settings"]["options"]["calibration"] == (str(text) if reads else None)
+    assert document["settings"]["allocation"]["settings"]["allocation"] == allocation
     ratios = {layer["block"]: layer["ratio"] for layer in document["layers"]}
     assert len(set(ratios.values())) == (1 if allocation == "uniform" else 3)
     recipe = (out / "recipe.yaml").read_text()
@@ -97,9 +79,10 @@ def test_prunes_a_checkpoint(
 
 
 def test_patterns_by_block(model: Path, text: Path, tmp_path: Path) -> None:
-    options = (model, "--n-m", "4:8", "--method", "wanda", "--epsilon", "0.5", *WINDOWS)
+    options = (model, "--n-m", "4:8", "--method", "wanda", "--allocation", "farms")
     out = tmp_path / "out"
-    result = run(*options, "--calibration", text, *CALIBRATION, "--out", out)
+    more = ("--epsilon", "0.5", *WINDOWS, "--calibration", text, *CALIBRATION)
+    result = run(*options, *more, "--out", out)
     assert result.exit_code == 0, result.output
     document = settings_of(out)
     assert document["sparsity"] == pytest.approx(0.5, abs=1 / 16)
@@ -154,8 +137,9 @@ def test_options_reach_the_analysis(model: Path, tmp_path: Path, analysed: dict[
 @pytest.mark.parametrize(
     ("options", "sampling", "xmin"),
     [
-        ((), FixedAspectSampling(), "median"),
-        (("--allocation", "alpha"), FullMatrix(), "median"),
+        ((), FixedAspectSampling(), "peak"),
+        (("--xmin", "median"), FixedAspectSampling(), "median"),
+        (("--allocation", "alpha"), FullMatrix(), "peak"),
         (("--compat", "farms"), FixedAspectSampling(compat="farms"), "peak"),
         (("--compat", "farms", "--xmin", "median"), FixedAspectSampling(compat="farms"), "median"),
     ],
@@ -194,6 +178,10 @@ def test_the_seed_and_the_dtype_of_the_weights(model: Path, text: Path, tmp_path
 
 
 # ------------------------------------------------------------------------------------- bad input
+
+
+READ = ("--calibration", __file__)
+OUTLYING = ("--owl-lambda", "0.9", "--owl-m", "1.5")
 
 
 @pytest.mark.parametrize(
@@ -236,6 +224,36 @@ def test_the_seed_and_the_dtype_of_the_weights(model: Path, text: Path, tmp_path
         ),
         (("--sparsity", ".5", "--allocation", "alpha", "--owl-m", "5"), "owl-m: only --alloc"),
         (("--sparsity", ".5", "--stride", "8"), "stride: only --evaluate uses it, got none"),
+        (
+            ("--sparsity", ".5", "--allocation", "uniform", "--dtype", "float64"),
+            "dtype: only --allocation farms or alpha uses it, got --allocation uniform",
+        ),
+        (("--sparsity", ".5", "--samples", "9"), "samples: only --calibration uses it, got none"),
+        (("--sparsity", ".5", "--seed", "1"), "seed: only --calibration uses it, got none"),
+        (("--sparsity", ".5", "--seqlen", "9"), "seqlen: only --calibration or --evaluate uses"),
+        (("--sparsity", ".5", "--batch-size", "9"), "batch-size: only --calibration or --eval"),
+        (
+            ("--sparsity", ".5", "--calibration", __file__),
+            "calibration: --method magnitude with --allocation farms reads no text, got '",
+        ),
+        (
+            ("--sparsity", ".5", "--calibration", "no.txt"),
+            "calibration: --method magnitude with --allocation farms reads no text, got 'no.txt'",
+        ),
+        (
+            ("--sparsity", ".5", "--allocation", "owl", "--owl-lambda", "-1", *READ),
+            "owl-lambda: expected a number of at least 0, got -1",
+        ),
+        (
+            ("--sparsity", ".5", "--allocation", "owl", "--owl-m", "0", *READ),
+            "owl-m: expected a number above 0, got 0",
+        ),
+        (
+            ("--sparsity", ".01", "--allocation", "owl", *OUTLYING, *READ, *CALIBRATION),
+            "owl-lambda: 0.9 makes the sparsity of block ",
+        ),
+        (("--n-m", "2:4", "--epsilon", "0.2"), "epsilon: only --allocation farms or alpha uses"),
+        (("--n-m", "2:5"), "n-m: groups of 5 do not divide the 32 inputs of layer 'model.layers"),
     ],
 )
 def test_bad_usage_is_one_line(

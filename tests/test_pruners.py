@@ -120,7 +120,7 @@ class TestMasks:
     def test_exact_numbers_with_ties(self, rows: int, cols: int, ratio: float, seed: int) -> None:
         values = np.random.default_rng(seed).integers(0, 3, (rows, cols)).astype(np.float64)
         scores = torch.from_numpy(values)
-        count = round(ratio * rows * cols)
+        count = round(ratio * (rows * cols))
         assert (lowest(scores, count).numpy() == first_lowest(values, count)).all()
 
         by_row = lowest_in_rows(scores, ratio).numpy()
@@ -238,6 +238,18 @@ class TestEveryPruner:
         mask = pruner(method).prune_(weight, None, statistics(inputs(264), torch.float32), n_m=n_m)
         assert bool(((weight != 0).reshape(10, -1, m).sum(-1) == n).all())
         assert bool(((weight == 0) == mask).all())
+
+    @pytest.mark.parametrize("method", METHODS)
+    @pytest.mark.parametrize(("rows", "columns", "ratio"), [(3, 15, 0.7), (5, 9, 0.3)])
+    def test_halves_are_rounded_alike(
+        self, method: str, rows: int, columns: int, ratio: float
+    ) -> None:
+        # 31.5 and 13.5, or next to them, by the order of the factors.
+        assert round(ratio * (rows * columns)) != round(ratio * columns * rows)
+        weight = matrix(rows, columns).float()
+        stats = statistics(inputs(columns), torch.float32)
+        mask = pruner(method).prune_(weight, ratio, stats)
+        assert int(mask.sum()) == round(ratio * (rows * columns))
 
     @pytest.mark.parametrize("method", METHODS)
     def test_views_and_parameters(self, method: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -111,6 +113,26 @@ def _packed() -> nn.Module:
     return model  # type: ignore[no-any-return]
 
 
+def _quantised_by_torch(make: Callable[[Any], nn.Module]) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch is about to give its own formats up
+        return make(of_blocks())
+
+
+def _dynamic() -> nn.Module:
+    # One layer of a block: the others would be pruned as if it were not there.
+    quantise: Any = torch.ao.quantization.quantize_dynamic
+    return _quantised_by_torch(lambda model: quantise(model, {"body.1.up"}))
+
+
+def _static() -> nn.Module:
+    def exchange(model: Any) -> nn.Module:
+        model.body[1].up = torch.ao.nn.quantized.Linear(8, 16)
+        return model  # type: ignore[no-any-return]
+
+    return _quantised_by_torch(exchange)
+
+
 def _meta() -> nn.Module:
     model: Any = of_blocks()
     model.body[1].to("meta")
@@ -157,6 +179,8 @@ def _encoder_with_decoder() -> nn.Module:
         (_tied_to_embedding, "layer 'body.1.up' shares its weight with 'embed.weight'"),
         (_quantised, "layer 'body.1.up' is quantised (dtype int8)"),
         (_packed, "layer 'body.1.up' is quantised (it has 'qweight')"),
+        (_dynamic, "layer 'body.1.up' is quantised (a Linear of torch.ao.nn.quantized.dynamic"),
+        (_static, "layer 'body.1.up' is quantised (a Linear of torch.ao.nn.quantized.modules"),
         (_meta, "layer 'body.1.up' is on the meta device"),
         (_parametrised, "layer 'body.1.up' is computed from other tensors"),
         (_adapted, "layer 'body.1.up' has an adapter"),

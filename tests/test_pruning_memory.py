@@ -312,6 +312,21 @@ def test_a_model_that_does_not_fit_stays() -> None:
         place_model(module, torch.device("cuda", 0), memory=48)
 
 
+class Movable(nn.Linear):
+    def to(self, device: torch.device) -> Movable:  # type: ignore[override]
+        return self
+
+
+def test_a_model_on_the_device_counts() -> None:
+    module = Movable(2, 2)
+    module.register_buffer("table", torch.zeros(4))
+    gpu = torch.device("cuda", 0)
+    assert place_model(module, gpu, memory=100) == 100 - 4 * 6 - 4 * 4
+    assert place_model(module, gpu, memory=79) == 79  # where it does not go
+    assert place_model(Stuck(2, 2), gpu, memory=100) == 100
+    assert place_model(module, torch.device("cpu"), memory=100) == 100
+
+
 # --------------------------------------------------------------------------------------------- plan
 
 

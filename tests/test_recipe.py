@@ -109,6 +109,27 @@ def test_n_of_m_counts_what_goes(method: str) -> None:
     assert len(set(by_layer.values())) > 1
 
 
+def test_layers_that_keep_all_of_m_are_left_out() -> None:
+    # "0:8" would be no pattern to llm-compressor, and the ratio would be pruned without one.
+    patterns = {"a": (8, 8), "b": (3, 8), "c": (0, 8)}
+    found = modifiers(to_recipe("wanda", {"a": 0.06, "b": 0.0, "c": 1.0}, n_m=patterns))
+    assert [(s["targets"], s["mask_structure"]) for _, s in found] == [
+        (["b"], "5:8"),
+        (["c"], "8:8"),
+    ]
+    # Nor does a ratio that the pattern is not of say anything.
+    assert [s["sparsity"] for _, s in found] == [0.625, 1.0]
+    for ratios, n_m in (({"a": 0.5}, {"a": (4, 4)}), ({"a": 0.0}, None)):
+        with pytest.raises(ValueError, match="ratios: expected a layer to prune, got 1 that stay"):
+            to_recipe("wanda", ratios, n_m=n_m)
+
+
+@pytest.mark.parametrize(("m", "block"), [(8, 128), (3, 126), (200, 200)])
+def test_blocks_of_columns_are_whole_groups(m: int, block: int) -> None:
+    ((_, settings),) = modifiers(to_recipe("sparsegpt", {"a": 0.5}, n_m={"a": (1, m)}))
+    assert settings["block_size"] == block
+
+
 def test_uniform_is_one_modifier() -> None:
     given = uniform_sparsity(dict.fromkeys(NAMES, 5), 0.5)
     ((_, settings),) = modifiers(to_recipe("wanda", given))
@@ -118,7 +139,9 @@ def test_uniform_is_one_modifier() -> None:
 @pytest.mark.parametrize(("method", "largest"), [("sparsegpt", 0.99999), ("wanda", 1.0)])
 def test_ratios_at_the_ends(method: str, largest: float) -> None:
     found = modifiers(to_recipe(method, {"a": 1.0, "b": 0.0, "c": 1e-7}))
-    assert [settings["sparsity"] for _, settings in found] == [largest, 0.0, 1e-7]
+    # What is not to be pruned is no target.
+    assert [settings["sparsity"] for _, settings in found] == [largest, 1e-7]
+    assert [settings["targets"] for _, settings in found] == [["a"], ["c"]]
 
 
 def test_refusals() -> None:

@@ -7,18 +7,18 @@ from typing import Annotated
 
 import typer
 
-from farms_fast.commands.console import echo, one_line_errors
+from farms_fast.commands.console import EXIT_LAYERS_FAILED, echo, one_line_errors
 from farms_fast.commands.options import (
     AspectRatio,
     Device,
     Dtype,
-    Memory,
     PerDim,
     Quiet,
     Rows,
     parse_memory,
 )
 from farms_fast.commands.pruning_run import LONGEST, PruningRun, parse_pattern, sampling_for
+from farms_fast.results import printable
 
 __all__ = ["prune"]
 
@@ -47,17 +47,19 @@ def prune(
         str, typer.Option(help="Pruner: magnitude, wanda or sparsegpt.")
     ] = "sparsegpt",
     allocation: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="How the sparsity is shared out: farms (alphas of windows), alpha (alphas of "
-            "whole matrices), owl (outliers) or uniform."
+            "whole matrices), owl (outliers) or uniform.",
+            show_default="farms; uniform with --n-m",
         ),
-    ] = "farms",
+    ] = None,
     epsilon: Annotated[
         str,
         typer.Option(
             help="farms, alpha: how far ratios lie apart, 0 to 1; or llama-7b or llama-13b for "
-            "the paper's value for that model, the method and the sparsity."
+            "the paper's value for that model, the method and the sparsity, which is for farms "
+            "with windows of 2000 and --xmin peak."
         ),
     ] = "0.2",
     level: Annotated[
@@ -66,7 +68,7 @@ def prune(
     n_m: Annotated[
         str | None,
         typer.Option(
-            help="Keep N of every M consecutive inputs, such as 2:4; with an allocation other "
+            help="Keep N of every M consecutive inputs, such as 2:4; with an --allocation other "
             "than uniform, N of each block comes from its ratio.",
             show_default="unstructured",
         ),
@@ -106,7 +108,7 @@ def prune(
         str | None,
         typer.Option(
             help="farms, alpha: rule for the start of the tail: median, ks or peak.",
-            show_default="median; peak with --compat farms",
+            show_default="median; peak with --compat farms or an --epsilon of the paper",
         ),
     ] = None,
     compat: Annotated[
@@ -124,11 +126,20 @@ def prune(
     model_dtype: Annotated[
         str, typer.Option(help="Weights: auto (as stored), float32, float16 or bfloat16.")
     ] = "auto",
-    memory: Memory = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Most device memory to use, such as 40GiB or 500MB: a model on a GPU counts, on "
+            "the CPU not; --evaluate of a model that is on the GPU takes what --batch-size makes "
+            "it take.",
+            show_default="half of the device's",
+        ),
+    ] = None,
     batch_size: Annotated[
         int | None,
         typer.Option(
-            help="Samples at a time; half as many where memory ends.",
+            help="Samples at a time, of --calibration and --evaluate; half as many where memory "
+            "ends.",
             show_default="about 4096 tokens",
         ),
     ] = None,
@@ -141,16 +152,19 @@ def prune(
     written loads with from_pretrained; farms_fast_pruning.json in it has ratios and settings, and
     recipe.yaml the ratios for llm-compressor. It appears whole or not at all.
 
-    The table has for each block: alpha (or OWL's percentage of outliers), the ratio that was asked
-    for, and the sparsity that was reached. Where the model does not fit on the device, its blocks
-    go there one at a time.
+    The table has for each block: the alpha (or OWL's percentage of outliers) that its ratio comes
+    from, the ratio that was asked for, and the sparsity that was reached. Where the model does not
+    fit on the device, its blocks go there one at a time.
 
-    Exit codes: 0 written, 2 bad usage or bad input, 130 interrupted.
+    Exit codes: 0 written, 1 written but the perplexity afterwards could not be measured, 2 bad
+    usage or bad input, 130 interrupted.
     """
     with one_line_errors():
         from farms_fast.adapters.pruning.saving import check_output
 
         check_output(out)
+        if allocation is None:
+            allocation = "farms" if n_m is None else "uniform"
         run = PruningRun(
             model=model,
             out=out,
@@ -166,7 +180,7 @@ def prune(
             evaluate=evaluate,
             stride=stride,
             sampling=sampling_for(allocation, rows, q, per_dim, compat),
-            xmin=xmin or ("peak" if compat else "median"),
+            xmin=xmin,
             compat=compat,
             owl_lambda=owl_lambda,
             owl_m=owl_m,
@@ -178,31 +192,37 @@ def prune(
             seed=seed,
             progress=not quiet,
         )
-        _refuse_unused(context, allocation, evaluate)
+        _refuse_unused(context, run)
         lines = run.run()
         if not quiet:
             for line in lines:
                 echo(line)
+        if run.failure is not None:
+            typer.echo(f"error: {printable(' '.join(run.failure.split()))}", err=True)
+            raise typer.Exit(EXIT_LAYERS_FAILED)
 
 
-def _refuse_unused(context: typer.Context, allocation: str, evaluate: str | None) -> None:
-    """Nothing that was asked for is left out in silence.
-
-    A calibration text may be given to all methods alike: that magnitude does not read it is in the
-    settings that are saved.
-    """
-    alphas = (allocation in ("farms", "alpha"), "--allocation farms or alpha uses")
-    outliers = (allocation == "owl", "--allocation owl uses")
+def _refuse_unused(context: typer.Context, run: PruningRun) -> None:
+    """Nothing that was asked for is left out in silence."""
+    alphas = (run.allocation in ("farms", "alpha"), "--allocation farms or alpha uses")
+    outliers = (run.allocation == "owl", "--allocation owl uses")
+    calibrated = (run.calibration is not None, "--calibration uses")
+    texts = (calibrated[0] or run.evaluate is not None, "--calibration or --evaluate uses")
     uses = {
         "epsilon": alphas,
         "level": alphas,
         "xmin": alphas,
+        "dtype": alphas,
         "owl_lambda": outliers,
         "owl_m": outliers,
-        "stride": (evaluate is not None, "--evaluate uses"),
+        "samples": calibrated,
+        "seed": calibrated,
+        "seqlen": texts,
+        "batch_size": texts,
+        "stride": (run.evaluate is not None, "--evaluate uses"),
     }
     for name, (used, who) in uses.items():
         given = context.get_parameter_source(name)
         if not used and given is not None and given.name == "COMMANDLINE":
-            got = f"--allocation {allocation}" if name != "stride" else "none"
+            got = f"--allocation {run.allocation}" if who.startswith("--alloc") else "none"
             raise ValueError(f"{name.replace('_', '-')}: only {who} it, got {got}")

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 from farms_fast.commands.options import parse_dtype, sampling_of, window_options
-from farms_fast.commands.tables import columns
-from farms_fast.extras import optional_import
-from farms_fast.results import fixed, printable
+from farms_fast.commands.prune_checkpoint import check_layers, load_checkpoint
+from farms_fast.commands.prune_table import lines_of
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
     from farms_fast.adapters.pruning.blocks import Blocks
-    from farms_fast.adapters.pruning.sequential import PruningReport
     from farms_fast.adapters.pruning.sparsities import Allocation
     from farms_fast.results import Analysis
     from farms_fast.windows import FixedAspectSampling, Sampling
@@ -86,7 +84,7 @@ class PruningRun:
     evaluate: str | None
     stride: int | None
     sampling: Sampling
-    xmin: str
+    xmin: str | None
     compat: str | None
     owl_lambda: float
     owl_m: float
@@ -97,6 +95,8 @@ class PruningRun:
     batch_size: int | None
     seed: int
     progress: bool
+    #: Why the perplexity after pruning could not be measured, if so.
+    failure: str | None = dataclasses.field(default=None, init=False)
 
     def __post_init__(self) -> None:
         """Refuses what can be refused before anything is read."""
@@ -126,8 +126,11 @@ class PruningRun:
                 f"calibration: --method {self.method} with --allocation {self.allocation} needs "
                 "--calibration wikitext2, c4 or a text file"
             )
-        if not needs_text:
-            self.calibration = None
+        if not needs_text and self.calibration is not None:
+            raise ValueError(
+                f"calibration: --method {self.method} with --allocation {self.allocation} reads no "
+                f"text, got {self.calibration!r}"
+            )
         parse_dtype(self.dtype)
         for argument, source in (("calibration", self.calibration), ("evaluate", self.evaluate)):
             if source is not None:
@@ -139,13 +142,16 @@ class PruningRun:
             if value is not None:
                 natural(argument, value, least)
         if self.allocation == "owl":
-            owl_sparsity([1.0], self.sparsity, self.owl_lambda)
-            outlier_ratio([torch.ones(1)], self.owl_m)
+            with _by_option():
+                owl_sparsity([1.0], self.sparsity, self.owl_lambda)
+                outlier_ratio([torch.ones(1)], self.owl_m)
         elif self.allocation != "uniform":
+            if self.xmin is None:
+                self.xmin = "peak" if self.compat or self._preset else "median"
             xmin_rule(self.xmin)
-            self._shared_out([1.0], params=1, block_size=1)
+            self._shared_out({"0.0": 1.0, "1.0": 1.0}, params=1)
 
-    def _shared_out(self, alphas: Analysis | list[float], **counts: int) -> Allocation:
+    def _shared_out(self, alphas: Analysis | dict[str, float], **counts: int) -> Allocation:
         from farms_fast.adapters.pruning.allocation import allocate_sparsity
 
         assert self.sparsity is not None
@@ -158,7 +164,7 @@ class PruningRun:
         from farms_fast.adapters.pruning.presets import EPSILON_PRESETS, epsilon_preset
 
         assert self.sparsity is not None
-        if self.epsilon.lower() in EPSILON_PRESETS:
+        if self._preset:
             return epsilon_preset(self.epsilon, self.method, self.sparsity)
         try:
             return float(self.epsilon)
@@ -167,6 +173,26 @@ class PruningRun:
                 f"epsilon: expected a number or one of {', '.join(EPSILON_PRESETS)}, "
                 f"got {self.epsilon!r}"
             ) from None
+
+    @property
+    def _preset(self) -> bool:
+        """Whether epsilon is the paper's for some model."""
+        from farms_fast.adapters.pruning.presets import EPSILON_PRESETS
+
+        return self.epsilon.lower() in EPSILON_PRESETS
+
+    def _notes(self) -> Iterator[str]:
+        """Where a preset is taken for what it was not made for."""
+        from farms_fast.power_law import xmin_rule
+
+        if self.xmin is None or not self._preset:
+            return
+        published = sampling_for("farms", None, None, None, self.compat)
+        if self.sampling != published or xmin_rule(self.xmin) != xmin_rule("peak"):
+            yield (
+                f"note: --epsilon {self.epsilon} is for --allocation farms with windows of 2000 "
+                "and --xmin peak"
+            )
 
     def run(self) -> list[str]:
         """Does all of it, and gives the lines to print."""
@@ -184,8 +210,10 @@ class PruningRun:
 
         clock = _Clock()
         where = resolve_device(self.device, default_device())
-        model, tokenizer = _load(self.model, self.model_dtype, self.progress)
+        checkpoint = load_checkpoint(self.model, self.model_dtype, self.progress)
+        model, tokenizer = checkpoint.model, checkpoint.tokenizer
         blocks = find_blocks(model)
+        check_layers(blocks, self.pattern)
         seqlen = self.seqlen or min(LONGEST, longest_sequence(model) or LONGEST)
         tokens = text = None
         if self.calibration is not None:
@@ -193,8 +221,9 @@ class PruningRun:
                 tokenizer, self.calibration, samples=self.samples, seqlen=seqlen, seed=self.seed
             )
         if self.evaluate is not None:
-            text = text_tokens(tokenizer, self.evaluate)
-        place_model(model, where, self.memory)
+            with _by_option():
+                text = text_tokens(tokenizer, self.evaluate)
+        room = place_model(model, where, self.memory)
         clock.lap("loading")
 
         perplexities: dict[str, float] = {}
@@ -208,15 +237,15 @@ class PruningRun:
                     stride=self.stride,
                     batch_size=self.batch_size,
                     device=where,
-                    memory=self.memory,
+                    memory=room,
                 )
                 clock.lap("evaluation")
 
         # What is saved is a causal language model, whatever it was read from.
         if text is None:
-            check_causal(model, device=where, memory=self.memory)
+            check_causal(model, device=where, memory=room)
         measure("before")
-        allocated = self._allocate(model, blocks, tokens, where)
+        allocated = self._allocate(model, blocks, tokens, where, room)
         clock.lap("alphas" if self.allocation in ("farms", "alpha") else self.allocation)
         patterns = None
         if self.pattern is not None:
@@ -232,26 +261,35 @@ class PruningRun:
             tokens,
             n_m=patterns,
             device=where,
-            memory=self.memory,
+            memory=room,
             batch_size=self.batch_size,
             progress=self.progress,
         )
         clock.lap("pruning")
-        measure("after")
+        try:
+            measure("after")
+        except Exception as error:  # whatever it is: what was pruned is worth more
+            self.failure = f"evaluate: after pruning, {error}"
         model.to("cpu")
         settings = {
             "model": self.model,
             "sparsity": self.sparsity,
             "seqlen": seqlen,
             "torch": str(torch.__version__),
-            "options": dataclasses.asdict(self)
-            | {"out": str(self.out), "sampling": str(self.sampling)},
+            "options": {
+                option.name: getattr(self, option.name)
+                for option in dataclasses.fields(self)
+                if option.init
+            },
             "allocation": allocated.to_dict(),
             "perplexity": perplexities,
+            "failure": self.failure,
+            "tensors_without_place": checkpoint.unknown,
         }
         save_pruned(model, self.out, report, tokenizer=tokenizer, settings=settings, recipe=recipe)
         clock.lap("saving")
-        lines = [*_lines(report, allocated, perplexities), clock.line()]
+        lines = [*self._notes(), *lines_of(report, allocated, perplexities, checkpoint.unknown)]
+        lines.append(clock.line())
         if recipe is None:
             lines.append("no recipe.yaml: llm-compressor has no N:M by magnitude")
         return lines
@@ -262,6 +300,7 @@ class PruningRun:
         blocks: Blocks,
         tokens: torch.Tensor | None,
         device: torch.device,
+        memory: int,
     ) -> Allocation:
         """The ratio of every layer."""
         from farms_fast.adapters.pruning.allocation import uniform_sparsity
@@ -284,11 +323,13 @@ class PruningRun:
                 tokens,
                 threshold=self.owl_m,
                 device=device,
-                memory=self.memory,
+                memory=memory,
                 batch_size=self.batch_size,
                 progress=self.progress,
             )
-            return owl_sparsity(outliers, self.sparsity, self.owl_lambda, layers=inside)
+            with _by_option():
+                return owl_sparsity(outliers, self.sparsity, self.owl_lambda, layers=inside)
+        assert self.xmin is not None
         analysis = analyze(
             model,
             self.sampling,
@@ -296,11 +337,22 @@ class PruningRun:
             bootstrap=0,
             device=device,
             dtype=parse_dtype(self.dtype),
-            memory=self.memory,
+            memory=memory,
             include=[f"{block}.*" for block in inside],
             progress=self.progress,
         )
         return self._shared_out(analysis).for_modules(weights)
+
+
+@contextlib.contextmanager
+def _by_option() -> Iterator[None]:
+    """Names in an error the option in the place of the library's argument."""
+    options = {"lam": "owl-lambda", "threshold": "owl-m", "text": "evaluate"}
+    try:
+        yield
+    except ValueError as error:
+        argument, colon, rest = str(error).partition(":")
+        raise ValueError(f"{options.get(argument, argument)}{colon}{rest}") from error
 
 
 class _Clock:
@@ -319,71 +371,3 @@ class _Clock:
     def line(self) -> str:
         """All of them."""
         return ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self._seconds.items())
-
-
-def _load(name: str, dtype: str, progress: bool) -> tuple[Any, Any]:
-    """A model on the CPU, and its tokenizer."""
-    if dtype not in ("auto", "float32", "float16", "bfloat16"):
-        raise ValueError(f"model-dtype: expected auto, float32, float16 or bfloat16, got {dtype!r}")
-    with optional_import("transformers", extra="pruning", needed_for="prune"):
-        import transformers
-    if not progress or not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()
-    # A path that is not there would be taken for a name on the hub.
-    folder = Path(name).expanduser()
-    if name.startswith((".", "/", "~")) or folder.exists():
-        if not folder.is_dir():
-            raise FileNotFoundError(f"model: expected a folder, got {name!r}, which is none")
-        name = str(folder)
-    try:
-        model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, output_loading_info=True
-        )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model: {name!r} could not be loaded: {error}") from error
-    missing = sorted(loaded["missing_keys"])
-    if missing:  # transformers makes them at random, and they would be saved as if they were read
-        raise ValueError(
-            f"model: expected all weights of a causal language model, got {name!r}, which has "
-            f"nothing for {missing[0]!r} of {type(model).__name__} ({len(missing)} missing)"
-        )
-    return model, tokenizer
-
-
-def _lines(
-    report: PruningReport, allocated: Allocation, perplexities: Mapping[str, float]
-) -> Iterator[str]:
-    """The table by block, and the totals."""
-    value = "outliers %" if allocated.outliers else "alpha"
-    table = [["block", "weights", value, "ratio", "reached"]]
-    of_block: dict[str, list[Any]] = {}
-    for layer in report.layers:
-        of_block.setdefault(layer.block, []).append(layer)
-    for block, layers in of_block.items():
-        weights = sum(math.prod(layer.shape) for layer in layers)
-        asked = math.fsum(layer.target * math.prod(layer.shape) for layer in layers) / weights
-        alphas = [allocated.alphas.get(layer.name, math.nan) for layer in layers]
-        fitted = [alpha for alpha in alphas if not math.isnan(alpha)]
-        shown = allocated.outliers.get(block, math.nan)
-        if fitted:
-            shown = math.fsum(fitted) / len(fitted)
-        table.append(
-            [
-                printable(block),
-                str(weights),
-                fixed(shown),
-                f"{asked:.4f}",
-                f"{sum(layer.zeros for layer in layers) / weights:.4f}",
-            ]
-        )
-    yield from columns(table)
-    yield ""
-    for name in allocated.unfitted:
-        yield f"no alpha: {printable(name)}"
-    yield (
-        f"{len(report.layers)} layers pruned by {report.method}, sparsity {report.sparsity:.6f}, "
-        f"{len(report.skipped)} matrices left as they are"
-    )
-    if perplexities:
-        yield ", ".join(f"perplexity {when} {found:.4f}" for when, found in perplexities.items())

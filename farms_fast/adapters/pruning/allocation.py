@@ -28,6 +28,7 @@ from farms_fast.adapters.pruning.sparsities import (
 )
 from farms_fast.arguments import natural
 from farms_fast.results import Analysis
+from farms_fast.windows import FixedAspectSampling
 
 __all__ = ["allocate_sparsity", "uniform_sparsity"]
 
@@ -65,19 +66,22 @@ def allocate_sparsity(
         level: "block" gives the layers of a block the ratio of the mean of their alphas, "layer"
             every layer its own.
         params: With bare alphas, the number of weights of each layer, or one number for all.
-        block_size: With bare alphas, how many that follow each other are a block.
+        block_size: With bare alphas at level "block", how many that follow each other are a block.
         compat: "farms" does what the published code does: layers above 1 get 0.998, or 0.99999 when
             the sparsity is 0.7, and nothing is shared out, so that the total is less than asked.
 
     Returns:
-        The ratios by layer, with everything that they were made of. Bare alphas in a sequence have
-        the names "0", "1", ..., or "0.0", "0.1", ... of block and place in it at level "block".
+        The ratios by layer, with everything that they were made of; ``settings["allocation"]`` is
+        "farms" for an Analysis of windows of one aspect ratio, else "alpha". Bare alphas in a
+        sequence have the names "0", "1", ..., or "0.0", "0.1", ... of block and place in it at
+        level "block".
 
     Raises:
         TypeError: Arguments of another kind.
         ValueError: A sparsity or epsilon out of range, an unknown level or compat, no repeated
             blocks, alphas that are infinite or not positive, no alpha at all, counts that do not
-            fit the alphas, or a total that cannot be reached because too many layers have r = 0.
+            fit the alphas, a block_size at level "layer", or a total that cannot be reached because
+            too many layers have r = 0.
 
     Example:
         >>> allocation = allocate_sparsity([2.0, 4.0, 3.0], 0.5, 0.2, level="layer", params=100)
@@ -113,12 +117,13 @@ def allocate_sparsity(
         params={name: counts[name] for name in members},
         relative=_spread(units, relative),
         alphas={name: alphas[name] for name in members},
+        block_alphas=dict(zip(groups, means.tolist(), strict=True)) if level == "block" else {},
         blocks={block: tuple(group) for block, group in groups.items()},
         scale=scale,
         unfitted=tuple(name for name in members if name not in fitted),
         left_out=tuple(name for name in alphas if name not in inside),
         settings={
-            "allocation": "alpha",
+            "allocation": _kind(analysis_or_alphas),
             "sparsity": float(sparsity),
             "epsilon": float(epsilon),
             "level": level,
@@ -162,6 +167,12 @@ def uniform_sparsity(params: Mapping[str, int], sparsity: float) -> Allocation:
     )
 
 
+def _kind(given: object) -> str:
+    """What alphas are made of."""
+    sampling = given.settings.get("sampling", "") if isinstance(given, Analysis) else ""
+    return "farms" if str(sampling).startswith(FixedAspectSampling.__name__) else "alpha"
+
+
 def _layers(
     given: Analysis | Sequence[float] | Mapping[str, float],
     level: str,
@@ -181,10 +192,12 @@ def _layers(
     if params is None:
         raise ValueError("params: bare alphas need the number of weights of each layer, got None")
     size = None if block_size is None else natural("block_size", block_size, least=1)
+    if size is not None and level == "layer":
+        raise ValueError(f"block_size: level 'layer' has no blocks, expected None, got {size}")
     if isinstance(given, Mapping):
         alphas = {str(name): value for name, value in given.items()}
     else:
-        alphas = dict(zip(_names(len(given), size, level), given, strict=True))
+        alphas = dict(zip(_names(len(given), size), given, strict=True))
     checked = _checked(alphas)
     counts = _counts(list(checked), params)
     if level == "layer":
@@ -205,8 +218,8 @@ def _layers(
     )
 
 
-def _names(number: int, size: int | None, level: str) -> list[str]:
-    if level == "layer" or size is None:
+def _names(number: int, size: int | None) -> list[str]:
+    if size is None:
         return [str(place) for place in range(number)]
     return [f"{place // size}.{place % size}" for place in range(number)]
 

@@ -221,6 +221,9 @@ def _quantised(module: nn.Module) -> str | None:
             return f"a {type(weight.data).__name__}"
     elif weight is not None:
         return f"a {type(module).__name__}"
+    # Those of torch.ao, which are no nn.Linear and have no weight but a method of that name.
+    if hasattr(module, "_packed_params"):
+        return f"a {type(module).__name__} of {type(module).__module__}"
     own = {*module._parameters, *module._buffers} & (QUANTISED_BUFFERS - {"weight"})
     return f"it has {sorted(own)[0]!r}" if own else None
 

@@ -67,7 +67,9 @@ def perplexity(
             memory ends, half of them, and so on down to one.
         device: Where the model's repeated blocks run, one at a time, what is around them running
             where it is; None runs the model where it is, as does the device that it is on.
-        memory: With a device: as `farms_fast.adapters.pruning.sequential.prune_model` takes it.
+        memory: With a device where the model is not: as
+            `farms_fast.adapters.pruning.sequential.prune_model` takes it. A model that is on its
+            device takes what ``batch_size`` windows take.
 
     Returns:
         The perplexity; infinity where it is beyond the range of a float. Log likelihoods are summed

@@ -36,7 +36,7 @@ class TokenLosses:
         batch_size: Windows at a time to begin with; None is about 4096 tokens. Where the device's
             memory ends, half of them.
         device: Where the model's repeated blocks run, one at a time; None is where the model is.
-        memory: Bytes on that device.
+        memory: Bytes on that device, unless the model is there.
     """
 
     def __init__(

@@ -28,7 +28,7 @@ def magnitude_prune_(
 
     Args:
         weight: floating (out, in), any strides; written in place.
-        ratio: Share of all weights that are zero afterwards: exactly round(ratio * out * in),
+        ratio: Share of all weights that are zero afterwards: exactly round(ratio * (out * in)),
             zeros that were there before counted. A matrix with more zeros than that stays as
             it is. None with ``n_m``.
         statistics: Not used; there so that all pruners are called alike.

@@ -46,7 +46,7 @@ def lowest_in_rows(scores: torch.Tensor, ratio: float) -> torch.Tensor:
 
     Args:
         scores: (rows, cols), floating, without NaN.
-        ratio: share of all scores to mark: round(ratio * rows * cols) in total.
+        ratio: share of all scores to mark: round(ratio * (rows * cols)) in total.
 
     Returns:
         bool (rows, cols).
@@ -57,7 +57,7 @@ def lowest_in_rows(scores: torch.Tensor, ratio: float) -> torch.Tensor:
         [[True, True, False], [True, False, False]]
     """
     rows, cols = scores.shape
-    ends = torch.tensor([round(ratio * cols * (row + 1)) for row in range(rows)])
+    ends = torch.tensor([round(ratio * (cols * (row + 1))) for row in range(rows)])
     counts = torch.diff(ends, prepend=torch.zeros(1, dtype=ends.dtype))
     mask = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
     for count in counts.unique().tolist():

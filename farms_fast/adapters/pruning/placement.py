@@ -62,7 +62,7 @@ def move_module(module: nn.Module, device: torch.device) -> None:
         raise
 
 
-def place_model(model: nn.Module, device: torch.device, memory: int | None = None) -> None:
+def place_model(model: nn.Module, device: torch.device, memory: int | None = None) -> int:
     """Moves a model to a device if it takes at most half of what may be taken there.
 
     Where the device has no room for it, it stays where it is.
@@ -71,15 +71,24 @@ def place_model(model: nn.Module, device: torch.device, memory: int | None = Non
         model: Whole on one device.
         device: Where to.
         memory: Bytes that may be taken; None is half of what the device has.
+
+    Returns:
+        Bytes that may be taken beside the model. On the CPU, where it is anyway, it does not count.
+
+    Example:
+        >>> place_model(nn.Linear(8, 8), torch.device("cpu"), 1000)
+        1000
     """
     budget = machine_of(device).memory // 2 if memory is None else memory
-    weights = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
+    tensors = {id(x): x for x in (*model.parameters(), *model.buffers())}.values()
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     if device.type == "cpu" or 2 * weights > budget:
-        return
+        return budget
     try:
         move_module(model, device)
-        return
+        return budget - weights
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
     release()
+    return budget

@@ -45,18 +45,20 @@ def to_recipe(
             module name.
         n_m: (n, m), n kept of every m, by module name, in the place of the ratios. In a recipe the
             first number is that of the weights that go: (3, 8) becomes "5:8".
-        block: Columns that SparseGPT prunes together.
+        block: Columns that SparseGPT prunes together; with n_m rounded down to a multiple of m,
+            but not to 0.
         damping: That of SparseGPT.
 
     Returns:
-        The text. A ratio of 1 is 0.99999 for SparseGPT, by which llm-compressor prunes everything,
-        while it stops at 1 with an error.
+        The text. Layers that stay as they are, of a ratio of 0 or n = m, are not in it. A ratio of
+        1 is 0.99999 for SparseGPT, by which llm-compressor prunes everything, while it stops at 1
+        with an error.
 
     Raises:
         TypeError: ratios or n_m are no mapping, or block is no integer.
-        ValueError: An unknown method, no layers, a ratio outside of [0, 1], layers of n_m that are
-            not those of the ratios, or n_m with the magnitude method, for which llm-compressor has
-            no such thing.
+        ValueError: An unknown method, no layers to prune, a ratio outside of [0, 1], layers of n_m
+            that are not those of the ratios, or n_m with the magnitude method, for which
+            llm-compressor has no such thing.
 
     Example:
         >>> print(to_recipe("wanda", {"layers.0.q": 0.5, "layers.1.q": 0.7}))
@@ -101,7 +103,13 @@ def to_recipe(
 
     groups: dict[object, list[str]] = {}
     for name, ratio in by_layer.items():
-        groups.setdefault(ratio if n_m is None else n_m[name], []).append(name)
+        pattern = None if n_m is None else n_m[name]
+        # llm-compressor takes "0:8" for no pattern, and a sparsity of 0 for one that is not given.
+        if (ratio == 0) if pattern is None else (pattern[0] == pattern[1]):
+            continue
+        groups.setdefault(pattern or ratio, []).append(name)
+    if not groups:
+        raise ValueError(f"ratios: expected a layer to prune, got {len(by_layer)} that stay whole")
     lines = ["sparsity_stage:"]
     used: set[str] = set()
     for names in groups.values():
@@ -117,6 +125,9 @@ def _settings(
     method: str, ratio: float, pattern: tuple[int, int] | None, block: int, damping: float
 ) -> list[str]:
     """A modifier and its settings down to the targets, which follow."""
+    if pattern is not None:
+        n, m = pattern
+        ratio, block = 1 - n / m, max(m, block - block % m)
     sparsity = _decimal(min(ratio, _LARGEST) if method == "sparsegpt" else ratio)
     if method == "magnitude":
         return [
@@ -127,11 +138,11 @@ def _settings(
             f"  final_sparsity: {sparsity}",
             "  targets:",
         ]
-    n, m = pattern or (0, 0)
+    mask = "0:0" if pattern is None else f"{m - n}:{m}"
     settings = [
         "WandaPruningModifier:" if method == "wanda" else "SparseGPTModifier:",
         f"  sparsity: {sparsity}",
-        f'  mask_structure: "{m - n}:{m}"',
+        f'  mask_structure: "{mask}"',
     ]
     if method == "sparsegpt":
         settings += [f"  block_size: {block}", f"  dampening_frac: {_decimal(damping)}"]

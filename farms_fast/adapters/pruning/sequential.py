@@ -118,7 +118,9 @@ def prune_model(
             any module with repeated blocks.
         method: "magnitude", "wanda" or "sparsegpt".
         ratios: Share of zeros for every layer of the blocks by name, from 0 (the layer stays as it
-            is) to 1, those of an `Allocation`, or one for all. Not looked at when ``n_m`` is given.
+            is) to 1, those of an `Allocation`, or one for all. An Allocation over other layers,
+            such as the parts of a fused weight, is carried over by its ``for_modules``. Not looked
+            at when ``n_m`` is given.
         calibration: int64 (samples, seqlen), token ids; None for magnitude, which needs none.
         n_m: (n, m): n weights are kept of every m consecutive inputs; one for all layers, or one
             for each by name. n = m leaves a layer as it is.
@@ -286,6 +288,8 @@ def _targets(
 ) -> dict[str, Target]:
     names = [layer.name for layer in blocks.layers]
     if isinstance(ratios, Allocation):
+        if n_m is None and set(ratios.ratios) != set(names):
+            ratios = ratios.for_modules({x.name: math.prod(x.shape) for x in blocks.layers})
         ratios = ratios.ratios
     if n_m is None:
         return {name: (value, None) for name, value in _for_all("ratios", ratios, names).items()}
@@ -303,7 +307,7 @@ def _for_all(argument: str, given: object, names: list[str]) -> dict[str, Any]:
         raise ValueError(
             f"{argument}: expected a value for each of the {len(names)} layers of the model's "
             f"blocks and no others, got {what} {which[0]!r} ({len(missing)} missing, "
-            f"{len(unknown)} unknown)"
+            f"{len(unknown)} unknown); Allocation.for_modules carries values over to them"
         )
     return {name: given[name] for name in names}
 

@@ -112,7 +112,7 @@ def sparsegpt_prune_(
 
     Args:
         weight: floating (out, in), any strides; written in place.
-        ratio: Share of all weights that are zero afterwards, exactly round(ratio * out * in),
+        ratio: Share of all weights that are zero afterwards, exactly round(ratio * (out * in)),
             shared out evenly over the blocks of columns. Zeros that were there before count and
             stay zero; a matrix with more of them than that stays as it is. Of inputs that were
             always zero, weights go first, those of least magnitude before others. None with

@@ -10,6 +10,7 @@ from typing import Any, TypeGuard
 import numpy as np
 import numpy.typing as npt
 
+from farms_fast.adapters.pruning.patterns import kept_of_groups
 from farms_fast.arguments import natural
 from farms_fast.results import printable
 
@@ -41,7 +42,10 @@ class Allocation:
         blocks: Names of the layers by block; a layer by itself where there are no blocks.
         scale: eta, the ratio at r = 1 before what exceeds 1 is shared out.
         settings: How it was made; the wanted total is ``settings["sparsity"]``.
-        alphas: By layer name, NaN where a fit failed; empty where alphas were not looked at.
+        alphas: By layer name, NaN where a fit failed; empty where alphas were not looked at. Of
+            a module that was analysed in parts, the mean of the parts weighted by their parameters.
+        block_alphas: By block, the alpha that its r was made of, NaN where none was fitted; empty
+            where every layer has its own ratio, or alphas were not looked at.
         outliers: OWL's percentage by block; empty otherwise.
         unfitted: Layers without an alpha.
         left_out: Layers that are in no repeated block and so have no ratio.
@@ -61,6 +65,7 @@ class Allocation:
     settings: dict[str, object]
     alphas: dict[str, float] = field(default_factory=dict)
     outliers: dict[str, float] = field(default_factory=dict)
+    block_alphas: dict[str, float] = field(default_factory=dict)
     unfitted: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
 
@@ -79,6 +84,17 @@ class Allocation:
             for block, names in self.blocks.items()
         }
 
+    def shown_alpha(self, block: str) -> float:
+        """The alpha that a block's ratio was made of; the mean of its layers' at level "layer".
+
+        NaN where there is none.
+        """
+        if block in self.block_alphas:
+            return self.block_alphas[block]
+        alphas = [self.alphas.get(name, math.nan) for name in self.blocks.get(block, ())]
+        fitted = [alpha for alpha in alphas if not math.isnan(alpha)]
+        return math.fsum(fitted) / len(fitted) if fitted else math.nan
+
     @property
     def limited(self) -> tuple[str, ...]:
         """Layers whose share was above 1, at once or when they took a part of others' excess."""
@@ -94,7 +110,9 @@ class Allocation:
         An analysis may have a fused weight in parts (``attn.c_attn.q``), or lack a layer that was
         too small to analyse, or have layers that nobody prunes. A module gets the r of the layer of
         its name, or the mean of its parts' (weighted by parameters), or that of the block that it
-        lies in; then the ratios are scaled anew to the total over these modules.
+        lies in; then the ratios are scaled anew to the total over these modules. The alphas of
+        blocks stay those that the ratios were made of. With the layers of the allocation itself as
+        modules the ratios stay as they are.
 
         Args:
             modules: Number of weights by module name.
@@ -119,14 +137,17 @@ class Allocation:
         blocks: dict[str, list[str]] = {}
         for name in counts:
             blocks.setdefault(self._block_of(name) or name, []).append(name)
-        scale, ratios = shared_to_total(
-            np.array(list(found.values())),
-            np.array(list(counts.values()), np.float64),
-            float(str(self.settings["sparsity"])),
-            clip=self.settings.get("compat") == "farms",
-        )
+        scale, ratios = self.scale, {name: self.ratios.get(name, math.nan) for name in counts}
+        if found != self.relative or counts != self.params:
+            scale, scaled = shared_to_total(
+                np.array(list(found.values())),
+                np.array(list(counts.values()), np.float64),
+                float(str(self.settings["sparsity"])),
+                clip=self.settings.get("compat") == "farms",
+            )
+            ratios = dict(zip(counts, scaled.tolist(), strict=True))
         return Allocation(
-            ratios=dict(zip(counts, ratios.tolist(), strict=True)),
+            ratios=ratios,
             params=counts,
             relative=found,
             blocks={block: tuple(names) for block, names in blocks.items()},
@@ -134,6 +155,7 @@ class Allocation:
             settings=dict(self.settings),
             alphas={name: self._alpha_of(name) for name in counts} if self.alphas else {},
             outliers=dict(self.outliers),
+            block_alphas=dict(self.block_alphas),
             unfitted=tuple(n for n in counts if self.alphas and math.isnan(self._alpha_of(n))),
         )
 
@@ -141,8 +163,9 @@ class Allocation:
         """The ratios as N:M patterns: how many of every m weights each block keeps.
 
         All layers of a block get the same N (at level "layer" every layer its own). Every N is the
-        wanted number rounded down or up, the largest remainders up, as many as bring the total
-        nearest to the wanted one.
+        wanted number rounded down, and those with the largest remainders get one more, as many as
+        bring the total nearest to the wanted one. Only a ratio of 1 gives N = 0: where less than 1
+        is wanted it is 1, and the excess is taken from those with the smallest remainders.
 
         Args:
             m: Weights of a group, 4 or 8 for example.
@@ -152,7 +175,7 @@ class Allocation:
 
         Raises:
             TypeError: m is no integer.
-            ValueError: m is less than 1.
+            ValueError: m is less than 1, or too small for so high a sparsity with 1 of m kept.
 
         Example:
             >>> from farms_fast.adapters.pruning.allocation import allocate_sparsity
@@ -163,18 +186,7 @@ class Allocation:
         size = natural("m", m, least=1)
         units = self._units()
         counts = [sum(self.params[name] for name in unit) for unit in units]
-        wanted = [(1 - self.ratios[unit[0]]) * size for unit in units]
-        # A ratio such as 0.7 is not exact: 2.9999999999999996 is meant as 3.
-        kept = [math.floor(value + 1e-9) for value in wanted]
-        missing = math.fsum(
-            (value - n) * count for value, n, count in zip(wanted, kept, counts, strict=True)
-        )
-        by_remainder = sorted(range(len(units)), key=lambda unit: (kept[unit] - wanted[unit], unit))
-        for unit in by_remainder:
-            if missing * 2 < counts[unit] or kept[unit] == size:
-                continue
-            kept[unit] += 1
-            missing -= counts[unit]
+        kept = kept_of_groups([self.ratios[unit[0]] for unit in units], counts, size)
         return {name: (n, size) for unit, n in zip(units, kept, strict=True) for name in unit}
 
     def to_dict(self) -> dict[str, object]:
@@ -189,12 +201,14 @@ class Allocation:
                     "block": block,
                     "params": self.params[name],
                     "ratio": self.ratios[name],
+                    "relative": self.relative[name],
                     "alpha": _or_none(self.alphas.get(name, math.nan)),
                 }
                 for block, names in self.blocks.items()
                 for name in names
             ],
             "blocks": self.block_ratios,
+            "block_alphas": {block: _or_none(x) for block, x in self.block_alphas.items()},
             "outliers": dict(self.outliers),
             "unfitted": list(self.unfitted),
             "limited": list(self.limited),
@@ -208,9 +222,8 @@ class Allocation:
         for block, ratio in self.block_ratios.items():
             names = self.blocks[block]
             line = f"  {printable(block)}  {sum(self.params[n] for n in names)} weights"
-            alphas = [a for n in names if not math.isnan(a := self.alphas.get(n, math.nan))]
-            if alphas:
-                line += f", alpha {math.fsum(alphas) / len(alphas):.3f}"
+            if not math.isnan(alpha := self.shown_alpha(block)):
+                line += f", alpha {alpha:.3f}"
             if block in self.outliers:
                 line += f", outliers {self.outliers[block]:.3f} %"
             lines.append(f"{line}, sparsity {ratio:.4f}")
@@ -243,12 +256,19 @@ class Allocation:
             raise ValueError(
                 f"modules: {module!r} is neither a layer of the allocation nor in one of its blocks"
             )
-        weight = sum(self.params[name] for name in names)
-        return math.fsum(self.relative[name] * self.params[name] for name in names) / weight
+        return self._mean(self.relative, names)
 
     def _alpha_of(self, module: str) -> float:
         parts = [n for n in self._parts_of(module) if not math.isnan(self.alphas.get(n, math.nan))]
-        return math.fsum(self.alphas[n] for n in parts) / len(parts) if parts else math.nan
+        return self._mean(self.alphas, parts) if parts else math.nan
+
+    def _mean(self, values: Mapping[str, float], names: list[str]) -> float:
+        """Weighted by parameters."""
+        alike = {values[name] for name in names}
+        if len(alike) == 1:  # for a weighted mean of equal numbers is not always that number
+            return alike.pop()
+        weight = sum(self.params[name] for name in names)
+        return math.fsum(values[name] * self.params[name] for name in names) / weight
 
 
 def is_number(value: object) -> TypeGuard[float]:

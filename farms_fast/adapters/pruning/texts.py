@@ -81,7 +81,7 @@ def calibration_tokens(
     generator = torch.Generator().manual_seed(natural("seed", seed))
     if source == "c4":
         return _from_documents(tokenizer, count, length, generator)
-    text = _ids(tokenizer, "\n\n".join(_texts(source, "train")))
+    text = _ids(tokenizer, "\n\n".join(_texts(source, "train", "calibration")))
     starts = len(text) - length + 1
     if starts < count:
         raise ValueError(
@@ -112,7 +112,7 @@ def text_tokens(tokenizer: Any, source: str | os.PathLike[str]) -> Tensor:
         ValueError: The text has fewer than two tokens, or is not UTF-8.
     """
     _check_tokenizer(tokenizer)
-    texts = _texts(source, "test")
+    texts = _texts(source, "test", "text")
     if source == "c4":
         joined = " ".join(text for text, _ in zip(texts, range(_C4_DOCUMENTS), strict=False))
     else:
@@ -159,7 +159,7 @@ def _check_tokenizer(tokenizer: object) -> None:
 
 
 def _from_documents(tokenizer: Any, count: int, length: int, generator: torch.Generator) -> Tensor:
-    documents = list(_texts("c4", "train"))
+    documents = list(_texts("c4", "train", "calibration"))
     found: list[Tensor] = []
     for number in torch.randperm(len(documents), generator=generator).tolist():
         text = _ids(tokenizer, documents[number])
@@ -180,20 +180,20 @@ def _ids(tokenizer: Any, text: str) -> Tensor:
     return torch.tensor(found, dtype=torch.int64)
 
 
-def _texts(source: str | os.PathLike[str], split: str) -> Iterator[str]:
+def _texts(source: str | os.PathLike[str], split: str, argument: str) -> Iterator[str]:
     if isinstance(source, str) and source in TEXTS:
-        yield from _from_hub(source, split)
+        yield from _from_hub(source, split, argument)
         return
     path = check_source(source)
     try:
         yield path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"text: expected a text file in UTF-8, got {str(path)!r}: {error}"
+            f"{argument}: expected a text file in UTF-8, got {str(path)!r}: {error}"
         ) from error
 
 
-def _from_hub(name: str, split: str) -> Iterator[str]:
+def _from_hub(name: str, split: str, argument: str) -> Iterator[str]:
     what = f"text {name!r}"
     with optional_import("datasets", extra="pruning", needed_for=what, instead="give a text file"):
         import datasets
@@ -208,7 +208,7 @@ def _from_hub(name: str, split: str) -> Iterator[str]:
         rows = datasets.load_dataset(path, split=split, **options)
     except Exception as error:  # of many kinds, by what is missing: network, cache, files
         raise OSError(
-            f"text: {name!r} could not be loaded ({type(error).__name__}: {error}): fetch "
+            f"{argument}: {name!r} could not be loaded ({type(error).__name__}: {error}): fetch "
             "it once on a machine with access to the hub, or give a text file"
         ) from error
     for row in rows:

@@ -58,7 +58,7 @@ def wanda_prune_(
 
     Args:
         weight: floating (out, in), any strides; written in place.
-        ratio: Share of the weights that are zero afterwards: round(ratio * out * in) in total and
+        ratio: Share of the weights that are zero afterwards: round(ratio * (out * in)) in total and
             the same number in every row to within one, zeros that were there before counted. A
             row with more zeros than its number stays as it is, so that the total can only be
             higher. None with ``n_m``.
