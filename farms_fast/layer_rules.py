@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 
 from farms_fast.arrays import FLOATING
@@ -38,12 +38,21 @@ __all__ = [
 
 
 class HeaderIndex:
-    """The headers of a whole model and its config, for rules that need a tensor's neighbours."""
+    """The headers of a whole model and its config, for rules that need a tensor's neighbours.
 
-    def __init__(self, headers: Iterable[TensorHeader], config: ModelConfig | None = None) -> None:
+    ``notes`` are what the modules tell, from `farms_fast.operator_layers.module_notes`.
+    """
+
+    def __init__(
+        self,
+        headers: Iterable[TensorHeader],
+        config: ModelConfig | None = None,
+        notes: Mapping[str, str] | None = None,
+    ) -> None:
         """Index ``headers`` by name."""
         self.by_name = {header.name: header for header in headers}
         self.config = config or ModelConfig()
+        self.notes = notes or {}
 
     def layer_name(self, tensor_name: str) -> str:
         """The tensor's name without a trailing ``.weight``, unless another tensor has that name."""

@@ -175,8 +175,9 @@ def layers_from_module(
         item if item.reason else _as_wrapped(item.header, wrappers)
         for item in restore([item.header for item in owned if not item.reason], config)
     ]
-    found = _changed(assembled(found, module_notes(module)), change)
-    index = HeaderIndex((header for header, _ in found), config)
+    notes = module_notes(module)
+    found = _changed(assembled(found, notes), change)
+    index = HeaderIndex((header for header, _ in found), config, notes)
     proposals: list[tuple[int, TensorHeader, list[Part] | str]] = [
         (number, item.header, item.reason) for number, item in enumerate(owned) if item.reason
     ]

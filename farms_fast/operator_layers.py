@@ -16,8 +16,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from farms_fast.afno_layers import afno_layout, is_afno_bias, says_afno
 from farms_fast.complex_weights import ComplexPairs, Reconstructed, Unfolded
-from farms_fast.stacks import Found, Part, RealAndImaginary, TensorHeader, TrailingPositions
+from farms_fast.stacks import (
+    AsStored,
+    Found,
+    Part,
+    RealAndImaginary,
+    TensorHeader,
+    TrailingPositions,
+)
 
 if TYPE_CHECKING:
     from farms_fast.layer_rules import HeaderIndex
@@ -30,6 +38,7 @@ __all__ = [
 ]
 
 _FACTOR = re.compile(r"(.+)\.factors\.factor_(\d+)")
+_FILTER = "complex_weight"  # of GFNet, (height, width, channels, 2)
 # How plain models call a complex weight that they store as pairs of real numbers.
 _PAIRS = re.compile(r"(^|\.)weights\d+$|spectral|fourier", re.IGNORECASE)
 _PAIRS_OWNER = re.compile(r"spectral|fourier|(?<!a)fno", re.IGNORECASE)
@@ -42,6 +51,7 @@ _CONVOLUTIONS = (
     nn.ConvTranspose3d,
 )
 _SEPARABLE = "one number for each channel and mode (a separable spectral convolution), no matrix"
+_GLOBAL_FILTER = "one number for each channel and mode (a global filter), no matrix"
 
 
 def assembled(found: Sequence[Found], notes: Mapping[str, str] | None = None) -> list[Found]:
@@ -158,10 +168,17 @@ def _single(
         bias = by_name.get(f"{name.rpartition('.')[0]}.bias")
         convolution = bias is not None and bias.shape == shape[:1]
         note = "pairs" if dense or (_PAIRS.search(name) and not convolution) else ""
+        if name.rpartition(".")[2] == _FILTER and "conv" not in name.lower():
+            note = "global filter"
     else:
         note = notes.get(whole, "")
     if note == "separable":
         return Found(header, _SEPARABLE)
+    if note == "global filter" and pairs and len(shape) == 4:
+        return Found(header, _GLOBAL_FILTER)
+    layout = afno_layout(header, by_name, says_so=note == "afno" or says_afno(name))
+    if layout:
+        note = "joint pairs" if layout == "trailing" else ""
     if header.combine is not None or not (dense or (pairs and "pairs" in note)):
         return Found(header)
     if not (pairs and "pairs" in note):
@@ -181,7 +198,8 @@ def module_notes(module: nn.Module) -> dict[str, str]:
     """What only modules know of the weights of spectral convolutions, by the weight's name.
 
     ``separable``: one number for each channel and mode; ``joint``: one tensor for several layers;
-    ``tensorised``: a matrix whose dimensions are factorised; ``pairs``: real and imaginary parts.
+    ``tensorised``: a matrix whose dimensions are factorised; ``pairs``: real and imaginary parts;
+    ``afno``: of an AFNO block; ``global filter``: multiplied elementwise.
 
     Example:
         >>> import torch
@@ -200,12 +218,15 @@ def module_notes(module: nn.Module) -> dict[str, str]:
         elif type(owner).__name__.startswith("Complex") and hasattr(owner, "to_tensor"):
             notes.setdefault(path, "pairs")
         elif not isinstance(owner, _CONVOLUTIONS):
-            says_so = _PAIRS_OWNER.search(type(owner).__name__)
-            notes.update(
-                (dot + leaf, "pairs")
-                for leaf, weight in owner.named_parameters(recurse=False)
-                if says_so or _PAIRS.search(dot + leaf)
-            )
+            kind = type(owner).__name__
+            says_so = _PAIRS_OWNER.search(kind)
+            for leaf, _ in owner.named_parameters(recurse=False):
+                if says_afno(kind) and leaf in ("w1", "w2", "b1", "b2"):
+                    notes[dot + leaf] = "afno"
+                elif leaf == _FILTER and "conv" not in kind.lower():
+                    notes[dot + leaf] = "global filter"
+                elif says_so or _PAIRS.search(dot + leaf):
+                    notes[dot + leaf] = "pairs"
         for name, order in _spectral_weights(owner, dot):
             if getattr(owner, "separable", False) is True:
                 notes[name] = "separable"
@@ -284,29 +305,16 @@ def spectral_parts(header: TensorHeader, name: str, index: HeaderIndex) -> list[
 
     The empty list leaves the tensor to other rules.
     """
-    shape, rank, leaf = header.shape, len(header.shape), header.name.rpartition(".")[2]
-    if header.dtype.is_complex:
-        if rank == 2:
-            return []
+    shape, rank = header.shape, len(header.shape)
+    says_so = index.notes.get(header.name) == "afno" or says_afno(header.name)
+    if is_afno_bias(header, index.by_name, says_so):
+        return "a bias (of an AFNO block), not a weight"
+    layout = afno_layout(header, index.by_name, says_so)
+    if layout:
+        to_stack = AsStored() if layout == "complex" else RealAndImaginary()
+        return [Part(name, "spectral", (shape[-3], shape[-2], shape[-1]), to_stack)]
+    if header.dtype.is_complex and rank > 2:
         # (in, out, *modes): as a kernel's positions, with the roles of in and out exchanged.
         modes = torch.Size(shape[2:]).numel()
         return [Part(name, "spectral", (modes, shape[0], shape[1]), TrailingPositions())]
-    if _is_afno_weight(header, index):
-        return [Part(name, "spectral", (shape[1], shape[2], shape[3]), RealAndImaginary())]
-    if rank == 3 and leaf in ("b1", "b2"):
-        weight = index.beside(header.name, leaf.replace("b", "w"))
-        if weight is not None and _is_afno_weight(weight, index):
-            return "a bias (of an AFNO block), not a weight"
     return []
-
-
-def _is_afno_weight(header: TensorHeader, index: HeaderIndex) -> bool:
-    """Block-diagonal complex weight of an adaptive Fourier neural operator.
-
-    ``w1`` is ``(2, blocks, in, out)``, real parts first; its bias ``b1`` is ``(2, blocks, out)``.
-    """
-    leaf, shape = header.name.rpartition(".")[2], header.shape
-    if leaf not in ("w1", "w2") or len(shape) != 4 or shape[0] != 2:
-        return False
-    bias = index.beside(header.name, leaf.replace("w", "b"))
-    return bias is not None and bias.shape == (2, shape[1], shape[3])

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from neuralop.models import FNO
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -185,6 +186,39 @@ def test_vectors_or_named_parameters_are_not_decayed() -> None:
         rates.param_groups(0.1, no_decay=3)  # type: ignore[arg-type]
 
 
+def undecayed(model: nn.Module) -> set[str]:
+    rates = small(model, skip_first=False, skip_last=False, min_evals=0)
+    groups = rates.param_groups(0.1, weight_decay=0.01, no_decay="vectors")
+    return {n for g in groups if g["weight_decay"] == 0 for n in names_of(model, g)}
+
+
+class TrailingAfno(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w1 = nn.Parameter(torch.randn(4, 6, 12, 2))
+        self.b1 = nn.Parameter(torch.zeros(4, 12, 1, 1, 2))
+
+
+def test_biases_of_any_shape_are_vectors() -> None:
+    assert undecayed(Afno()) == {"b1", "b2"}
+    assert undecayed(TrailingAfno()) == {"b1"}
+    attention = nn.MultiheadAttention(16, 2, add_bias_kv=True)
+    assert undecayed(attention) == {"in_proj_bias", "out_proj.bias", "bias_k", "bias_v"}
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm((4, 8)), nn.Linear(8, 1))
+    assert undecayed(model) == {"0.bias", "1.weight", "1.bias", "2.bias"}
+    operator = FNO(n_modes=(4, 4), in_channels=2, out_channels=2, hidden_channels=8, n_layers=1)
+    biases = {name for name, _ in operator.named_parameters() if name.endswith("bias")}
+    assert operator.fno_blocks.convs[0].bias.shape == (8, 1, 1)
+    # The soft gate is a number for each channel.
+    assert undecayed(operator) == biases | {"fno_blocks.channel_mlp_skips.0.weight"}
+
+
+@pytest.mark.parametrize("name", ["params", "name", "layer"])
+def test_what_a_group_is_made_of_cannot_be_overwritten(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}: expected other entries of a group"):
+        small(linears(5)).param_groups(0.1, **{name: "x"})
+
+
 def test_options_go_into_every_group_and_the_optimizer_keeps_names() -> None:
     model = TinyResNet()
     optimizer = torch.optim.AdamW(small(model).param_groups(0.1, weight_decay=0.3, eps=1e-5))
@@ -349,6 +383,7 @@ def test_small_layers_take_their_blocks_rate_and_failed_ones_do_not() -> None:
     assert rates.last is not None
     assert rates.last["a.2"].status == "too_few"
     assert rates.last["a.2"].factor == rates.last["a.0"].factor != 1
+    assert rates.last["a.2"].message.endswith("which is 5: takes its block's rate")
     assert (rates.last["b.1"].status, rates.last["b.1"].factor) == ("nonfinite", 1.0)
     assert rates.last["b.0"].score == pytest.approx(median_alpha(model["b"][0].weight), rel=1e-9)
 
@@ -414,6 +449,35 @@ def test_weights_that_turn_nan_in_training_keep_the_base_rate_and_are_reported_o
     with torch.no_grad():
         model[2].weight.copy_(linears(5)[2].weight)
     assert rates.step(optimizer)["2"].factor != 1
+
+
+def test_a_layer_that_collapses_in_training_is_reported_once() -> None:
+    model = linears(6)
+    model[3] = nn.Linear(16, 4)  # always small
+    rates = whole(model, per=lambda name: "small" if name == "3" else "large")
+    optimizer = sgd(rates)
+    rates.step(optimizer)
+    with torch.no_grad():
+        model[2].weight.zero_()
+    with pytest.warns(RateWarning, match="^2 keeps the base rate: too few positive .* enough bef"):
+        table = rates.step(optimizer)
+    row = table["2"]
+    assert (row.status, row.factor, row.n_evals) == ("collapsed", 1.0, 0)
+    assert [row.name for row in table.failed] == ["2"]
+    assert table["3"].status == "too_few"
+    assert rates.step(optimizer)["2"].status == "collapsed"  # a second warning would be an error
+    with torch.no_grad():
+        model[2].weight.copy_(linears(5)[2].weight)
+    assert rates.step(optimizer)["2"].status == "ok"
+
+
+def test_a_layer_of_zeros_from_the_start_is_small() -> None:
+    model = linears(5)
+    with torch.no_grad():
+        model[2].weight.zero_()
+    rates = whole(model)
+    table = rates.step(sgd(rates))
+    assert (table["2"].status, table["2"].n_evals, table.failed) == ("too_few", 0, [])
 
 
 def test_rates_that_are_not_asked_for_at_the_start_are_equal() -> None:
@@ -603,6 +667,11 @@ def test_sharded_parameters_are_refused() -> None:
         ({"exclude": "none*"}, ValueError, "exclude: expected patterns that match"),
         ({"process_group": "all"}, ValueError, "process_group: expected 'default', None or a gr"),
         ({"process_group": 3}, TypeError, "process_group: expected 'default', None or a gr"),
+        ({"skip_first": "no"}, TypeError, "skip_first: expected True or False, got 'no'"),
+        ({"skip_last": 1}, TypeError, "skip_last: expected True or False, got 1"),
+        ({"overlap": "no"}, TypeError, "overlap: expected True or False, got 'no'"),
+        ({"initial": None}, TypeError, "initial: expected True or False, got None"),
+        ({"log": b"x"}, TypeError, "log: expected functions of a table or the path of a CSV"),
         ({"log": 3}, TypeError, "log: expected functions of a table or the path of a CSV, got 3"),
         ({"log": [3]}, TypeError, "log: expected functions of a table or the path of a CSV, got 3"),
     ],
@@ -616,6 +685,10 @@ def test_the_base_rate_must_be_a_number() -> None:
     rates = small(linears(5))
     with pytest.raises(TypeError, match=r"lr: expected a number, got '0\.1'"):
         rates.param_groups("0.1")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="lr: expected a number, got True"):
+        rates.param_groups(True)
+    with pytest.raises(TypeError, match=r"lr: expected a number, got tensor\(\[0\.1"):
+        rates.param_groups(torch.tensor([0.1, 0.2]))
     optimizer = torch.optim.SGD(rates.param_groups(0.1))
     with pytest.raises(TypeError, match="lr: expected a number, got 'x'"):
         rates.step(optimizer, lr="x")  # type: ignore[arg-type]

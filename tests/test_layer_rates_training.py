@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import math
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,9 +20,11 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 from torch.optim import lr_scheduler as schedulers
 
+from farms_fast import FullMatrix
 from farms_fast.adapters.layer_rates import LayerRates, RateTable
+from farms_fast.adapters.sciml import TBSigmoid
 from farms_fast.adapters.training import TempBalance
-from farms_fast.live import LayerAlpha, LiveAnalysis
+from farms_fast.live import LayerAlpha, LiveAnalysis, PendingAlphas
 from tests.rate_models import TinyResNet, batches, linears, small, whole
 
 ROOT = Path(__file__).parent.parent
@@ -248,6 +252,97 @@ def test_a_state_says_what_it_is_of() -> None:
 
     with pytest.raises(ValueError, match="state: expected one of Other, got TempBalance"):
         Other(linears(5)).load_state_dict(state)
+
+
+def damaged(state: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return {**copy.deepcopy(state), **changes}
+
+
+def test_a_damaged_state_changes_nothing() -> None:
+    rates = whole(linears(5))
+    rates.param_groups(0.1)
+    state = rates.state_dict()
+    rows = state["last"]["rows"]
+    ahead = {"name": "1", "alpha": 2.0, "D": 0.1, "xmin": 1.0}
+    for changes in (
+        {"calls": "x"},
+        {"calls": True},
+        {"calls": -1},
+        {"layers": [1]},
+        {"settings": 3},
+        {"last": {"a": 1}},
+        {"last": 3},
+        {"last": {**state["last"], "call": "x"}},
+        {"last": {**state["last"], "rows": rows[1:]}},
+        {"last": {**state["last"], "rows": [{**row, "name": "z"} for row in rows]}},
+        {"last": {**state["last"], "rows": [{**row, "alpha": "2"} for row in rows]}},
+        {"last": {**state["last"], "rows": [{**row, "factor": 0.0} for row in rows]}},
+        {"last": {**state["last"], "rows": [{**row, "colour": 1} for row in rows]}},
+        {"calls": 7, "ahead": [{"q": 1}]},
+        {"calls": 7, "ahead": [ahead]},
+        {"calls": 7, "ahead": [{**ahead, "n_tail": 3, "n_evals": 6, "status": "ok",
+                                "message": "", "name": "no layer"}]},
+    ):  # fmt: skip
+        fresh = whole(linears(5))
+        with pytest.raises(ValueError, match=r"^state: expected what state_dict\(\) gave, got"):
+            fresh.load_state_dict(damaged(state, **changes))
+        assert (fresh.calls, fresh.last, fresh.state_dict()["ahead"]) == (0, None, None)
+
+
+def test_a_state_of_other_settings_is_refused() -> None:
+    rates = whole(linears(5), assign="step")
+    rates.param_groups(0.1)
+    state = json.loads(json.dumps(rates.state_dict(), allow_nan=False))
+    with pytest.raises(ValueError, match=r"state: expected one of assign='linear', got .*'step'"):
+        whole(linears(5)).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"state: expected one of lr_range=\[0\.1, 3\.0\], got"):
+        whole(linears(5), assign="step", lr_range=(0.1, 3)).load_state_dict(state)
+    sigmoid = TBSigmoid(linears(5), FullMatrix(), tau=2)
+    sigmoid.param_groups(0.1)
+    with pytest.raises(ValueError, match=r"state: expected one of tau=10\.0, got tau=2\.0"):
+        TBSigmoid(linears(5), FullMatrix()).load_state_dict(sigmoid.state_dict())
+    again = whole(linears(5), assign="step")
+    again.load_state_dict(state)
+    assert again.factors_by_layer == rates.factors_by_layer
+    again.load_state_dict({k: v for k, v in state.items() if k != "settings"})  # an older one
+
+
+# Copies
+
+
+class Holder(nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.net = linears(5)
+        self.rates = small(self.net, **options)
+        self.optimizer = torch.optim.SGD(self.rates.param_groups(0.1))
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_model_that_holds_its_rates_is_copied_and_pickled(
+    overlap: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: PendingAlphas, protocol: int) -> Any:
+        raise TypeError("cannot pickle an event of a device")
+
+    monkeypatch.setattr(PendingAlphas, "__reduce_ex__", refuse)
+    holder = Holder(overlap=overlap)
+    holder.rates.step(holder.optimizer)
+    expected = str(holder.rates.last)
+    copies = [
+        copy.deepcopy(holder),
+        pickle.loads(pickle.dumps(holder)),
+        torch.optim.swa_utils.AveragedModel(holder).module,
+    ]
+    following = holder.rates.step(holder.optimizer)
+    for copied in copies:
+        assert copied.rates.model is copied.net is not holder.net
+        # NaNs are different from one another, so tables are compared as text.
+        assert str(copied.rates.last) == expected
+        assert str(copied.rates.step(copied.optimizer)) == str(following)
+        groups = copied.optimizer.param_groups
+        assert groups[1]["params"][0] is copied.net[1].weight
+        assert [g["lr"] for g in groups] == [g["lr"] for g in holder.optimizer.param_groups]
 
 
 # Snapshots

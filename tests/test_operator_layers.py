@@ -473,3 +473,122 @@ def test_alphas_are_those_of_the_cpu(device: torch.device) -> None:
         assert [layer.status for layer in found] == [layer.status for layer in expected]
         for one, other in zip(found, expected, strict=True):
             assert one.alpha == pytest.approx(other.alpha, rel=1e-6, nan_ok=True)
+
+
+# ---------------------------------------------------------------------------- AFNO blocks
+
+
+class TrailingAFNO(nn.Module):
+    """Blocks of complex matrices as ``(blocks, in, out, 2)``."""
+
+    def __init__(self, bias: tuple[int, ...] | None, blocks: int = 4, dtype: torch.dtype = F32):
+        super().__init__()
+        draw = torch.Generator().manual_seed(3)
+        for number, (inputs, outputs) in enumerate([(6, 12), (12, 6)], start=1):
+            weight = torch.randn((blocks, inputs, outputs, 2), generator=draw)
+            setattr(self, f"w{number}", nn.Parameter(weight.to(dtype)))
+            if bias == (1,):
+                shape: tuple[int, ...] = (1, blocks * 6, 1, 1)
+            elif bias is not None:
+                shape = (blocks, outputs, *bias)
+            if bias is not None:
+                setattr(self, f"b{number}", nn.Parameter(torch.zeros(shape, dtype=dtype)))
+
+
+BIASES = [None, (2,), (1, 1, 2), (1,)]
+
+
+@pytest.mark.parametrize("dtype", [F32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bias", BIASES, ids=str)
+def test_afno_weights_with_parts_last_are_complex_matrices(
+    bias: tuple[int, ...] | None, dtype: torch.dtype
+) -> None:
+    module = nn.ModuleDict({"filter": TrailingAFNO(bias, dtype=dtype)})
+    analysis = analyze(module, FullMatrix(), bootstrap=0, progress=False)
+    assert [(x.name, x.kind, x.shape) for x in analysis] == [
+        ("filter.w1", "spectral", (4, 6, 12)),
+        ("filter.w2", "spectral", (4, 12, 6)),
+    ]
+    for layer, leaf in zip(analysis, ("w1", "w2"), strict=True):
+        stored = getattr(module["filter"], leaf).detach().double().numpy()
+        expected = np.sort(from_svd(stored[..., 0] + 1j * stored[..., 1]).ravel())
+        np.testing.assert_allclose(layer.evals, expected, rtol=1e-9 if dtype == F32 else 1e-5)
+    assert reasons(analysis.skipped) == (
+        {}
+        if bias is None
+        else dict.fromkeys(("filter.b1", "filter.b2"), "a bias (of an AFNO block), not a weight")
+    )
+
+
+@pytest.mark.parametrize("bias", BIASES[1:], ids=str)
+def test_afno_layouts_are_told_by_the_biases_of_a_checkpoint(bias: tuple[int, ...]) -> None:
+    state = {f"blocks.0.{k}": v.detach() for k, v in TrailingAFNO(bias).state_dict().items()}
+    headers = [header(name, *tensor.shape) for name, tensor in state.items()]
+    layers, skipped = layers_from_headers(headers)
+    assert [(x.name, x.kind, x.shape, x.dtype) for x in layers] == [
+        ("blocks.0.w1", "spectral", (4, 6, 12), C64),
+        ("blocks.0.w2", "spectral", (4, 12, 6), C64),
+    ]
+    assert {skip.name for skip in skipped} == {"blocks.0.b1", "blocks.0.b2"}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "biases", "shapes"),
+    [
+        # Two channels to a block at one end: only real parts first make a network of the two.
+        ((2, 4, 8, 2), (2, 4, 2, 8), ((2, 4, 2), (2, 4, 8)), [(4, 8, 2), (4, 2, 8)]),
+        ((2, 4, 4, 2), (2, 4, 2, 4), ((2, 4, 2), (2, 4, 4)), [(4, 4, 2), (4, 2, 4)]),
+        # Two blocks: parts last, though the bias fits both ways.
+        ((2, 4, 4, 2), (2, 4, 4, 2), ((2, 4, 2), (2, 4, 2)), [(2, 4, 4), (2, 4, 4)]),
+    ],
+)
+def test_afno_shapes_that_fit_both_layouts(
+    first: tuple[int, ...],
+    second: tuple[int, ...],
+    biases: tuple[tuple[int, ...], tuple[int, ...]],
+    shapes: list[tuple[int, ...]],
+) -> None:
+    headers = [
+        header("w1", *first), header("b1", *biases[0]),
+        header("w2", *second), header("b2", *biases[1]),
+    ]  # fmt: skip
+    assert [x.shape for x in layers_from_headers(headers)[0]] == shapes
+
+
+def test_afno_weights_without_a_bias_count_where_the_class_says_so() -> None:
+    class AFNO2D(nn.Module):
+        def __init__(self, *shape: int, dtype: torch.dtype = F32) -> None:
+            super().__init__()
+            self.w1 = nn.Parameter(torch.randn(shape, dtype=dtype))
+
+    class Other(AFNO2D):
+        pass
+
+    for shape, dtype in (((2, 4, 6, 6), F32), ((4, 6, 6, 2), F32), ((4, 6, 6), C64)):
+        layers = by_module(AFNO2D(*shape, dtype=dtype))
+        assert (layers["w1"].kind, layers["w1"].shape) == ("spectral", (4, 6, 6))
+    assert by_module(Other(4, 6, 6, 2))["w1"].kind == "conv2d"
+
+
+class GlobalFilter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.complex_weight = nn.Parameter(torch.randn(14, 8, 12, 2))
+
+
+class SpectralGating(GlobalFilter):
+    pass
+
+
+class SpectralConv1d(GlobalFilter):
+    pass
+
+
+def test_a_global_filter_is_no_matrix() -> None:
+    for module in (GlobalFilter(), SpectralGating()):
+        layers, skipped = layers_from_module(module)
+        assert not layers
+        assert "a global filter" in reasons(skipped)["complex_weight"]
+    layers, skipped = layers_from_headers([header("blocks.0.filter.complex_weight", 14, 8, 12, 2)])
+    assert (layers, len(skipped)) == ([], 1)
+    assert by_module(SpectralConv1d())["complex_weight"].shape == (12, 14, 8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,15 @@ def _replace(name: str, value: object) -> Callable[[h5py.File], None]:
     return change
 
 
+def _attribute(value: object) -> Callable[[h5py.File], None]:
+    return lambda file: file.attrs.__setitem__("eta", value)
+
+
+def _as_group(file: h5py.File) -> None:
+    del file["density"]
+    file.create_group("density")
+
+
 def _spoil(file: h5py.File) -> None:
     file["Vx"][0, 0, 0, 0] = np.nan
 
@@ -103,9 +113,29 @@ def _spoil(file: h5py.File) -> None:
             r"expected 16 values of 'x-coordinate', got shape",
         ),
         (_replace("t-coordinate", np.zeros(7)), "expected 5 values of 't-coordinate'"),
+        (_as_group, r"expected a dataset 'density', got a Group"),
+        (_replace("y-coordinate", h5py.Empty("f4")), "expected 16 values of 'y-coord.*None"),
+        (_replace("Vx", np.array([[b"a"] * 3])), r"expected numbers in 'Vx', got dtype \|S1"),
+        (_attribute("abc"), "expected a number as attribute 'eta', got 'abc'"),
+        (_attribute(np.ones(2)), r"expected a number as attribute 'eta', got \[1\.0, 1\.0\]"),
+        (_attribute(math.nan), "expected a number as attribute 'eta', got nan"),
         (_spoil, "expected finite values, 'Vx' has others"),
     ],
-    ids=["field", "axis", "attribute", "shapes", "grid", "times", "nan"],
+    ids=[
+        "field",
+        "axis",
+        "attribute",
+        "shapes",
+        "grid",
+        "times",
+        "group",
+        "empty",
+        "text",
+        "viscosity in words",
+        "two viscosities",
+        "viscosity of nan",
+        "nan",
+    ],
 )
 def test_other_layouts_are_refused(
     path: Path, change: Callable[[h5py.File], None], message: str
@@ -114,6 +144,38 @@ def test_other_layouts_are_refused(
         change(file)
     with pytest.raises(ValueError, match=message):
         read_pdebench(path)
+
+
+def test_a_parameter_may_be_an_array_of_one(path: Path) -> None:
+    with h5py.File(path, "r+") as file:
+        file.attrs["eta"] = np.array([0.25], dtype=np.float32)
+    assert read_pdebench(path).eta == 0.25
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"fields": torch.ones(3, 5, 3, 16, 8)}, ValueError, r"flow\.fields: expected the shape"),
+        ({"fields": torch.ones(3, 5, 4, 16)}, ValueError, r"flow\.fields: expected the shape"),
+        ({"fields": np.ones((3, 5, 4, 16, 8))}, TypeError, r"flow\.fields: expected a tensor, got"),
+        ({"x": torch.ones(9)}, ValueError, r"flow\.x: expected 16 values, as fields has, got \(9"),
+        ({"t": torch.ones(())}, ValueError, r"flow\.t: expected 5 values"),
+        ({"eta": "0.1"}, TypeError, r"flow\.eta: expected a number, got '0\.1'"),
+    ],
+)
+def test_a_flow_that_cannot_be_written_leaves_the_file_as_it_was(
+    path: Path,
+    flow: CompressibleFlow,
+    changes: dict[str, Any],
+    error: type[Exception],
+    message: str,
+) -> None:
+    before = path.read_bytes()
+    with pytest.raises(error, match=message):
+        write_pdebench(path, replace(flow, **changes))
+    assert path.read_bytes() == before
+    with pytest.raises(FileNotFoundError, match="path: expected a file in a folder, got"):
+        write_pdebench(path.parent / "none" / "flow.hdf5", flow)
 
 
 def test_flows_of_one_dimension_are_refused(tmp_path: Path) -> None:

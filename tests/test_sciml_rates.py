@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +15,9 @@ from torch import nn
 
 from benchmarks.effect.operators import TOY, DenoisingOperator, FourierOperator
 from farms_fast import FixedAspectSampling, FullMatrix, fit_power_law
-from farms_fast.adapters.layer_rates import RateWarning
+from farms_fast.adapters.layer_rates import LayerRates, RateWarning
 from farms_fast.adapters.sciml import TBSigmoid
+from farms_fast.adapters.training import TempBalance
 
 
 def by_hand(alpha: float, mean: float, s_low: float, s_high: float, tau: float) -> float:
@@ -60,6 +64,11 @@ def test_rates_are_those_computed_by_hand(scale: float | tuple[float, float], ta
     assert [group["lr"] for group in groups[1:]] == pytest.approx(expected, rel=1e-9)
     assert [row.alpha for row in rates.last] == pytest.approx(ALPHAS, rel=1e-9)
     assert rates.last["0"].lr <= 0.01 <= rates.last["2"].lr
+
+
+def test_the_largest_scale_has_finite_factors() -> None:
+    low, high = TBSigmoid(three_layers(), scale=600, tau=1e9).factors([2.0, 4.0])
+    assert (low, high) == pytest.approx((1e-300, 1e300))
 
 
 def test_the_defaults_are_those_of_the_rule() -> None:
@@ -212,6 +221,8 @@ def test_a_run_resumes_with_the_same_rates() -> None:
         ({"scale": -1.0}, ValueError, "scale: expected a finite number that is not negative"),
         ({"scale": (1.0, math.inf)}, ValueError, "scale: expected a finite number"),
         ({"scale": (1.0,)}, TypeError, r"scale: expected a number or a pair \(s_low, s_high\)"),
+        ({"scale": 601}, ValueError, "scale: expected at most 600, got 601"),
+        ({"assign": "sqrt"}, TypeError, "assign: no argument of TBSigmoid, which takes bins, "),
         ({"scale": "1"}, TypeError, "scale: expected a number or a pair"),
         ({"scale": (True, 1.0)}, TypeError, "scale: expected a number, got True"),
         ({"tau": 0}, ValueError, "tau: expected a positive number"),
@@ -239,3 +250,29 @@ def test_a_model_without_a_layer_is_an_error_that_says_why() -> None:
     model.weights1 = nn.Parameter(torch.empty(4, 4, 0, dtype=torch.complex64))
     with pytest.raises(ValueError, match="model: expected at least one layer to tune, got none"):
         TBSigmoid(model)
+
+
+# Documentation
+
+
+@pytest.mark.parametrize(
+    ("rule", "page", "left_out"),
+    [(TempBalance, "training.md", set()), (TBSigmoid, "sciml.md", {"evals_threshold"})],
+)
+def test_the_documented_defaults_are_those_of_the_signatures(
+    rule: type[LayerRates], page: str, left_out: set[str]
+) -> None:
+    own = inspect.signature(rule).parameters
+    base = inspect.signature(LayerRates).parameters
+    defaults = {name: p.default for name, p in {**base, **own}.items()}
+    for name in {"model", "options", *left_out}:
+        del defaults[name]
+    text = (Path(__file__).parent.parent / "docs" / page).read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", text, flags=re.MULTILINE))
+    shown = {name: repr(value).replace("'", '"') for name, value in defaults.items()}
+    shown["sampling"] = shown["sampling"].replace(", compat=None", "")
+    assert rows == shown
+    # And help() names what goes through **options, with the same defaults.
+    said = dict(re.findall(r"`(\w+)=([^`]+)`", inspect.getdoc(rule) or ""))
+    handed_on = defaults.keys() - own.keys()
+    assert {name: said.get(name) for name in handed_on} == {name: rows[name] for name in handed_on}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import csv
 import hashlib
 import io
@@ -96,7 +97,9 @@ def test_windows_change_the_rates() -> None:
         ({"lr_range": (1, math.inf)}, ValueError, "lr_range: expected positive numbers"),
         ({"lr_range": 1.5}, TypeError, "lr_range: expected two numbers, got 1.5"),
         ({"lr_range": (1, 2, 3)}, TypeError, "lr_range: expected two numbers"),
-        ({"speed": 1}, TypeError, "speed"),
+        ({"lr_range": (True, 2)}, TypeError, "lr_range: expected two numbers"),
+        ({"lr_range": "12"}, TypeError, "lr_range: expected two numbers"),
+        ({"speed": 1}, TypeError, "speed: no argument of TempBalance, which takes assign, bins, "),
     ],
 )
 def test_wrong_arguments(options: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -128,6 +131,47 @@ def test_a_csv_log_has_a_line_for_every_layer_and_call(tmp_path: Path) -> None:
             assert float(kept["base_lr"]) == table.base_lr
             assert (float(kept["alpha"]), float(kept["lr"])) == (row.alpha, row.lr)
             assert (kept["status"], float(kept["factor"])) == (row.status, row.factor)
+
+
+def test_several_logs_may_be_paths_and_functions(tmp_path: Path) -> None:
+    class Where:
+        def __fspath__(self) -> str:
+            return str(tmp_path / "b.csv")
+
+    told: list[RateTable] = []
+    rates = whole(linears(5), log=[str(tmp_path / "a.csv"), Where(), told.append])
+    rates.step(torch.optim.SGD(rates.param_groups(0.1)))
+    assert [table.call for table in told] == [0, 1]
+    texts = [(tmp_path / name).read_text() for name in ("a.csv", "b.csv")]
+    assert texts[0] == texts[1]
+    assert len(texts[0].splitlines()) == 1 + 2 * 5
+
+
+def test_a_resumed_run_does_not_log_initial_rates_again(tmp_path: Path) -> None:
+    path = tmp_path / "rates.csv"
+    first = whole(linears(5), log=path)
+    optimizer = torch.optim.SGD(first.param_groups(0.1))
+    assert not path.exists()  # it may still be given a state
+    first.apply(optimizer)
+    first.step(optimizer)
+    resumed = whole(linears(5, seed=1), log=path)
+    optimizer = torch.optim.SGD(resumed.param_groups(0.1))
+    resumed.load_state_dict(first.state_dict())
+    resumed.apply(optimizer)
+    resumed.step(optimizer)
+    with path.open(newline="") as file:
+        calls = [row["call"] for row in csv.DictReader(file)]
+    assert calls == [call for call in "012" for _ in range(5)]
+
+
+def test_a_tensorboard_log_is_copied_and_pickled(tmp_path: Path) -> None:
+    log = TensorBoardLog(tmp_path / "events")
+    assert copy.deepcopy(log).writer is log.writer
+    again = pickle.loads(pickle.dumps(log))
+    again(RateTable(1, 0.1, (LayerRate("fc", alpha=2.0),)))
+    again.writer.close()
+    log.writer.close()
+    assert len(list((tmp_path / "events").iterdir())) == 2
 
 
 def test_names_and_messages_of_any_kind_stay_in_their_cell(tmp_path: Path) -> None:
@@ -183,14 +227,21 @@ def test_without_tensorboard_the_error_names_the_extra(monkeypatch: pytest.Monke
 
 
 def test_a_table_is_found_by_name_and_becomes_a_data_frame() -> None:
-    import pandas as pd
-
     rates = whole(linears(5))
     rates.param_groups(0.1)
     table = rates.last
     assert table is not None
     assert len(table) == 5
-    assert pd.DataFrame(table.rows)["name"].tolist() == list("01234")
+    frame = table.to_pandas()
+    assert tuple(frame.columns) == CSV_COLUMNS
+    assert frame["name"].tolist() == list("01234")
+    assert frame["factor"].tolist() == [row.factor for row in table]
+    assert set(frame["call"]) == {0}
+    heading, *lines = str(table).splitlines()
+    assert heading == "RateTable(call 0, base rate 0.1, 5 layers, 0 failed)"
+    assert lines[0] == "  0  rate 0.1 = 1.000 x base, skipped: the first layer (skip_first)"
+    row = table["1"]
+    assert lines[1].startswith(f"  1  rate {row.lr:.4g} = {row.factor:.3f} x base, alpha ")
     with pytest.raises(KeyError, match="no layer named 'x' among 5"):
         table["x"]
     assert RateTable.from_state(table.to_state())["1"] == table["1"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
+import json
 import logging
 import math
 import sys
@@ -17,13 +19,18 @@ from torch.optim import lr_scheduler as schedulers
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from farms_fast.adapters.layer_rates import LayerRates, RateTable
+from farms_fast.adapters.layer_rates.due import Clock
 from tests.rate_models import TinyResNet, batches, small
 
 with warnings.catch_warnings():  # deprecations inside of these libraries, at their import
     warnings.simplefilter("ignore")
     import transformers
     from lightning.pytorch import LightningModule, Trainer
-    from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+    from lightning.pytorch.callbacks import (
+        LearningRateMonitor,
+        ModelCheckpoint,
+        StochasticWeightAveraging,
+    )
     from lightning.pytorch.loggers import CSVLogger
 
     from farms_fast.adapters.training.lightning import LightningRates
@@ -162,6 +169,80 @@ def test_lightning_resumes_to_the_bit(tmp_path: Path) -> None:
         assert torch.equal(value, second.state_dict()[name]), name
 
 
+class Adversaries(LightningModule):  # type: ignore[misc]
+    """Two networks, each with an optimizer and rates of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.nets = nn.ModuleList([TinyResNet(0), TinyResNet(1)])
+
+    def configure_optimizers(self) -> Any:
+        self.first, self.second = (small(net) for net in self.nets)
+        return [torch.optim.SGD(r.param_groups(0.1)) for r in (self.first, self.second)]
+
+    def training_step(self, batch: Any, index: int) -> None:
+        for net, optimizer in zip(self.nets, self.optimizers(), strict=True):
+            optimizer.zero_grad()
+            self.manual_backward(nn.functional.cross_entropy(net(batch[0]), batch[1]))
+            optimizer.step()
+
+
+def test_two_callbacks_in_one_trainer_keep_their_states_apart(tmp_path: Path) -> None:
+    def callbacks() -> list[Any]:
+        return [LightningRates("first"), LightningRates("second", optimizer=1)]
+
+    saver = ModelCheckpoint(tmp_path / "saved", save_top_k=-1, every_n_epochs=1)
+    model = Adversaries()
+    trainer = lightning_trainer(tmp_path, 3, *callbacks(), saver, enable_checkpointing=True)
+    fit(model, trainer)
+    assert model.first.calls == model.second.calls == 2
+    states = torch.load(saver.best_model_path, weights_only=True)["callbacks"]
+    # The first of the two has the key of releases that knew only one.
+    assert {"LightningRates", "LightningRates[optimizer=1]"} <= states.keys()
+    resumed = Adversaries()
+    fit(
+        resumed, lightning_trainer(tmp_path, 4, *callbacks()),
+        ckpt_path=saver.best_model_path, weights_only=True,
+    )  # fmt: skip
+    assert resumed.first.calls == resumed.second.calls == 3
+
+
+def test_lightning_refuses_an_optimizer_that_is_not_there(tmp_path: Path) -> None:
+    for wrong in (-1, True):
+        with pytest.raises(ValueError, match="optimizer: expected an integer of at least 0, got"):
+            LightningRates(optimizer=wrong)
+    with pytest.raises(TypeError, match=r"optimizer: expected an index of .*, got str"):
+        LightningRates(optimizer="0")  # type: ignore[arg-type]
+    trainer = lightning_trainer(tmp_path, 1, LightningRates(optimizer=4))
+    with pytest.raises(IndexError, match="expected an index of the trainer's 1 optimizers, got 4"):
+        fit(Classifier(), trainer)
+
+
+def test_a_trained_module_with_its_rates_is_copied_and_averaged(tmp_path: Path) -> None:
+    model = Classifier()
+    averaging = StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1)
+    fit(model, lightning_trainer(tmp_path, 3, LightningRates(), averaging))
+    copied = copy.deepcopy(model)
+    assert copied.rates.model is copied.net
+    torch.save(model, tmp_path / "model.pt")
+
+
+def test_a_clock_without_a_state_keeps_its_own() -> None:
+    rates = small(TinyResNet())
+    rates.param_groups(0.1)
+    clock = Clock(rates)
+    clock.seen = 3
+    for state in ({}, {"seen": 5}, None):
+        with pytest.raises(TypeError, match=r"state: expected what state_dict\(\) gave"):
+            clock.load_state_dict(state)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="state: expected what"):
+        clock.load_state_dict({"seen": 5, "rates": {**rates.state_dict(), "calls": "x"}})
+    with pytest.raises(TypeError, match="state: 'seen': expected an integer, got str"):
+        clock.load_state_dict({"seen": "x", "rates": rates.state_dict()})
+    assert clock.seen == 3
+
+
 def test_lightning_says_what_it_cannot_find(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="rates: expected LayerRates, an attribute's name or a fu"):
         LightningRates(3)  # type: ignore[arg-type]
@@ -267,7 +348,10 @@ def test_transformers_resumes_to_the_bit(tmp_path: Path, save: dict[str, int]) -
     rates = small(second)
     resumed = trainer_of(tmp_path / "b", 3, second, rates, **options)
     at = save["save_steps"]
-    resumed.train(resume_from_checkpoint=str(tmp_path / "b" / f"checkpoint-{at}"))
+    checkpoint = tmp_path / "b" / f"checkpoint-{at}"
+    # Strict JSON: layers that are skipped have no alpha, which is null, not NaN.
+    json.loads((checkpoint / "trainer_state.json").read_text(), parse_constant=pytest.fail)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
     assert second.used == unbroken.used[at:]
     assert rates.calls == 2
     for name, value in unbroken.state_dict().items():

@@ -42,9 +42,9 @@ class LiveAnalysis:
     back. Nothing else is computed, and no file is written.
 
     Args:
-        model: a module on the CPU, on a CUDA device or spread over several; wrapped by
-            `torch.compile`, by DistributedDataParallel and the like, or not. It is neither run nor
-            changed. Layers are found and named as by `farms_fast.analyze`.
+        model: a module, no path and no state dict; on the CPU, on a CUDA device or spread over
+            several; wrapped by `torch.compile`, by DistributedDataParallel and the like, or not.
+            It is neither run nor changed. Layers are found and named as by `farms_fast.analyze`.
         sampling: the windows; `FullMatrix()` for the whole matrices.
         xmin: where the tail starts, "median", "ks" or "peak" (see `farms_fast.fit_power_law`).
         xmin_pos: for the median rule.
@@ -66,8 +66,8 @@ class LiveAnalysis:
     Raises:
         TypeError: an argument of another kind.
         ValueError: an unknown rule, dtype or solver, a number out of range, a pattern that matches
-            nothing, a layer on a device that this build cannot use, or one that does not fit into
-            the memory.
+            nothing, a layer on the meta device or on one that this build cannot use, or one that
+            does not fit into the memory.
 
     Example:
         >>> import torch
@@ -204,6 +204,10 @@ def _places(model: nn.Module, specs: Sequence[LayerSpec]) -> list[torch.device]:
             place = module_tensor(model, spec.tensors[0]).device
         except Exception:  # the layer's own result will say what it is
             place = first
+        if place.type == "meta":
+            raise ValueError(
+                f"model: {spec.tensors[0]!r} is on the meta device: load the weights first"
+            )
         if place.type != "cpu" and not (place.type == "cuda" and has_cuda()):
             expected = (
                 "the CPU or CUDA devices" if has_cuda() else "the CPU (no CUDA in this build)"

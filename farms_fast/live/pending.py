@@ -30,6 +30,7 @@ class LayerAlpha:
             `farms_fast.PowerLawFit`, "nonfinite" where a window has a value that is not finite,
             or "error" (see message).
         message: what went wrong, empty when nothing did.
+        zeros: how many of the `n_evals` are not positive, which no fit takes.
     """
 
     name: str
@@ -40,6 +41,7 @@ class LayerAlpha:
     n_evals: int
     status: str
     message: str
+    zeros: int = 0
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,15 @@ class Demands:
             self.xmin,
         )
         return LayerAlpha(
-            spec.name, alpha, distance, tail_start, n_tail, kept, fit.status, fit_message(fit)
+            spec.name,
+            alpha,
+            distance,
+            tail_start,
+            n_tail,
+            kept,
+            fit.status,
+            fit_message(fit),
+            kept - fit.n,
         )
 
 

@@ -14,6 +14,8 @@ __all__ = ["Factors", "decide"]
 
 # Scores of the kept layers or blocks, in order, to a positive factor for each.
 Factors = Callable[[Sequence[float]], Sequence[float]]
+# After these a layer with too few eigenvalues is one that is small, not one that has collapsed.
+_NEVER_ENOUGH = ("too_few", "skipped", "frozen")
 
 
 def decide(
@@ -22,12 +24,14 @@ def decide(
     alphas: Mapping[str, LayerAlpha],
     left_alone: Mapping[str, tuple[str, str]],
     factors: Factors,
+    before: Mapping[str, str],
 ) -> list[LayerRate]:
     """One row a layer, with its factor.
 
     Layers of one block have the mean of their alphas as one score. A layer without alpha has the
     factor 1, and so has every layer where there are fewer than two different scores. A layer with
-    too few eigenvalues takes its block's factor, if there is one.
+    too few eigenvalues takes its block's factor, if there is one, unless it had enough before: then
+    it has collapsed, which is a failure.
 
     Args:
         layers: the model's.
@@ -35,6 +39,7 @@ def decide(
         alphas: the measured alphas by the names of the layers' parts.
         left_alone: status and message of layers that are not tuned, by name.
         factors: scores to factors.
+        before: the status of each layer at the last time, by name; empty if there was none.
 
     Raises:
         ValueError: `factors` gives another number of factors, or one that is not positive.
@@ -44,6 +49,9 @@ def decide(
         if row.name in left_alone:
             status, message = left_alone[row.name]
             rows[number] = replace(row, status=status, message=message)
+        elif row.status == "too_few" and before.get(row.name, "skipped") not in _NEVER_ENOUGH:
+            message = f"{row.message}; it had enough before"
+            rows[number] = replace(row, status="collapsed", message=message)
     members: dict[str, list[float]] = {}
     for row in rows:
         if row.status == "ok":
@@ -51,12 +59,13 @@ def decide(
     scores = {block: math.fsum(found) / len(found) for block, found in members.items()}
     made = _factors(list(scores.values()), factors)
     by_block = dict(zip(scores, made, strict=True))
-    return [
-        replace(row, score=scores[row.block], factor=by_block[row.block])
-        if row.status == "ok" or (row.status == "too_few" and row.block in scores)
-        else row
-        for row in rows
-    ]
+    decided = []
+    for row in rows:
+        if row.block in scores and row.status in ("ok", "too_few"):
+            message = row.message and f"{row.message}: takes its block's rate"
+            row = replace(row, message=message, score=scores[row.block], factor=by_block[row.block])
+        decided.append(row)
+    return decided
 
 
 def _measured(layer: TunedLayer, block: str, alphas: Mapping[str, LayerAlpha]) -> LayerRate:
@@ -64,7 +73,7 @@ def _measured(layer: TunedLayer, block: str, alphas: Mapping[str, LayerAlpha]) -
     parts = [alphas[spec.name] for spec in layer.specs if spec.name in alphas]
     if not parts:
         return LayerRate(layer.name, status="skipped", message="not analysed", block=block)
-    n_evals = sum(part.n_evals for part in parts)
+    n_evals = sum(part.n_evals - part.zeros for part in parts)
     failed = next((part for part in parts if part.status != "ok"), None)
     if failed is not None:
         message = failed.message or f"no power-law fit: {failed.status}"

@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 
 from farms_fast.adapters.layer_rates.rate_table import RateTable
 from farms_fast.adapters.layer_rates.rates import LayerRates
+from farms_fast.arguments import natural
 
 __all__ = ["Clock"]
 
@@ -47,6 +48,9 @@ class Clock:
         return {"seen": self.seen, "rates": self.rates.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from there; raises as `LayerRates.load_state_dict`."""
-        self.seen = int(state["seen"])
+        """Goes on from there; raises as `LayerRates.load_state_dict`, and then changes nothing."""
+        if not isinstance(state, dict) or not {"seen", "rates"} <= state.keys():
+            raise TypeError("state: expected what state_dict() gave")
+        seen = natural("state: 'seen'", state["seen"])
         self.rates.load_state_dict(state["rates"])
+        self.seen = seen

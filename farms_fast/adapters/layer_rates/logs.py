@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import csv
 import math
+import os
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
-from farms_fast.adapters.layer_rates.rate_table import RateTable
+from farms_fast.adapters.layer_rates.rate_table import COLUMNS, RateTable
 from farms_fast.arguments import check_type, path_of
 from farms_fast.extras import optional_import
 
-__all__ = ["CSV_COLUMNS", "CsvLog", "Log", "TensorBoardLog", "logs_of", "scalars"]
+__all__ = ["CSV_COLUMNS", "CsvLog", "Log", "Logs", "TensorBoardLog", "logs_of", "scalars"]
 
 # What is told of every new table of rates.
 Log = Callable[[RateTable], object]
+# A function, the path of a CSV file, or several of them.
+Logs = Log | str | os.PathLike[str] | Sequence[Log | str | os.PathLike[str]] | None
 
-CSV_COLUMNS = (
-    "call", "base_lr", "name", "alpha", "D", "n_evals", "status", "message", "block", "score",
-    "factor", "lr",
-)  # fmt: skip
+CSV_COLUMNS = COLUMNS
 
 
 class CsvLog:
@@ -31,6 +30,7 @@ class CsvLog:
 
     Example:
         >>> import tempfile
+        >>> from pathlib import Path
         >>> from farms_fast.adapters.layer_rates.rate_table import LayerRate
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     log = CsvLog(Path(folder) / "rates.csv")
@@ -39,7 +39,7 @@ class CsvLog:
         3,0.1,fc,2.5,nan,0,ok,,,nan,1.0,0.15
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | os.PathLike[str]) -> None:
         """Touches no file; TypeError for what is no path."""
         self.path = path_of("path", path)
 
@@ -68,19 +68,36 @@ class TensorBoardLog:
 
     def __init__(self, where: Any) -> None:
         """Opens the writer."""
-        if hasattr(where, "add_scalar"):
-            self.writer = where
-            return
-        folder = str(path_of("where", where))
-        with optional_import("tensorboard", extra="tensorboard", needed_for="event files"):
-            from torch.utils.tensorboard import SummaryWriter
-        self.writer = SummaryWriter(folder)  # type: ignore[no-untyped-call]
+        self._folder = None if hasattr(where, "add_scalar") else str(path_of("where", where))
+        self.writer = where if self._folder is None else _writer_of(self._folder)
 
     def __call__(self, table: RateTable) -> None:
         """Writes the table at its call."""
         for name, value in scalars(table).items():
             self.writer.add_scalar(name, value, table.call)
         self.writer.flush()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TensorBoardLog:
+        """Another log to the same writer, which holds threads and cannot be copied."""
+        copied = object.__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the writer where its folder is known."""
+        return self.__dict__ if self._folder is None else {"_folder": self._folder}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Opens the writer again."""
+        self.__dict__.update(state)
+        if self._folder is not None:
+            self.writer = _writer_of(self._folder)
+
+
+def _writer_of(folder: str) -> Any:
+    with optional_import("tensorboard", extra="tensorboard", needed_for="event files"):
+        from torch.utils.tensorboard import SummaryWriter
+    return SummaryWriter(folder)  # type: ignore[no-untyped-call]
 
 
 def scalars(table: RateTable) -> dict[str, float]:
@@ -103,7 +120,7 @@ def scalars(table: RateTable) -> dict[str, float]:
     return named
 
 
-def logs_of(log: Log | Sequence[Log] | str | Path | None) -> list[Log]:
+def logs_of(log: Logs) -> list[Log]:
     """One function or several as a list; the path of a CSV file as its log.
 
     Raises:
@@ -111,10 +128,14 @@ def logs_of(log: Log | Sequence[Log] | str | Path | None) -> list[Log]:
     """
     if log is None:
         return []
-    if isinstance(log, (str, Path)):
-        return [CsvLog(log)]
-    found: list[Any] = [*log] if isinstance(log, Iterable) and not callable(log) else [log]
-    wrong = next((entry for entry in found if not callable(entry)), None)
-    if wrong is not None:
-        raise TypeError(f"log: expected functions of a table or the path of a CSV, got {wrong!r}")
-    return found
+    several = isinstance(log, Iterable) and not callable(log) and not isinstance(log, (str, bytes))
+    found: list[Any] = [*log] if several else [log]  # type: ignore[misc]
+    return [_log_of(entry) for entry in found]
+
+
+def _log_of(entry: Any) -> Log:
+    if callable(entry):
+        return entry  # type: ignore[no-any-return]
+    if isinstance(entry, (str, os.PathLike)):
+        return CsvLog(entry)
+    raise TypeError(f"log: expected functions of a table or the path of a CSV, got {entry!r}")

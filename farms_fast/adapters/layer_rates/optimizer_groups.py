@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -13,18 +12,18 @@ from torch.optim import Optimizer
 
 from farms_fast.adapters.layer_rates.assignment import Assignment
 
-__all__ = ["FoundGroups", "NoDecay", "base_rate", "check_rate", "make_groups", "set_rate"]
+__all__ = ["FoundGroups", "base_rate", "check_rate", "make_groups", "set_rate"]
 
 Group = dict[str, Any]
-# None, "vectors" or globs of parameter names.
-NoDecay = str | Sequence[str] | None
+# What `make_groups` itself says of a group.
+_OWN = ("params", "name", "layer")
 
 
 def make_groups(
     assignment: Assignment,
     lr: float | torch.Tensor,
     factors: Mapping[str, float],
-    no_decay: NoDecay,
+    undecayed: Collection[str],
     options: Mapping[str, Any],
 ) -> list[Group]:
     """The groups for an optimizer: the rest first, even where it has no parameter.
@@ -33,14 +32,15 @@ def make_groups(
         assignment: which parameter belongs where.
         lr: the base rate.
         factors: rate over base rate, by layer.
-        no_decay: as in `LayerRates.param_groups`.
+        undecayed: names of the parameters without weight decay.
         options: further entries of every group.
 
     Raises:
-        TypeError: `no_decay` is something else.
-        ValueError: a glob matches no parameter.
+        ValueError: an option is an entry that this makes.
     """
-    undecayed = _undecayed(assignment, no_decay)
+    for name in _OWN:
+        if name in options:
+            raise ValueError(f"{name}: expected other entries of a group, this one is made here")
     groups = []
     for layer, parameters in assignment.sets():
         factor = factors.get(layer, 1.0)
@@ -59,24 +59,6 @@ def make_groups(
                 )
                 groups[-1]["lr"] = own
     return groups
-
-
-def _undecayed(assignment: Assignment, no_decay: NoDecay) -> set[str]:
-    everything = {n: p for _, parameters in assignment.sets() for n, p in parameters.items()}
-    if no_decay is None:
-        return set()
-    if no_decay == "vectors":
-        return {name for name, parameter in everything.items() if parameter.dim() <= 1}
-    globs = [no_decay] if isinstance(no_decay, str) else no_decay
-    if not isinstance(globs, Sequence) or not all(isinstance(glob, str) for glob in globs):
-        raise TypeError(f"no_decay: expected None, 'vectors' or globs, got {no_decay!r}")
-    for glob in globs:
-        if not any(fnmatchcase(name, glob) for name in everything):
-            raise ValueError(
-                f"no_decay: expected globs that match a trainable parameter, got {glob!r}, "
-                f"which matches none of {len(everything)}"
-            )
-    return {name for name in everything if any(fnmatchcase(name, glob) for glob in globs)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,9 +129,13 @@ def check_rate(lr: float | torch.Tensor) -> float:
         TypeError: it is no number.
         ValueError: it is negative or not finite.
     """
-    if isinstance(lr, str) or not hasattr(lr, "__float__"):
+    several = isinstance(lr, torch.Tensor) and lr.numel() != 1
+    if isinstance(lr, (str, bool)) or not hasattr(lr, "__float__") or several:
         raise TypeError(f"lr: expected a number, got {lr!r}")
-    rate = float(lr)
+    try:
+        rate = float(lr)
+    except (TypeError, ValueError):
+        raise TypeError(f"lr: expected a number, got {lr!r}") from None
     if not 0 <= rate < float("inf"):
         raise ValueError(f"lr: expected a rate that is not negative, got {lr!r}")
     return rate

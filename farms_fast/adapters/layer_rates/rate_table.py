@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, asdict, dataclass, fields, replace
+from numbers import Real
+from typing import TYPE_CHECKING, Any, TypeVar
 
-__all__ = ["LayerRate", "RateTable"]
+from farms_fast.extras import optional_import
+from farms_fast.results import fixed, printable
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["COLUMNS", "LayerRate", "RateTable", "row_of", "row_state"]
+
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
@@ -19,10 +28,12 @@ class LayerRate:
         alpha: Its power-law exponent, the mean over its parts where it has several (q, k and v of
             one projection); NaN unless its fits are ok.
         D: Kolmogorov-Smirnov distance of the fit, likewise.
-        n_evals: Eigenvalues of the spectrum.
-        status: ``"ok"``; a fit's status, ``"nonfinite"`` or ``"error"``; ``"frozen"`` or
-            ``"skipped"`` for a layer that is left alone.
-        message: Why it keeps the base rate; empty when it has a rate of its own.
+        n_evals: Positive eigenvalues of the spectrum, none below the threshold.
+        status: ``"ok"``; a fit's status, ``"nonfinite"`` or ``"error"``; ``"collapsed"`` for a
+            layer with too few eigenvalues that had enough before; ``"frozen"`` or ``"skipped"``
+            for a layer that is left alone.
+        message: Why it keeps the base rate, or takes its block's; empty when it has a rate of its
+            own.
         block: The layers of one block have one score; its own name unless rates are per block.
         score: What the factor was made from, the mean alpha of the block; NaN where there is none.
         factor: Rate over base rate.
@@ -46,6 +57,10 @@ class LayerRate:
         return not math.isnan(self.score)
 
 
+#: Of a table as rows: those of the call, then those of each layer.
+COLUMNS = ("call", "base_lr", *(field.name for field in fields(LayerRate)))
+
+
 @dataclass(frozen=True)
 class RateTable:
     """The rates of all layers of a model, in its order.
@@ -61,6 +76,9 @@ class RateTable:
         [('fc', 0.3)]
         >>> table["fc"].alpha
         2.5
+        >>> print(table)
+        RateTable(call 1, base rate 0.2, 1 layer, 0 failed)
+          fc  rate 0.3 = 1.500 x base, alpha 2.500, D -
     """
 
     call: int
@@ -82,6 +100,33 @@ class RateTable:
                 return row
         raise KeyError(f"no layer named {name!r} among {len(self.rows)}")
 
+    def __str__(self) -> str:
+        """Counts and the base rate, then one line per layer."""
+        layers = "layer" if len(self.rows) == 1 else "layers"
+        lines = [
+            f"RateTable(call {self.call}, base rate {self.base_lr:.4g}, {len(self.rows)} {layers}, "
+            f"{len(self.failed)} failed)"
+        ]
+        for row in self.rows:
+            if row.status == "ok":
+                found = f"alpha {fixed(row.alpha)}, D {fixed(row.D)}"
+            else:
+                found = f"{row.status}: {printable(row.message)}"
+            rate = f"rate {row.lr:.4g} = {row.factor:.3f} x base"
+            lines.append(f"  {printable(row.name)}  {rate}, {found}")
+        return "\n".join(lines)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A frame with one row per layer, and the columns of `CsvLog`.
+
+        Raises:
+            ImportError: If pandas is not installed.
+        """
+        with optional_import("pandas", extra="pandas", needed_for="to_pandas"):
+            import pandas as pd
+        call = {"call": self.call, "base_lr": self.base_lr}
+        return pd.DataFrame([call | asdict(row) for row in self.rows], columns=list(COLUMNS))
+
     @property
     def failed(self) -> list[LayerRate]:
         """The layers that keep the base rate though they should have one of their own."""
@@ -94,15 +139,59 @@ class RateTable:
         return RateTable(self.call if call is None else call, base_lr, rows)
 
     def to_state(self) -> dict[str, Any]:
-        """Numbers and text alone, as state dicts are kept."""
+        """Numbers and text alone, as state dicts are kept; None for NaN, which JSON has not."""
         return {
             "call": self.call,
-            "base_lr": self.base_lr,
-            "rows": [asdict(row) for row in self.rows],
+            "base_lr": _number(self.base_lr),
+            "rows": [row_state(row) for row in self.rows],
         }
 
     @staticmethod
-    def from_state(state: dict[str, Any]) -> RateTable:
-        """What `to_state` gave."""
-        rows = tuple(LayerRate(**row) for row in state["rows"])
-        return RateTable(int(state["call"]), float(state["base_lr"]), rows)
+    def from_state(state: Mapping[str, Any]) -> RateTable:
+        """What `to_state` gave; TypeError or KeyError for anything else."""
+        rows = tuple(row_of(LayerRate, row) for row in state["rows"])
+        call, base_lr = state["call"], state["base_lr"]
+        return RateTable(_checked("call", call, "int"), _checked("base_lr", base_lr, "float"), rows)
+
+
+def row_state(row: Any) -> dict[str, Any]:
+    """The fields of a row, with None for NaN."""
+    return {field.name: _number(getattr(row, field.name)) for field in fields(row)}
+
+
+def _number(value: Any) -> Any:
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def row_of(kind: type[Row], entry: Mapping[str, Any]) -> Row:
+    """A row from its fields, None standing for NaN.
+
+    Args:
+        kind: a dataclass of texts and numbers.
+        entry: as `row_state` gave it.
+
+    Raises:
+        TypeError: a field is missing, of another kind, or none of the row's.
+    """
+    if not isinstance(entry, Mapping):
+        raise TypeError(f"expected the fields of a {kind.__name__}, got {entry!r}")
+    known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
+    unknown = [name for name in entry if name not in known]
+    missing = [n for n, field in known.items() if field.default is MISSING and n not in entry]
+    if unknown or missing:
+        what = f"no {missing[0]!r}" if missing else f"{unknown[0]!r}"
+        raise TypeError(f"expected the fields of a {kind.__name__}, got {what}")
+    return kind(**{n: _checked(n, value, str(known[n].type)) for n, value in entry.items()})
+
+
+def _checked(name: str, value: Any, kind: str) -> Any:
+    """The value of a field whose type is annotated so; TypeError if it is of another."""
+    if kind == "float" and value is None:
+        return math.nan
+    if kind == "float" and isinstance(value, Real) and not isinstance(value, bool):
+        return float(value)
+    if kind == "int" and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if kind == "str" and isinstance(value, str):
+        return value
+    raise TypeError(f"expected {kind} for {name!r}, got {value!r}")

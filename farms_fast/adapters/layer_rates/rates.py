@@ -5,8 +5,7 @@ from __future__ import annotations
 import glob
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,24 +18,25 @@ from farms_fast.adapters.layer_rates.assignment import (
     edge_layers,
     require_layers,
 )
+from farms_fast.adapters.layer_rates.decay import NoDecay, undecayed
 from farms_fast.adapters.layer_rates.decisions import decide
-from farms_fast.adapters.layer_rates.logs import Log, logs_of
+from farms_fast.adapters.layer_rates.logs import Log, Logs, logs_of
 from farms_fast.adapters.layer_rates.model_watch import ModelWatch
 from farms_fast.adapters.layer_rates.norm_partners import norm_partners
 from farms_fast.adapters.layer_rates.optimizer_groups import (
     FoundGroups,
     Group,
-    NoDecay,
     base_rate,
     check_rate,
     make_groups,
     set_rate,
 )
+from farms_fast.adapters.layer_rates.options import flag
+from farms_fast.adapters.layer_rates.rate_state import restored, state_of
 from farms_fast.adapters.layer_rates.rate_table import RateTable
 from farms_fast.adapters.layer_rates.sharing import Ahead, ProcessGroup, computed_once, ranks_of
 from farms_fast.adapters.layer_rates.tuned_layers import (
     Blocks,
-    TunedLayer,
     block_names,
     plain_model,
     tuned_layers,
@@ -77,9 +77,10 @@ class LayerRates(ABC):
             block's.
         xmin_pos: for the median rule.
         bins: for the peak rule.
-        skip_first: the first of the layers keeps the base rate, trained or frozen.
-        skip_last: so does the last.
-        min_evals: layers with fewer eigenvalues keep it too.
+        skip_first: the first of the chosen layers (see `include` and `exclude`) keeps the base
+            rate, trained or frozen.
+        skip_last: so does the last of them.
+        min_evals: layers with fewer eigenvalues keep it too, or take their block's rate.
         evals_threshold: smaller eigenvalues are left out.
         norm: partners of normalisations, trained at their rate: "name" (`bn1` and `conv1`,
             `downsample.1` and `downsample.0`), "order" (the normalisation after a layer, where the
@@ -97,8 +98,8 @@ class LayerRates(ABC):
         process_group: between whose processes rates are shared: the first computes, the others
             are told. "default" is that of torch.distributed where it is initialised; None is this
             process alone.
-        log: told of every new table, on the first rank: a function, several, or the path of a CSV
-            file.
+        log: told of every new table, on the first rank: a function, the path of a CSV file, or
+            several of them. The initial table follows when training begins.
         change: what stands for the model's weights, as in `farms_fast.layers.layers_from_module`.
 
     Attributes:
@@ -141,7 +142,7 @@ class LayerRates(ABC):
         solver: str | None = None,
         memory: int | None = None,
         process_group: ProcessGroup = "default",
-        log: Log | Sequence[Log] | str | Path | None = None,
+        log: Logs = None,
         change: Change | None = None,
     ) -> None:
         """Finds the layers; weights are read by `param_groups` and `step`."""
@@ -152,14 +153,18 @@ class LayerRates(ABC):
         if unit not in ("epoch", "step"):
             raise ValueError(f"unit: expected 'epoch' or 'step', got {unit!r}")
         self.unit = unit
-        self.overlap = bool(overlap)
-        self.initial = bool(initial)
+        self.overlap = flag("overlap", overlap)
+        self.initial = flag("initial", initial)
         self.process_group = process_group
         ranks_of(process_group)
         specs, self.skipped = layers_from_module(self.model, include, exclude, change=change)
         self.layers = tuned_layers(self.model, specs)
         self.blocks = block_names(self.model, self.layers, per)
-        self._left_alone = edge_layers(self.layers, skip_first=skip_first, skip_last=skip_last)
+        self._left_alone = edge_layers(
+            self.layers,
+            skip_first=flag("skip_first", skip_first),
+            skip_last=flag("skip_last", skip_last),
+        )
         require_layers(self.layers, self._left_alone, self.skipped)
         owners = {owner: layer.name for layer in self.layers for owner in layer.owners}
         self.partners = norm_partners(self.model, norm, owners)
@@ -180,13 +185,22 @@ class LayerRates(ABC):
         if any(layer.frozen for layer in self.layers):  # they shall cost nothing
             trained = [s.name for layer in self.layers if not layer.frozen for s in layer.specs]
             self._analysis |= {"include": [glob.escape(n) for n in trained], "exclude": None}
-        self._live = LiveAnalysis(self.model, **self._analysis)
+        self._live: LiveAnalysis | None = LiveAnalysis(self.model, **self._analysis)
         self._assignment: Assignment | None = None
         self._found: FoundGroups | None = None
         self._ahead: Ahead | None = None
         self.logs: list[Log] = logs_of(log)
         self.last: RateTable | None = None
         self.calls = 0
+        # The initial table, until training begins: a run that resumes has another.
+        self._untold: RateTable | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but what is made anew when it is needed: the analysis, and who has groups."""
+        state = self.__dict__ | {"_live": None, "_found": None}
+        if self._ahead is not None and self._ahead.pending is not None:
+            state["_ahead"] = Ahead(rows=self._ahead.result())
+        return state
 
     @abstractmethod
     def factors(self, scores: Sequence[float]) -> Sequence[float]:
@@ -197,6 +211,11 @@ class LayerRates(ABC):
         Args:
             scores: alphas, or their means over blocks, in the model's order.
         """
+
+    @property
+    def settings(self) -> Mapping[str, object]:
+        """What the factors depend on besides the scores: numbers, text and lists, for the state."""
+        return {}
 
     @property
     def factors_by_layer(self) -> dict[str, float]:
@@ -215,7 +234,8 @@ class LayerRates(ABC):
 
         Args:
             lr: the base rate.
-            no_decay: what is not decayed: "vectors" (biases and normalisations), or globs of
+            no_decay: what is not decayed: "vectors" (biases, normalisations, and what else has one
+                dimension besides those of 1, but for linear layers and convolutions), or globs of
                 parameter names; such parameters of a layer have a group of their own, at the
                 layer's rate.
             **options: further entries of every group, such as `weight_decay`.
@@ -225,30 +245,33 @@ class LayerRates(ABC):
             and `layer`, and those of `options`.
 
         Raises:
-            ValueError: the rate is negative, or a glob matches no parameter.
+            TypeError: the rate is no number, or `no_decay` something else.
+            ValueError: the rate is negative, a glob matches no parameter, or an option is an entry
+                that is made here.
         """
         base = check_rate(lr)
-        self._refresh()
+        live = self._refreshed()
         if self.last is None:
             ranks = ranks_of(self.process_group)
             if self.initial:
-                self._adopt(computed_once(ranks, self._live))
+                self._adopt(computed_once(ranks, live))
             else:
                 self._adopt([])
             assert self.last is not None
-            self.last = self.last.at(base)
-            if ranks.leads:
-                self._tell()
+            self.last = self._untold = self.last.at(base)
         self._found = None
         self._assignment = assign(self.model, self.layers, self._left_alone, self.partners)
-        return make_groups(self._assignment, lr, self.factors_by_layer, no_decay, options)
+        trained = {n: p for _, named in self._assignment.sets() for n, p in named.items()}
+        exempt = undecayed(self.model, self.layers, trained, no_decay)
+        return make_groups(self._assignment, lr, self.factors_by_layer, exempt, options)
 
     def step(self, optimizer: Optimizer, lr: float | None = None) -> RateTable:
         """Makes new rates, if they are due, and sets them; call it after `scheduler.step()`.
 
         Args:
             optimizer: made from `param_groups`.
-            lr: the base rate; None takes that of the group "rest", as the scheduler set it.
+            lr: the base rate, which the group "rest" gets too; None takes that of this group, as
+                the scheduler set it.
 
         Returns:
             The table that it acted on, also in `last`.
@@ -260,6 +283,7 @@ class LayerRates(ABC):
             RuntimeError: another rank failed.
         """
         found, base = self._groups_of(optimizer, lr)
+        self._tell_initial()
         ranks = ranks_of(self.process_group)
         self.calls += 1
         measured: list[LayerAlpha] | None = None
@@ -267,19 +291,19 @@ class LayerRates(ABC):
             measured = computed_once(ranks, self._ahead.result)
             self._ahead = None
         if self.calls % self.every == 0:
-            self._refresh()
+            live = self._refreshed()
             self._watch.check_trained({id(p) for g in optimizer.param_groups for p in g["params"]})
             if self.overlap:
-                self._ahead = Ahead.start(self._live, ranks)
+                self._ahead = Ahead.start(live, ranks)
             else:
-                measured = computed_once(ranks, self._live)
+                measured = computed_once(ranks, live)
         if measured is not None:
             self._adopt(measured)
         self._set(found, base)
         assert self.last is not None  # param_groups has made one
         self.last = self.last.at(base, self.calls)
         if measured is not None and ranks.leads:
-            self._tell()
+            self._tell(self.last)
         return self.last
 
     def apply(self, optimizer: Optimizer, lr: float | None = None) -> None:
@@ -295,52 +319,34 @@ class LayerRates(ABC):
             ValueError: as in `step`.
             TypeError: as in `step`.
         """
-        self._set(*self._groups_of(optimizer, lr, anew=False))
+        found, base = self._groups_of(optimizer, lr, anew=False)
+        self._tell_initial()
+        self._set(found, base)
 
     def state_dict(self) -> dict[str, Any]:
-        """Numbers and text from which a run goes on as if unbroken.
+        """Numbers and text (and None) from which a run goes on as if unbroken.
 
         It waits for an analysis that is under way, which becomes part of it.
         """
         ahead = self._ahead
         # On the other ranks nothing is known of it but that it is under way.
-        rows = [] if ahead is None or ahead.elsewhere else ahead.result()
-        return {
-            "rule": type(self).__name__,
-            "calls": self.calls,
-            "layers": {layer.name: _shapes_of(layer) for layer in self.layers},
-            "last": None if self.last is None else self.last.to_state(),
-            "ahead": None if ahead is None else [vars(row) for row in rows],
-        }
+        rows = None if ahead is None else [] if ahead.elsewhere else ahead.result()
+        rule = type(self).__name__
+        return state_of(rule, self.settings, self.layers, self.calls, self.last, rows)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from what `state_dict` gave; rates come with the optimizer's own state.
 
         Args:
-            state: of the same rule on a model of the same layers.
+            state: of the same rule with the same settings, on a model of the same layers.
 
         Raises:
-            ValueError: it is of another rule or another model.
+            ValueError: it is of another rule or another model, or damaged; nothing is changed then.
             TypeError: it is no state.
         """
-        if not isinstance(state, dict) or not {"rule", "calls", "layers", "last"} <= state.keys():
-            raise TypeError("state: expected what state_dict() gave")
-        if state["rule"] != type(self).__name__:
-            raise ValueError(f"state: expected one of {type(self).__name__}, got {state['rule']}")
-        ours = {layer.name: _shapes_of(layer) for layer in self.layers}
-        theirs = {name: [list(shape) for shape in s] for name, s in state["layers"].items()}
-        for name in [*ours, *theirs]:
-            if ours.get(name) != theirs.get(name):
-                raise ValueError(
-                    f"state: expected the layers of this model, got another {name!r}: "
-                    f"{theirs.get(name, 'missing')} in the state, "
-                    f"{ours.get(name, 'missing')} in the model"
-                )
-        self.calls = int(state["calls"])
-        self.last = None if state["last"] is None else RateTable.from_state(state["last"])
-        ahead = state.get("ahead")
-        rows = None if ahead is None else [LayerAlpha(**row) for row in ahead]
-        self._ahead = None if rows is None else Ahead(rows=rows)
+        found = restored(state, type(self).__name__, self.settings, self.layers)
+        self.calls, self.last, self._untold = found.calls, found.last, None
+        self._ahead = None if found.ahead is None else Ahead(rows=found.ahead)
 
     def _groups_of(
         self, optimizer: Optimizer, lr: float | None, *, anew: bool = True
@@ -359,11 +365,12 @@ class LayerRates(ABC):
         for layer, group in found.layers:
             set_rate(group, base * factors.get(layer, 1.0))
 
-    def _refresh(self) -> None:
-        """Sees to it that the model is the same, and that the analysis knows where it is."""
+    def _refreshed(self) -> LiveAnalysis:
+        """The analysis, which knows where the model is; ValueError if that is another one now."""
         self._watch.check()
-        if self._watch.moved():
+        if self._watch.moved() or self._live is None:
             self._live = LiveAnalysis(self.model, **self._analysis)
+        return self._live
 
     def _adopt(self, measured: Sequence[LayerAlpha]) -> None:
         """Makes factors from alphas, and warns of layers that have failed since the last time."""
@@ -372,7 +379,8 @@ class LayerRates(ABC):
         for layer in self.layers:
             if layer.frozen:
                 left_alone[layer.name] = ("frozen", "its weights are not trained")
-        rows = decide(self.layers, self.blocks, alphas, left_alone, self.factors)
+        before = {} if self.last is None else {row.name: row.status for row in self.last}
+        rows = decide(self.layers, self.blocks, alphas, left_alone, self.factors, before)
         known = set() if self.last is None else {row.name for row in self.last.failed}
         self.last = RateTable(self.calls, 0.0, tuple(rows))
         leads = ranks_of(self.process_group).leads
@@ -382,11 +390,11 @@ class LayerRates(ABC):
                     f"{row.name} keeps the base rate: {row.message}", RateWarning, stacklevel=3
                 )
 
-    def _tell(self) -> None:
-        assert self.last is not None
+    def _tell_initial(self) -> None:
+        table, self._untold = self._untold, None
+        if table is not None and ranks_of(self.process_group).leads:
+            self._tell(table)
+
+    def _tell(self, table: RateTable) -> None:
         for log in self.logs:
-            log(self.last)
-
-
-def _shapes_of(layer: TunedLayer) -> list[list[int]]:
-    return [list(spec.shape) for spec in layer.specs]
+            log(table)

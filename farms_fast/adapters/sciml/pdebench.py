@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -106,7 +107,8 @@ def read_pdebench(
             f"path: expected an HDF5 file, got {os.fspath(path)!r} ({error})"
         ) from None
     with file:
-        n, times, rows, columns = _layout(file, os.fspath(path))
+        n, times, rows, columns = _layout(file, os.fspath(path), h5py.Dataset)
+        parameters = [_parameter(file, name, os.fspath(path)) for name in _PARAMETERS]
         stop = n if count is None else start + count
         if start >= n or stop > n:
             raise ValueError(
@@ -114,9 +116,11 @@ def read_pdebench(
                 f"got first={start}, samples={count}"
             )
         pick = (slice(start, stop), slice(None, None, time), *2 * (slice(None, None, space),))
-        parts = [np.asarray(file[name][pick], dtype=np.float32) for name in FIELDS]
-        t, x, y = (np.asarray(file[name], dtype=np.float32) for name in _AXES)
-        parameters = [float(file.attrs[name]) for name in _PARAMETERS]
+        try:
+            parts = [np.asarray(file[name][pick], dtype=np.float32) for name in FIELDS]
+            t, x, y = (np.asarray(file[name], dtype=np.float32) for name in _AXES)
+        except OSError as error:  # cut off, or damaged
+            raise ValueError(f"{os.fspath(path)}: cannot be read ({error})") from error
     fields = torch.from_numpy(np.stack(parts, axis=2))
     for name, part in zip(FIELDS, parts, strict=True):
         if not np.isfinite(part).all():
@@ -135,10 +139,15 @@ def write_pdebench(path: str | os.PathLike[str], flow: CompressibleFlow) -> None
 
     Raises:
         ImportError: h5py is not installed.
-        TypeError: an argument is of another kind.
+        TypeError: an argument is of another kind, or an entry of the flow.
+        ValueError: fields and coordinates do not fit together. No file is touched then.
+        FileNotFoundError: the folder does not exist.
     """
     where = path_of("path", path)
     check_type("flow", flow, CompressibleFlow, "a CompressibleFlow")
+    _check_flow(flow)
+    if not where.parent.is_dir():
+        raise FileNotFoundError(f"path: expected a file in a folder, got {os.fspath(path)!r}")
     t = flow.t.double()
     spacing = t[-1] - t[-2] if t.numel() > 1 else torch.ones(())
     axes = (torch.cat((t, (t[-1:] + spacing))), flow.x, flow.y)
@@ -151,7 +160,34 @@ def write_pdebench(path: str | os.PathLike[str], flow: CompressibleFlow) -> None
             file.attrs[name] = value
 
 
-def _layout(file: Any, path: str) -> tuple[int, int, int, int]:
+def _check_flow(flow: CompressibleFlow) -> None:
+    """Raises TypeError or ValueError for a flow that is not as `CompressibleFlow` says."""
+    for name in ("fields", "t", "x", "y"):
+        check_type(f"flow.{name}", getattr(flow, name), torch.Tensor, "a tensor")
+    for name in ("eta", "zeta", "mach"):
+        value = getattr(flow, name)
+        if isinstance(value, bool) or not isinstance(value, (Real, np.number)):
+            raise TypeError(f"flow.{name}: expected a number, got {value!r}")
+    shape = tuple(flow.fields.shape)
+    if len(shape) != 5 or shape[2] != len(FIELDS) or 0 in shape:
+        raise ValueError(
+            f"flow.fields: expected the shape (samples, times, {len(FIELDS)}, x, y), got {shape}"
+        )
+    for name, size in (("t", shape[1]), ("x", shape[3]), ("y", shape[4])):
+        axis = tuple(getattr(flow, name).shape)
+        if axis != (size,):
+            raise ValueError(f"flow.{name}: expected {size} values, as fields has, got {axis}")
+
+
+def _parameter(file: Any, name: str, path: str) -> float:
+    """An attribute that is one finite number; ValueError for anything else."""
+    value = np.asarray(file.attrs[name])
+    if value.size != 1 or value.dtype.kind not in "iuf" or not np.isfinite(value).all():
+        raise ValueError(f"{path}: expected a number as attribute {name!r}, got {value.tolist()!r}")
+    return float(value.item())
+
+
+def _layout(file: Any, path: str, dataset: Any) -> tuple[int, int, int, int]:
     """The shape that all quantities have; ValueError for any other layout."""
     missing = [name for name in (*FIELDS, *_AXES) if name not in file]
     missing += [f"attribute {name}" for name in _PARAMETERS if name not in file.attrs]
@@ -160,7 +196,13 @@ def _layout(file: Any, path: str) -> tuple[int, int, int, int]:
             f"{path}: expected PDEBench's layout of 2D compressible flow, without"
             f" {', '.join(missing)} (it has: {', '.join(sorted(file)) or 'nothing'})"
         )
-    shapes = {name: tuple(file[name].shape) for name in FIELDS}
+    for name in (*FIELDS, *_AXES):
+        entry = file[name]
+        if not isinstance(entry, dataset):
+            raise ValueError(f"{path}: expected a dataset {name!r}, got a {type(entry).__name__}")
+        if entry.dtype.kind not in "iuf":
+            raise ValueError(f"{path}: expected numbers in {name!r}, got dtype {entry.dtype}")
+    shapes = {name: tuple(file[name].shape or ()) for name in FIELDS}
     shape = shapes[FIELDS[0]]
     if len(shape) != 4 or 0 in shape or len(set(shapes.values())) > 1:
         raise ValueError(f"{path}: expected one shape (samples, times, x, y) for all, got {shapes}")

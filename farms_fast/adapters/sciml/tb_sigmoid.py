@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from farms_fast.adapters.layer_rates import LayerRates
+from farms_fast.adapters.layer_rates.options import check_options
 from farms_fast.arguments import not_negative
 from farms_fast.operator_layers import factor_matrices
 from farms_fast.windows import FixedAspectSampling, Sampling
@@ -18,6 +19,8 @@ __all__ = ["TBSigmoid"]
 
 _DEFAULT_SAMPLING = FixedAspectSampling()
 _FACTORISED = ("reconstructed", "factors")
+# 10 to half of it, and the inverse of that, are normal numbers of double precision.
+_MOST = 600.0
 
 
 class TBSigmoid(LayerRates):
@@ -40,8 +43,9 @@ class TBSigmoid(LayerRates):
         model: as in `LayerRates`, and so are all arguments that are not listed here.
         sampling: see there; `FullMatrix()` for the rule as published without FARMS.
         xmin: see there.
-        scale: (s_low, s_high), or one number for both; not negative. The published grid goes from
-            0.125 to 1.5.
+        scale: (s_low, s_high), below and above the mean, or one number for both; from 0 to 600,
+            beyond which a factor has no double precision. The published grid goes from 0.125 to
+            1.5.
         tau: the slope of the sigmoid, positive.
         per: "layer" for ᾱ over layers, as in scientific machine learning; "block" for the mean over
             transformer blocks, each with the mean of its layers' alphas, as in language models; or
@@ -52,8 +56,11 @@ class TBSigmoid(LayerRates):
             reaches it has the status "too_few". Exact zeros are never in a fit.
         factorised: what a Tucker, CP or TT weight is analysed as: "reconstructed", the complex
             matrices of its modes; or "factors", each factor a layer with a rate of its own.
-        **options: `xmin_pos, bins, skip_first, skip_last, norm, every, unit, overlap, initial,
-            include, exclude, dtype, solver, memory, process_group, log`.
+        **options: the other arguments of `LayerRates`, with the same defaults: `per="layer"`,
+            `xmin_pos=2`, `bins=100`, `skip_first=False`, `skip_last=False`, `norm="name"`,
+            `every=1`, `unit="epoch"`, `overlap=False`, `initial=True`, `include=None`,
+            `exclude=None`, `dtype=torch.float64`, `solver=None`, `memory=None`,
+            `process_group="default"`, `log=None`, `change=None`.
 
     Raises:
         TypeError: an argument of another kind.
@@ -91,6 +98,7 @@ class TBSigmoid(LayerRates):
         """Checks the rule, and finds the layers."""
         if "evals_threshold" in options:
             raise TypeError("evals_threshold: expected its name here, filter_zeros")
+        check_options(type(self), LayerRates, options)
         if factorised not in _FACTORISED:
             known = " or ".join(map(repr, _FACTORISED))
             raise ValueError(f"factorised: expected {known}, got {factorised!r}")
@@ -99,6 +107,8 @@ class TBSigmoid(LayerRates):
         if self.tau == 0:
             raise ValueError("tau: expected a positive number, got 0")
         if factorised == "factors":
+            if options.get("change") is not None:
+                raise TypeError("change: expected None where factorised is 'factors'")
             options["change"] = factor_matrices
         super().__init__(
             model,
@@ -110,6 +120,11 @@ class TBSigmoid(LayerRates):
             else not_negative("filter_zeros", filter_zeros),
             **options,
         )
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """Scale and slope."""
+        return {"scale": list(self.scale), "tau": self.tau}
 
     def factors(self, scores: Sequence[float]) -> list[float]:
         """10^φ for each alpha.
@@ -128,9 +143,10 @@ class TBSigmoid(LayerRates):
 
 
 def _scale(scale: object) -> tuple[float, float]:
-    if isinstance(scale, Real):
-        both = not_negative("scale", scale)
-        return both, both
-    if not isinstance(scale, (tuple, list)) or len(scale) != 2:
+    ends = (scale, scale) if isinstance(scale, Real) else scale
+    if not isinstance(ends, (tuple, list)) or len(ends) != 2:
         raise TypeError(f"scale: expected a number or a pair (s_low, s_high), got {scale!r}")
-    return not_negative("scale", scale[0]), not_negative("scale", scale[1])
+    low, high = (not_negative("scale", end) for end in ends)
+    if max(low, high) > _MOST:
+        raise ValueError(f"scale: expected at most {_MOST:g}, got {scale!r}")
+    return low, high

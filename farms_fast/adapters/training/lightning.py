@@ -8,7 +8,7 @@ from typing import Any
 from farms_fast.adapters.layer_rates import LayerRates
 from farms_fast.adapters.layer_rates.due import Clock
 from farms_fast.adapters.layer_rates.logs import scalars
-from farms_fast.arguments import check_type
+from farms_fast.arguments import check_type, natural
 from farms_fast.extras import optional_import
 
 with optional_import("lightning", extra="lightning", needed_for="LightningRates"):
@@ -31,13 +31,16 @@ class LightningRates(Callback):  # type: ignore[misc]
     Args:
         rates: the rates; or the name of the LightningModule's attribute that has them, for those
             that `configure_optimizers` makes; or a function of the module that returns them.
-        optimizer: which of the trainer's optimizers was made from their groups.
+        optimizer: which of the trainer's optimizers was made from their groups, from 0. With
+            several optimizers give the Trainer one callback for each that has rates: their states
+            are kept apart by this number.
         log: write base rate, alphas, factors and rates to the trainer's loggers.
 
     Raises:
         TypeError: `rates` is something else, or leads to something else, or `optimizer` is no
-            index.
-        IndexError: the trainer has no such optimizer.
+            integer.
+        ValueError: `optimizer` is negative or True or False.
+        IndexError: the trainer has no such optimizer; said when training starts.
 
     Example:
         >>> import torch
@@ -67,10 +70,16 @@ class LightningRates(Callback):  # type: ignore[misc]
             )
         check_type("optimizer", optimizer, int, "an index of the trainer's optimizers")
         self._where = rates
-        self._optimizer = optimizer
+        self._optimizer = natural("optimizer", optimizer)
         self._log = log
         self._clock: Clock | None = None
         self._restored: dict[str, Any] | None = None
+
+    @property
+    def state_key(self) -> str:
+        """Under which a checkpoint has the state: another for each optimizer."""
+        name = type(self).__qualname__
+        return f"{name}[optimizer={self._optimizer}]" if self._optimizer else name
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Finds the rates, and gives them what a checkpoint had."""
@@ -82,6 +91,11 @@ class LightningRates(Callback):  # type: ignore[misc]
             if not isinstance(found, LayerRates):
                 raise TypeError(f"rates: expected {where!r} to lead to LayerRates, got {found!r}")
             rates = found
+        if self._optimizer >= len(trainer.optimizers):
+            raise IndexError(
+                f"optimizer: expected an index of the trainer's {len(trainer.optimizers)} "
+                f"optimizers, got {self._optimizer}"
+            )
         self._clock = Clock(rates)
         if self._restored is not None:
             self._clock.load_state_dict(self._restored)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from farms_fast.adapters.layer_rates import LayerRates
+from farms_fast.adapters.layer_rates.options import check_options
 from farms_fast.windows import FixedAspectSampling, Sampling
 
 __all__ = ["ASSIGNMENTS", "TempBalance"]
@@ -41,8 +42,11 @@ class TempBalance(LayerRates):
         skip_first: see there.
         skip_last: see there.
         min_evals: see there; 5 as published.
-        **options: `per, xmin_pos, bins, evals_threshold, norm, every, unit, overlap, initial,
-            include, exclude, dtype, solver, memory, process_group, log`.
+        **options: the other arguments of `LayerRates`, with the same defaults: `per="layer"`,
+            `xmin_pos=2`, `bins=100`, `evals_threshold=0.0`, `norm="name"`, `every=1`,
+            `unit="epoch"`, `overlap=False`, `initial=True`, `include=None`, `exclude=None`,
+            `dtype=torch.float64`, `solver=None`, `memory=None`, `process_group="default"`,
+            `log=None`, `change=None`.
 
     Raises:
         TypeError: an argument of another kind.
@@ -80,6 +84,7 @@ class TempBalance(LayerRates):
         **options: Any,
     ) -> None:
         """Checks the rule, and finds the layers."""
+        check_options(type(self), LayerRates, options)
         if assign not in ASSIGNMENTS:
             known = ", ".join(map(repr, ASSIGNMENTS))
             raise ValueError(f"assign: expected one of {known}, got {assign!r}")
@@ -94,6 +99,13 @@ class TempBalance(LayerRates):
             min_evals=min_evals,
             **options,
         )
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """The rule, and its range where it has one."""
+        if self.assign in ("linear", "step"):
+            return {"assign": self.assign, "lr_range": list(self.lr_range)}
+        return {"assign": self.assign}
 
     def factors(self, scores: Sequence[float]) -> list[float]:
         """Rate over base rate for each alpha.
@@ -117,7 +129,10 @@ class TempBalance(LayerRates):
 
 def _range(lr_range: object) -> tuple[float, float]:
     try:
-        low, high = (float(end) for end in lr_range)  # type: ignore[attr-defined]
+        ends = list(lr_range)  # type: ignore[call-overload]
+        if any(isinstance(end, (bool, str)) for end in ends):
+            raise TypeError
+        low, high = map(float, ends)
     except (TypeError, ValueError):
         raise TypeError(f"lr_range: expected two numbers, got {lr_range!r}") from None
     if not 0 < low <= high < math.inf:
