@@ -115,6 +115,8 @@ def merged(rows: list[Row]) -> list[Row]:
 
 def main() -> None:
     """Measures, prints, and rewrites this architecture's rows."""
+    if not build_info()["cuda"] or not torch.cuda.is_available():
+        sys.exit("error: expected a CUDA device and a build with CUDA (see farms-fast info)")
     major, minor = torch.cuda.get_device_capability()
     architecture = 10 * major + minor
     solvers = build_info()["solvers"]

@@ -14,10 +14,13 @@ from torch import nn
 
 from farms_fast._extension import __version__
 from farms_fast.arguments import (
-    check_dtype,
+    MOST_RESAMPLES,
+    DTypeLike,
     check_sampling,
     check_solver,
     default_device,
+    dtype_of,
+    memory_bytes,
     natural,
     path_of,
     resolve_device,
@@ -31,7 +34,7 @@ from farms_fast.keeping import Kept, keeping
 from farms_fast.power_law import xmin_rule
 from farms_fast.progress import Progress, reporter
 from farms_fast.results import Analysis
-from farms_fast.sources import open_source
+from farms_fast.sources import AdapterSource, open_source
 from farms_fast.uncertainty import FitRule
 from farms_fast.windows import FixedAspectSampling, Sampling
 
@@ -50,9 +53,9 @@ def analyze(
     bins: int = 100,
     bootstrap: int = 100,
     device: str | torch.device | None = None,
-    dtype: torch.dtype = torch.float64,
+    dtype: DTypeLike = torch.float64,
     solver: str | None = None,
-    memory: int | None = None,
+    memory: int | str | None = None,
     base: nn.Module | Mapping[str, Any] | str | os.PathLike[str] | None = None,
     store: str | os.PathLike[str] | None = None,
     force: bool = False,
@@ -71,14 +74,17 @@ def analyze(
         sampling: the windows; `FullMatrix()` for the whole matrices.
         xmin: where the tail starts, "median", "ks" or "peak" (see `fit_power_law`). The median
             rule's alpha repeats itself best between halves of the windows.
-        xmin_pos: for the median rule.
-        bins: for the peak rule.
-        bootstrap: resamples for the standard error and interval of alpha, 0 for none.
+        xmin_pos: for the median rule. A setting that the rule does not read is recorded as its
+            default: it is no other analysis, and no other run of a store.
+        bins: for the peak rule, at most 2^20.
+        bootstrap: resamples for the standard error and interval of alpha, at most 100,000; 0 for
+            none.
         device: where to compute; None is CUDA when there is a device and this build has the CUDA
             ops, else the CPU.
-        dtype: torch.float64 or torch.float32 (see `esd` for what the latter costs).
+        dtype: torch.float64 or torch.float32 (see `esd` for what the latter costs), or its name.
         solver: a name from `build_info()["solvers"]`; None chooses.
-        memory: bytes that the run may take on its device; None is half of the device's.
+        memory: bytes that the run may take on its device, also as text such as "40GiB" or "500MB";
+            None is half of the device's.
         base: the model that a LoRA adapter changes, where the first argument is the adapter's
             folder (see `farms_fast.sources.open_source`).
         store: an SQLite file that every layer is written to when it is finished, made if there is
@@ -116,9 +122,9 @@ def analyze(
         [('0', 225, 'ok'), ('1', 225, 'ok')]
     """
     rule = FitRule(xmin_rule(xmin), xmin_pos, bins, getattr(sampling, "compat", None))
-    check_dtype(dtype)
-    resamples = natural("bootstrap", bootstrap)
-    budget = None if memory is None else natural("memory", memory, least=1)
+    precision = dtype_of(dtype)
+    resamples = natural("bootstrap", bootstrap, most=MOST_RESAMPLES)
+    budget = None if memory is None else memory_bytes(memory)
     check_sampling(sampling)
     where = resolve_device(device, default_device())
     check_solver(solver, where)
@@ -131,17 +137,20 @@ def analyze(
     rule.fit(torch.empty(0, dtype=torch.float64), [0])
     source = open_source(model_or_state_dict_or_path, base=base)
     specs, skipped = source.layers(include, exclude)
+    of_base = None
+    if base is not None and isinstance(source, AdapterSource):
+        of_base = _absolute(base) or source.base.description
     settings: dict[str, object] = {
         "source": _absolute(model_or_state_dict_or_path) or source.description,
-        "base": _absolute(base) or (None if base is None else open_source(base).description),
+        "base": of_base,
         "include": _patterns(include),
         "exclude": _patterns(exclude),
         "sampling": str(sampling),
         "xmin": rule.xmin,
-        "xmin_pos": float(xmin_pos),
-        "bins": int(bins),
+        "xmin_pos": float(xmin_pos) if rule.xmin == "median" else FitRule.xmin_pos,
+        "bins": int(bins) if rule.xmin == "peak" else FitRule.bins,
         "bootstrap": resamples,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": str(precision).removeprefix("torch."),
         "device": str(where),
         "solver": solver or "auto",
         "farms_fast": __version__,
@@ -154,7 +163,7 @@ def analyze(
         memory=budget,
         xmin=rule.xmin,
         bootstrap=resamples,
-        dtype=dtype,
+        dtype=precision,
         machine=machine_of(where),
     )
     whole = mine = planned(specs)
@@ -182,7 +191,7 @@ def analyze(
 
             known = kept.known if kept.needs_digests else None
             stages = BatchStages(
-                source, Settings(where, dtype, solver, rule, resamples), keep, known
+                source, Settings(where, precision, solver, rule, resamples), keep, known
             )
             run(mine.batches, stages, where, mine.overlapping)
         return kept.analysis(whole.names, [*skipped, *whole.skipped], settings)

@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import operator
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from farms_fast._extension import has_cuda
 
 T = TypeVar("T")
+DTypeLike = torch.dtype | npt.DTypeLike
+
+MOST_BINS = 2**20
+"""Bins of a histogram: more than any spectrum has values to fill."""
+MOST_RESAMPLES = 10**5
+"""Of a bootstrap: its error is then known to a fifth of a percent."""
+
+# A size in bytes beyond this is no memory, and the ops take them as int64.
+_MOST_BYTES = 2**63 - 1
+_UNITS = {
+    "": 1,
+    **{unit: 1000**i for i, unit in enumerate(("b", "kb", "mb", "gb", "tb"))},
+    **{unit: 1024**i for i, unit in enumerate(("kib", "mib", "gib", "tib"), start=1)},
+}
 
 
 def check_type(argument: str, value: object, kinds: type | tuple[type, ...], expected: str) -> None:
@@ -55,6 +73,25 @@ def check_dtype(dtype: object) -> None:
         raise ValueError(f"dtype: expected torch.float64 or torch.float32, got {dtype!r}")
 
 
+def dtype_of(dtype: object) -> torch.dtype:
+    """The precision to compute in, also where its name or NumPy's type of it is given.
+
+    Example:
+        >>> dtype_of("float32"), dtype_of(np.float64)
+        (torch.float32, torch.float64)
+    """
+    found = dtype
+    if isinstance(dtype, (str, type, np.dtype)):
+        try:
+            name = dtype.removeprefix("torch.") if isinstance(dtype, str) else dtype
+            found = {"float64": torch.float64, "float32": torch.float32}[np.dtype(name).name]
+        except (TypeError, ValueError, KeyError):
+            found = dtype
+    check_dtype(found)
+    assert isinstance(found, torch.dtype)
+    return found
+
+
 def check_sampling(sampling: object) -> None:
     """Raises TypeError for anything that lays no grid of windows."""
     if not hasattr(sampling, "grid"):
@@ -64,15 +101,75 @@ def check_sampling(sampling: object) -> None:
         )
 
 
-def natural(argument: str, value: object, least: int = 0) -> int:
-    """The value as an int; TypeError unless it is an integer, ValueError below the least."""
+def natural(argument: str, value: object, least: int = 0, most: int | None = None) -> int:
+    """The value as an int; TypeError unless it is an integer, ValueError beyond least and most."""
     try:
         number = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         raise TypeError(f"{argument}: expected an integer, got {type(value).__name__}") from None
     if isinstance(value, bool) or number < least:
         raise ValueError(f"{argument}: expected an integer of at least {least}, got {value!r}")
+    if most is not None and number > most:
+        raise ValueError(f"{argument}: expected an integer of at most {most}, got {value!r}")
     return number
+
+
+def parse_memory(text: str) -> int:
+    """Bytes of a size such as ``40GiB``, ``500 MB`` or ``1073741824``.
+
+    Args:
+        text: A positive number and optionally B, kB, MB, GB, TB (powers of 1000) or KiB, MiB, GiB,
+            TiB (powers of 1024), in any case.
+
+    Raises:
+        ValueError: If it is nothing of that kind, less than one byte, or more than 2^63 - 1.
+
+    Example:
+        >>> parse_memory("1.5KiB"), parse_memory("2 MB")
+        (1536, 2000000)
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text, re.IGNORECASE | re.ASCII)
+    unit = _UNITS.get(match[2].lower()) if match else None
+    # Infinite where there are hundreds of digits.
+    size = float(match[1]) * unit if match and unit else 0.0
+    if not 1 <= size < _MOST_BYTES:
+        shown = text if len(text) <= 40 else f"{text[:40]}..."
+        raise ValueError(
+            f"memory: expected a size such as 40GiB, 500MB or a number of bytes, got {shown!r}"
+        )
+    return int(size)
+
+
+def memory_bytes(memory: object) -> int:
+    """Bytes of a device: an integer of at least 1, or a text as of :func:`parse_memory`.
+
+    Example:
+        >>> memory_bytes(4096), memory_bytes("4KiB")
+        (4096, 4096)
+    """
+    if isinstance(memory, str):
+        return parse_memory(memory)
+    return natural("memory", memory, least=1, most=_MOST_BYTES)
+
+
+def unmatched_pattern(argument: str, pattern: str, names: Sequence[str]) -> ValueError:
+    """The error of a glob that matches no name; it suggests one that does, or a near name.
+
+    Example:
+        >>> print(unmatched_pattern("include", "mlp", ["head", "h.0.mlp"]))
+        include: expected patterns that match a whole name, 'mlp' matches none of the 2 names: \
+'*mlp*'? (names: 'head', 'h.0.mlp')
+    """
+    if any(pattern in name for name in names):
+        hint = f": '*{pattern}*'?"
+    else:
+        near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.5)
+        hint = f": {near[0]!r}?" if near else ""
+    first = ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
+    return ValueError(
+        f"{argument}: expected patterns that match a whole name, {pattern!r} matches none of the "
+        f"{len(names)} names{hint}" + (f" (names: {first})" if names else "")
+    )
 
 
 def not_negative(argument: str, value: object) -> float:
@@ -122,7 +219,7 @@ def resolve_device(device: str | torch.device | None, default: torch.device) -> 
     if not has_cuda():
         raise ValueError(
             f"device: got {str(found)!r}, but this installation was built without CUDA "
-            "(see farms_fast.build_info())"
+            "(see farms_fast.build_info(), or the command farms-fast info)"
         )
     if not torch.cuda.is_available() or (found.index or 0) >= torch.cuda.device_count():
         raise ValueError(

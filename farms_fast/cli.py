@@ -41,6 +41,7 @@ from farms_fast.commands.options import (
     Quiet,
     Rows,
     ShowSkipped,
+    Solver,
     Xmin,
     parse_dtype,
     parse_memory,
@@ -49,7 +50,7 @@ from farms_fast.commands.options import (
 from farms_fast.commands.plan import plan
 from farms_fast.commands.prune import prune
 from farms_fast.commands.report import register as register_report
-from farms_fast.commands.tables import fit_table, skipped_lines
+from farms_fast.commands.tables import all_skipped, counted, fit_table, skipped_lines
 from farms_fast.records import LayerRecord
 from farms_fast.results import Analysis, fixed, printable
 
@@ -120,9 +121,9 @@ def format_table(records: Sequence[LayerRecord], width: int) -> str:
 def _summary(analysis: Analysis, seconds: float) -> str:
     failed = len(analysis.failed)
     parts = [
-        f"{len(analysis) - failed} layers ok",
+        f"{counted(len(analysis) - failed, 'layer')} ok",
         f"{failed} failed",
-        f"{len(analysis.skipped)} tensors skipped",
+        f"{counted(len(analysis.skipped), 'tensor')} skipped",
         f"mean alpha {fixed(analysis.mean_alpha)}",
         f"{seconds:.1f} s",
     ]
@@ -157,8 +158,9 @@ def info() -> None:
     """Print how this installation was built and what it can use."""
     import farms_fast
 
-    for key, value in farms_fast.build_info().items():
-        echo(f"{key}: {value}")
+    with one_line_errors():
+        for key, value in farms_fast.build_info().items():
+            echo(f"{key}: {value}")
 
 
 @app.command()
@@ -172,13 +174,11 @@ def analyze(
     xmin_pos: Annotated[
         float, typer.Option(help="median: the tail starts at the N / this-th eigenvalue of N.")
     ] = 2.0,
-    bins: Annotated[int, typer.Option(help="peak: bins of the histogram.")] = 100,
+    bins: Annotated[int, typer.Option(help="peak: bins of the histogram, at most 2^20.")] = 100,
     bootstrap: Bootstrap = 100,
     device: Device = None,
     dtype: Dtype = "float64",
-    solver: Annotated[
-        str | None, typer.Option(help="Eigensolver by name.", show_default="by window size")
-    ] = None,
+    solver: Solver = None,
     memory: Memory = None,
     include: Include = None,
     exclude: Exclude = None,
@@ -209,14 +209,14 @@ def analyze(
     torchrun --nproc-per-node=4 -m farms_fast analyze PATH. The first one prints.
 
     Exit codes: 0 every layer is ok, 1 some layers failed, 2 bad usage or bad input,
-    130 interrupted.
+    130 interrupted, 141 the reader of the table has left.
     """
-    with one_line_errors(), contextlib.ExitStack() as context:
+    with one_line_errors(model="path"), contextlib.ExitStack() as context:
         from farms_fast.analysis import analyze as analyze_model
         from farms_fast.engine.distributed import Ranks, local_device, torchrun_group
 
         sampling = sampling_of(rows, q, per_dim, full)
-        check_outputs(store=store, csv=csv, json=json)
+        check_outputs(path, base, store=store, csv=csv, json=json)
         group = context.enter_context(torchrun_group())
         leads = Ranks.of(group).leads
         where = device if device is not None else local_device()
@@ -253,8 +253,7 @@ def analyze(
             _report(analysis, seconds, show_skipped)
         if not len(analysis):
             raise ValueError(
-                f"path: {str(path)!r} has no layer to analyse, "
-                f"all of its {len(analysis.skipped)} tensors were skipped"
+                f"path: {str(path)!r} has no layer to analyse, {all_skipped(len(analysis.skipped))}"
             )
     if analysis.failed:
         raise typer.Exit(EXIT_LAYERS_FAILED)

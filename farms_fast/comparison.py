@@ -26,7 +26,7 @@ from farms_fast.results import Analysis, fixed, layer_named
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["COMPARISON_COLUMNS", "Comparison", "LayerDifference", "compare"]
+__all__ = ["COMPARISON_COLUMNS", "Comparison", "LayerDifference", "compare", "nothing_in_common"]
 
 _UNIMPORTANT = ("source", "base")
 _SIGNIFICANT = 1.96
@@ -240,7 +240,9 @@ class Comparison:
                 f"the analyses were made with different settings ({', '.join(changed)}), so their "
                 "alphas do not mean the same"
             )
-        if not self.compared:
+        if reason := nothing_in_common(self.a, self.b):
+            notes.append(reason)
+        elif not self.compared:
             notes.append("no layer has an alpha in both analyses")
         careful = sum(not layer.paired and not math.isnan(layer.z) for layer in self.compared)
         if careful:
@@ -365,6 +367,24 @@ def compare(
             layers.append(layer)
             report(name, 0 if layer.a is None else layer.a.windows, True)
     return Comparison(a, b, layers)
+
+
+def nothing_in_common(a: Analysis, b: Analysis) -> str:
+    """Says so where no layer of one analysis has the name of one of the other; else it is empty.
+
+    A checkpoint and its model have names that begin otherwise if the class adds a prefix.
+    """
+    names_a, names_b = ([layer.name for layer in analysis] for analysis in (a, b))
+    if not set(names_a).isdisjoint(names_b):
+        return ""
+    shown_a, shown_b = (
+        f"{names[0]!r}{', ...' if len(names) > 1 else ''}" if names else "no layer"
+        for names in (names_a, names_b)
+    )
+    return (
+        f"no layer has the same name in A ({shown_a}) and B ({shown_b}): analyse both from a "
+        "checkpoint or both from the same class"
+    )
 
 
 def _difference(

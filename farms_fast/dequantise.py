@@ -161,7 +161,14 @@ class GroupQuantised:
         scales: torch.Tensor,
         g_idx: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """float32 ``(out, in)``."""
+        """float32 ``(out, in)``; ValueError when ``g_idx`` names a group that is not there."""
+        if g_idx is not None and g_idx.numel():
+            least, most = (int(found) for found in g_idx.aminmax())
+            if least < 0 or most >= len(scales):
+                raise ValueError(
+                    f"GPTQ: expected g_idx within the {len(scales)} groups of scales, got "
+                    f"{least} to {most}"
+                )
         order = _AWQ_ORDER if self.awq else range(32 // self.bits)
         numbers = _unpacked(qweight, self.bits, 1 if self.awq else 0, order)  # (in, out)
         zeros = _unpacked(qzeros, self.bits, 1, order)  # (groups, out)

@@ -13,6 +13,7 @@ import secrets
 import stat
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import quote
 
@@ -315,7 +316,7 @@ def whole_file(path: FilePath) -> Iterator[BinaryIO]:
     path = path_of("path", path)
     if path.exists() and not stat.S_ISREG(path.stat().st_mode):
         # A directory is an error of open; a pipe or a device cannot be replaced by a file.
-        with path.open("wb") as stream:
+        with _errors_of(path, path), path.open("wb") as stream:
             yield stream
         return
     # Replacing a link would cut it off from the file that it stands for.
@@ -323,13 +324,26 @@ def whole_file(path: FilePath) -> Iterator[BinaryIO]:
     if not target.parent.is_dir():
         raise FileNotFoundError(f"path: the directory of {str(path)!r} does not exist")
     partial = target.with_name(f".{target.name[:100]}.{secrets.token_hex(6)}.tmp")
+    with _errors_of(path, partial):
+        try:
+            with partial.open("xb") as stream:
+                yield stream
+                stream.flush()
+                os.fsync(stream.fileno())
+            partial.replace(target)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+            raise
+
+
+@contextlib.contextmanager
+def _errors_of(path: Path, written: Path) -> Iterator[None]:
+    """Errors of a file that is written, or of no file, name the path that was asked for."""
     try:
-        with partial.open("xb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise
+        yield
+    except OSError as error:
+        # What is read meanwhile, as a store is for its spectra, names itself.
+        if error.errno is None or error.filename not in (None, str(written)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error

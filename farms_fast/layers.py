@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from farms_fast.arguments import check_module
+from farms_fast.arguments import check_module, unmatched_pattern
 from farms_fast.layer_rules import (
     HeaderIndex,
     convolution_part,
@@ -311,11 +311,7 @@ def _select(
     for argument, patterns in (("include", included), ("exclude", excluded)):
         for pattern in patterns or ():
             if not any(fnmatchcase(name, pattern) for name in names):
-                raise ValueError(
-                    f"{argument}: expected patterns that match a layer name, got {pattern!r}, "
-                    f"which matches none of {len(names)}"
-                    + (f" (the first is {names[0]!r})" if names else "")
-                )
+                raise unmatched_pattern(argument, pattern, names)
     return layers, skipped
 
 

@@ -13,8 +13,19 @@ from torch.nn.utils import parametrize
 from farms_fast.dequantise import plain
 from farms_fast.quantised import QUANTISED_BUFFERS
 
-__all__ = ["module_tensor", "own_tensors", "sparse_layout", "tensor_identity"]
+__all__ = [
+    "ON_META",
+    "module_tensor",
+    "no_data",
+    "own_tensors",
+    "sparse_layout",
+    "tensor_identity",
+]
 
+ON_META = (
+    "is on the meta device: load the weights first (model.load_state_dict(state_dict, "
+    "assign=True), or from_pretrained without offloading)"
+)
 # What weight_norm, spectral_norm and pruning put in the place of a parameter, as forward hooks.
 _HOOKED = re.compile(r"(.+)_(?:orig|g|v)")
 
@@ -42,8 +53,13 @@ def module_tensor(module: nn.Module, name: str) -> torch.Tensor:
     if not isinstance(tensor, torch.Tensor):
         raise ValueError(f"name: expected a tensor of {type(module).__name__}, got {name!r}")
     if tensor.is_meta:
-        raise ValueError(f"{name}: expected a tensor with data, got one on the meta device")
+        raise no_data(name)
     return tensor.detach()
+
+
+def no_data(name: str) -> ValueError:
+    """The error of a tensor without data."""
+    return ValueError(f"{name}: {ON_META}")
 
 
 def tensor_identity(tensor: torch.Tensor) -> Hashable | None:

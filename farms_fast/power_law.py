@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 
 from farms_fast import ops
-from farms_fast.arguments import check_type, natural
+from farms_fast.arguments import MOST_BINS, check_type, natural
 from farms_fast.arrays import on_stream_of, to_tensor
 
 __all__ = [
@@ -178,7 +178,7 @@ def fit_power_law(
             in the tail. ``"peak"`` (``"xmin_peak"``, ``"fix-finger"``): likewise among the values
             between 0.95 and 1.5 times the left edge of the fullest bin of ``log10 l``.
         xmin_pos: Used by ``"median"``; finite and above 1.
-        bins: Histogram bins, used by ``"peak"``; at least 1.
+        bins: Histogram bins, used by ``"peak"``; 1 to 2^20.
         compat: ``"farms"`` repeats a slip of the published FARMS code under ``"peak"``: its lower
             end is ``log10`` of 0.95 times the edge.
 
@@ -264,7 +264,7 @@ def fit_power_laws(
     """
     rule = xmin_rule(xmin)
     position = _xmin_pos(xmin_pos)
-    n_bins = natural("bins", bins, least=1)
+    n_bins = natural("bins", bins, least=1, most=MOST_BINS)
     if compat not in (None, "farms"):
         raise ValueError(f"compat: expected None or 'farms', got {compat!r}")
     _require_packed(spectra, offsets)

@@ -289,7 +289,12 @@ def layer_named(layers: Sequence[_Layer], name: str) -> _Layer:
         if layer.name == name:
             return layer
     names = [layer.name for layer in layers]
-    near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
+    if not isinstance(name, str):
+        known = f" ({names[0]!r})" if names else ""
+        raise KeyError(
+            f"no layer named {name!r}: names are text{known}; .layers[0] is the first layer"
+        )
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     hint = f"did you mean {', '.join(map(repr, near))}?" if near else f"{len(names)} layers"
     raise KeyError(f"no layer named {name!r} ({hint})")
 

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from farms_fast import ops
 from farms_fast.arguments import (
-    check_dtype,
+    DTypeLike,
     check_sampling,
     check_solver,
-    natural,
+    dtype_of,
+    memory_bytes,
     resolve_device,
 )
 from farms_fast.arrays import on_stream_of, to_tensor
@@ -24,10 +25,10 @@ def esd(
     W: Any,
     sampling: Sampling | None = None,
     *,
-    dtype: torch.dtype = torch.float64,
+    dtype: DTypeLike = torch.float64,
     device: str | torch.device | None = None,
     solver: str | None = None,
-    memory: int | None = None,
+    memory: int | str | None = None,
 ) -> Any:
     """Eigenvalues of W·Wᴴ, the squared singular values of W, pooled over windows.
 
@@ -35,13 +36,14 @@ def esd(
         W: array of shape (..., R, C), floating or complex; NumPy, torch, or CuPy and others through
             DLPack. Leading dimensions are a batch. It is never written.
         sampling: the windows, `FixedAspectSampling(...)`; None is the full matrix.
-        dtype: precision of the computation and of the result. float64 errs by less than
-            8·k·2⁻⁵²·λ_max. float32 is an explicit choice: its absolute error is about
+        dtype: precision of the computation and of the result, or its name. float64 errs by less
+            than 8·k·2⁻⁵²·λ_max. float32 is an explicit choice: its absolute error is about
             k·2⁻²³·λ_max, so that the small eigenvalues of square matrices are noise, and λ beyond
             3e38 overflow.
         device: where to compute, "cpu", "cuda" or "cuda:N"; None is where W lives.
         solver: a name from `build_info()["solvers"]`; None chooses.
-        memory: bytes of workspace at most; None is the default of `ops.window_eigvalsh`.
+        memory: bytes of workspace at most, also as text such as "2GiB"; None is the default of
+            `ops.window_eigvalsh`.
 
     Returns:
         (..., windows · k) eigenvalues, ascending, with k = min(rows, columns) of a window, of
@@ -70,20 +72,20 @@ def esd(
 def _esd(
     W: Any,
     sampling: Sampling | None,
-    dtype: torch.dtype,
+    dtype: DTypeLike,
     device: str | torch.device | None,
     solver: str | None,
-    memory: int | None,
+    memory: int | str | None,
 ) -> Any:
     tensor, restore = to_tensor("W", W)
     if tensor.ndim < 2:
         raise ValueError(f"W: expected at least 2 dimensions, got shape {tuple(tensor.shape)}")
     if tensor.numel() == 0:
         raise ValueError(f"W: expected a matrix with elements, got shape {tuple(tensor.shape)}")
-    check_dtype(dtype)
+    precision = dtype_of(dtype)
     where = resolve_device(device, tensor.device)
     check_solver(solver, where)
-    budget = 0 if memory is None else natural("memory", memory, least=1)
+    budget = 0 if memory is None else memory_bytes(memory)
     sampling = FullMatrix() if sampling is None else sampling
     check_sampling(sampling)
     rows, columns = tensor.shape[-2:]
@@ -94,11 +96,11 @@ def _esd(
         )
     stack = tensor.reshape(-1, rows, columns).to(where)
     table = window_table(grid, entries=stack.shape[0])
-    evals = window_eigenvalues([stack], table, grid.order, dtype, solver, budget)
+    evals = window_eigenvalues([stack], table, grid.order, precision, solver, budget)
     pooled = evals.reshape(stack.shape[0], -1)
     if not bool(pooled.isfinite().all()):
         if bool(stack.isfinite().all()):
-            name = str(dtype).removeprefix("torch.")
+            name = str(precision).removeprefix("torch.")
             raise ValueError(f"W: expected eigenvalues within the range of {name}, got an overflow")
         raise ValueError("W: expected finite values, got NaN or infinity")
     if grid.count > 1:

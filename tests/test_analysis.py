@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import re
 import sys
@@ -355,7 +356,9 @@ def test_a_layer_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [layer.name for layer in analysis] == ["0", "1", "2", "3"]
     assert [layer.status for layer in analysis] == ["error", "ok", "error", "ok"]
     assert analysis["2"].message == "OSError: the disk is gone"
-    assert analysis["0"].message.startswith("ValueError: 0.weight: expected a tensor with data")
+    assert analysis["0"].message.startswith(
+        "ValueError: 0.weight: is on the meta device: load the weights first (model.load_state_dict"
+    )
     assert [call[:2] for call in calls] == [(done, 4) for done in range(1, 5)]
     for name in ("1", "3"):
         assert_same_spectra(analysis[name], whole[name])
@@ -477,11 +480,52 @@ def test_settings_are_recorded(model: Model, tmp_path: Path) -> None:
     )
     found = analysis.settings
     assert found["source"] == str(tmp_path / "m.safetensors")
-    assert (found["sampling"], found["xmin"], found["xmin_pos"]) == ("FullMatrix()", "peak", 3.0)
+    assert (found["sampling"], found["xmin"], found["xmin_pos"]) == ("FullMatrix()", "peak", 2.0)
     assert (found["bins"], found["bootstrap"], found["dtype"]) == (50, 0, "float32")
     assert found["solver"] == "lapack"
     analysis.to_json(tmp_path / "a.json")
     assert Analysis.from_json(tmp_path / "a.json").settings == found
+
+
+@pytest.mark.parametrize(
+    ("xmin", "settings"), [("median", (3.0, 100)), ("ks", (2.0, 100)), ("peak", (2.0, 50))]
+)
+def test_what_the_rule_does_not_read_is_recorded_as_its_default(
+    model: Model, xmin: str, settings: tuple[float, int]
+) -> None:
+    found = analyze(model, SAMPLING, xmin, xmin_pos=3, bins=50, bootstrap=0).settings
+    assert (found["xmin_pos"], found["bins"]) == settings
+
+
+def test_memory_and_dtype_as_text(model: Model) -> None:
+    expected = analyze(model, SAMPLING, dtype=torch.float32, device="cpu", memory=2**20)
+    for dtype in ("float32", "torch.float32", np.float32, np.dtype("float32")):
+        found = analyze(model, SAMPLING, dtype=dtype, device="cpu", memory="1MiB")
+        assert found.settings == expected.settings
+        assert_same_spectra(found["fc"], expected["fc"])
+    with pytest.raises(ValueError, match=r"^memory: expected at least the \d+ bytes .*got 2000 \("):
+        analyze(model, SAMPLING, memory="2kB")
+
+
+def test_a_base_in_memory_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[int] = []
+    made = MappingSource.__init__
+
+    def counting(self: MappingSource, *given: Any, **options: Any) -> None:
+        opened.append(1)
+        made(self, *given, **options)
+
+    prefix = "base_model.model.q.lora_"
+    save_file(
+        {f"{prefix}A.weight": torch.randn(2, 20), f"{prefix}B.weight": torch.randn(20, 2)},
+        tmp_path / "adapter_model.safetensors",
+    )
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(MappingSource, "__init__", counting)
+    analysis = analyze(tmp_path, SAMPLING, base={"q.weight": torch.randn(20, 20)})
+    assert analysis.settings["base"] == "state dict of 1 entries"
+    assert opened == [1]
 
 
 def test_default_sampling_is_farms(model: Model) -> None:
@@ -541,13 +585,20 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"bootstrap": 10.0}, TypeError, r"bootstrap: expected an integer, got float"),
     ({"bootstrap": True}, ValueError, r"bootstrap: expected an integer of at least 0, got True"),
     ({"memory": 0}, ValueError, r"memory: expected an integer of at least 1, got 0"),
-    ({"memory": "40GiB"}, TypeError, r"memory: expected an integer, got str"),
+    ({"memory": 2**63}, ValueError, r"memory: expected an integer of at most \d+, got \d+"),
+    ({"memory": 4.5e9}, TypeError, r"memory: expected an integer, got float"),
+    ({"memory": "40 bags"}, ValueError, r"memory: expected a size such as 40GiB, .* '40 bags'"),
+    ({"bootstrap": 10**5 + 1}, ValueError, r"bootstrap: expected an integer of at most 100000, .*"),
+    ({"bins": 2**20 + 1}, ValueError, r"bins: expected an integer of at most 1048576, got 1048577"),
     (
         {"dtype": torch.float16},
         ValueError,
         r"dtype: expected torch.float64 or .*, got torch.float16",
     ),
-    ({"dtype": "float64"}, ValueError, r"dtype: expected torch.float64 or .*, got 'float64'"),
+    ({"dtype": "float16"}, ValueError, r"dtype: expected torch.float64 or .*, got 'float16'"),
+    ({"dtype": np.int64}, ValueError, r"dtype: expected torch.float64 or .*, got <class .*"),
+    ({"dtype": "what"}, ValueError, r"dtype: expected torch.float64 or .*, got 'what'"),
+    ({"dtype": None}, ValueError, r"dtype: expected torch.float64 or .*, got None"),
     ({"device": "tpu"}, ValueError, r"device: expected cpu, cuda or cuda:N, got 'tpu'"),
     ({"device": "meta"}, ValueError, r"device: expected cpu, cuda or cuda:N, got 'meta'"),
     ({"device": "cuda:99"}, ValueError, r"device: got 'cuda:99', but .*"),

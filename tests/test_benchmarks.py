@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -288,3 +289,19 @@ def test_only_the_marked_block_of_readme_is_rewritten(tmp_path: Path) -> None:
     assert "k=1000 x 9" not in text
     readme.write_text("nothing marked\n")
     assert not report.write_readme(block, readme)
+
+
+def test_solver_table_without_a_gpu_says_so_in_one_line() -> None:
+    finished = subprocess.run(
+        [sys.executable, "-m", "benchmarks.solver_table"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert finished.returncode == 1
+    assert finished.stdout == ""
+    assert finished.stderr == (
+        "error: expected a CUDA device and a build with CUDA (see farms-fast info)\n"
+    )

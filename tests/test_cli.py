@@ -130,7 +130,7 @@ def test_layers_that_fail_give_exit_code_1(tmp_path: Path) -> None:
     assert result.exit_code == 1, result.output
     assert re.search(r"^bad .* nonfinite$", result.stdout, re.MULTILINE)
     assert re.search(r"^failed: bad: nonfinite: \S", result.stdout, re.MULTILINE)
-    assert "1 layers ok, 1 failed" in result.stdout
+    assert "1 layer ok, 1 failed, 0 tensors skipped" in result.stdout
 
 
 def test_full_takes_one_window(checkpoint: Path, tmp_path: Path) -> None:
@@ -177,6 +177,9 @@ def assert_one_error_line(result: Result, *parts: str) -> None:
         (["--rows", "-5"], ["rows", "-5"]),
         (["--per-dim", "0"], ["per_dim", "0"]),
         (["--memory", "lots"], ["memory", "40GiB", "'lots'"]),
+        (["--memory", "9" * 400], ["memory", "40GiB", "99..."]),
+        (["--bins", "100000000", "--xmin", "peak"], ["bins", "at most 1048576", "100000000"]),
+        (["--bootstrap", "99999999999999999999"], ["bootstrap", "at most 100000"]),
         (["--full", "--rows", "9", "--q", "2"], ["full", "--rows, --q"]),
         (["--include", "nothing*"], ["include", "nothing*"]),
         (["--exclude", "nothing*"], ["exclude", "nothing*"]),
@@ -240,7 +243,8 @@ def test_bad_usage(analysed: dict[str, Any], arguments: list[str]) -> None:
     ("error", "line"),
     [
         (ValueError("q: expected > 0,\n  got 0"), "error: q: expected > 0, got 0\n"),
-        (TypeError("model: bad"), "error: model: bad\n"),
+        (TypeError("model: bad"), "error: path: bad\n"),
+        (TypeError("models: bad"), "error: models: bad\n"),
         (KeyError("no layer named 'x'"), "error: no layer named 'x'\n"),
         (FileNotFoundError(2, "No such file", "x"), "error: [Errno 2] No such file: 'x'\n"),
         (ValueError("name \x1b[2J"), "error: name \\x1b[2J\n"),
@@ -325,7 +329,10 @@ def test_memory(text: str, size: int) -> None:
     assert cli.parse_memory(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "0", "0.1B", "1GG", "1e9", "nan", "1 2", "٣"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "GiB", "-1GiB", "0", "0.1B", "1GG", "1e9", "nan", "1 2", "٣", "9" * 400, "8388608TiB"],
+)
 def test_bad_memory(text: str) -> None:
     with pytest.raises(ValueError, match="memory: expected a size such as 40GiB"):
         cli.parse_memory(text)
@@ -481,7 +488,7 @@ def test_reader_that_leaves_is_no_error(checkpoint: Path) -> None:
     assert process.stderr is not None
     with process.stderr as stream:
         assert stream.read() == b""
-    process.wait()
+    assert process.wait() == 141
 
 
 class Terminal:

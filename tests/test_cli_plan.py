@@ -262,4 +262,4 @@ def test_bad_paths(tmp_path: Path) -> None:
     save_file({"bias": torch.zeros(3)}, tmp_path / "model.safetensors")
     empty = run(tmp_path)
     assert empty.exit_code == 2
-    assert "has no layer to analyse, all of its 1 tensors were skipped" in empty.stderr
+    assert "has no layer to analyse, its only tensor was skipped" in empty.stderr

@@ -131,6 +131,11 @@ def test_notes_say_what_the_numbers_do_not(before: Analysis) -> None:
     assert "different settings (xmin)" in found.notes[0]
     assert "4 of 4 differences take the errors of A and B as independent" in found.notes[1]
     assert compare(of(a_layer("a", 2.0)), of(a_layer("b", 2.0))).notes == [
+        "no layer has the same name in A ('a') and B ('b'): analyse both from a checkpoint or both "
+        "from the same class"
+    ]
+    failed = LayerRecord.without_spectrum("a", "linear", (1, 8, 4), "nonfinite", "1 weight is NaN")
+    assert compare(of(a_layer("a", 2.0)), of(failed)).notes == [
         "no layer has an alpha in both analyses"
     ]
 

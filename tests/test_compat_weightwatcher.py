@@ -312,7 +312,7 @@ def test_what_is_left_out_has_a_reason() -> None:
     ("options", "message"),
     [
         ({"vectors": True}, "vectors: WeightWatcher's option vectors=True is not supported"),
-        ({"plot": True}, "plot: .* not supported"),
+        ({"plot": True}, r"plot: .* not supported: nothing is drawn; .*\.plot_esd\(\) draws$"),
         ({"savefig": "images"}, "savefig: .* not supported"),
         ({"intra": True}, "intra: .* not supported"),
         ({"conv2d_fft": True}, "conv2d_fft: .* not supported"),
@@ -388,3 +388,19 @@ def test_on_the_gpu_as_on_the_cpu() -> None:
         for device in ("cuda", "cpu")
     )
     np.testing.assert_allclose(shuffled, elsewhere, rtol=0.1)
+
+
+def test_weights_on_the_meta_device_are_told_of() -> None:
+    on_meta = nn.Sequential(nn.Linear(30, 30, device="meta"), nn.Linear(30, 30, device="meta"))
+    with pytest.raises(
+        ValueError, match="model: the weight of '0', '1' is on the meta device: load"
+    ):
+        weightwatcher(on_meta)
+    with pytest.warns(UserWarning, match="model: the weight of '0' is on the meta device: load"):
+        found = weightwatcher(nn.Sequential(on_meta[0], nn.Linear(30, 30)))
+    assert found["name"].tolist() == ["1"]
+
+
+def test_a_table_without_rows_has_its_first_columns() -> None:
+    found = weightwatcher(nn.Sequential(nn.Linear(3, 3)))
+    assert (len(found), list(found.columns)) == (0, ["layer_id", "name"])

@@ -335,6 +335,7 @@ def test_device_solver_and_memory(device: torch.device) -> None:
     expected = esd(weight).cpu().numpy()
     names = farms_fast.build_info()["solvers"][device.type]
     calls = [dict(device=device), dict(device=str(device)), dict(solver="auto"), dict(memory=2**22)]
+    calls += [dict(memory="4MiB"), dict(dtype="float64"), dict(dtype=np.float64)]
     for options in calls + [dict(solver=name) for name in names]:
         found = esd(weight, **options).cpu().numpy()
         np.testing.assert_allclose(found, expected, rtol=0, atol=error_bound(expected[0]) * 2)
@@ -427,7 +428,7 @@ def test_overflow_is_told_from_infinity(device: torch.device) -> None:
         esd(weight * 1e30, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.complex128, "float64", np.float64, None])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.complex128, "float16", np.int64, None])
 def test_bad_dtype(dtype: Any) -> None:
     message = rf"^dtype: expected torch.float64 or torch.float32, got {re.escape(repr(dtype))}$"
     with pytest.raises(ValueError, match=message):
@@ -463,7 +464,7 @@ def test_bad_solver(solver: Any) -> None:
         (-5, ValueError, "an integer of at least 1, got -5"),
         (True, ValueError, "an integer of at least 1, got True"),
         (2.5, TypeError, "an integer, got float"),
-        ("4GiB", TypeError, "an integer, got str"),
+        ("4 bags", ValueError, "a size such as 40GiB, 500MB or a number of bytes, got '4 bags'"),
     ],
 )
 def test_bad_memory(memory: Any, error: type[Exception], message: str) -> None:

@@ -259,6 +259,12 @@ class TestWriting:
         assert (tmp_path / "a").read_text() == "old"
         assert os.listdir(tmp_path) == ["a"]
 
+    def test_error_names_the_path_that_was_asked_for(self, write, tmp_path: Path) -> None:
+        for path in ("/dev/full", "/proc/x"):
+            with pytest.raises(OSError) as caught:  # noqa: PT011
+                write(an_analysis(), path)
+            assert (caught.value.filename, caught.value.errno is None) == (path, False)
+
     def test_pipe_is_written_to_not_replaced(self, write, tmp_path: Path) -> None:
         os.mkfifo(tmp_path / "pipe")
         # Open for reading first, or the writer would wait for a reader.

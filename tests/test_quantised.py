@@ -233,6 +233,20 @@ def test_gptq(bits: int, version: str, index: str) -> None:
     np.testing.assert_array_equal(stacks["fc"][0].numpy(), expected.T.astype(np.float32))
 
 
+@pytest.mark.parametrize("wrong", [-1, 2])
+def test_gptq_index_of_a_group_that_is_not_there(wrong: int) -> None:
+    tensors = {
+        "fc.qweight": words(np.zeros((16, 8), int), 4, 0, in_order(4)),
+        "fc.qzeros": words(np.zeros((2, 8), int), 4, 1, in_order(4)),
+        "fc.scales": torch.ones(2, 8).half(),
+        "fc.g_idx": torch.tensor([0] * 8 + [1] * 7 + [wrong], dtype=torch.int32),
+    }
+    least, most = min(wrong, 0), max(wrong, 1)
+    said = f"^GPTQ: expected g_idx within the 2 groups of scales, got {least} to {most}$"
+    with pytest.raises(ValueError, match=said):
+        only(tensors)
+
+
 def test_gptq_bits_are_told_by_the_index_of_groups() -> None:
     numbers = np.random.default_rng(0).integers(0, 256, (16, 8))
     tensors = {

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.integrate import quad
 from typer.testing import CliRunner, Result
 
-from farms_fast import reference
+from farms_fast import FixedAspectSampling, FullMatrix, analyze, reference
 from farms_fast.cli import app
 from farms_fast.curves import SURVIVAL_TOLERANCE, spectrum_curves, thin
 from farms_fast.depths import OTHER, places
@@ -227,7 +228,10 @@ def test_the_payload_has_what_the_records_have() -> None:
     assert len(page["layers"]) == len(curves) == len(analysis)
     for record, layer in zip(analysis, page["layers"], strict=True):
         for name, value in zip(RECORD_FIELDS, layer["sides"][0], strict=True):
-            expected = getattr(record, name)
+            if name == "stable_rank_per_window":
+                expected = record.stable_rank / max(record.windows, 1)
+            else:
+                expected = getattr(record, name)
             if isinstance(expected, float):
                 wanted = pytest.approx(expected, rel=1e-5) if math.isfinite(expected) else None
                 assert value == wanted, name
@@ -235,6 +239,20 @@ def test_the_payload_has_what_the_records_have() -> None:
                 assert value == (list(expected) if name == "shape" else expected), name
     # Everything is JSON as it stands.
     json.dumps([page, curves], allow_nan=False)
+
+
+def test_stable_rank_of_one_window_does_not_grow_with_their_number() -> None:
+    matrix = torch.randn(8, 8, dtype=torch.float64)
+    many = analyze({"fc.weight": matrix.repeat(4, 4)}, FixedAspectSampling(rows=8, per_dim=4))
+    one = analyze({"fc.weight": matrix}, FullMatrix())
+    assert many["fc"].windows == 16
+    assert many["fc"].stable_rank == pytest.approx(16 * one["fc"].stable_rank)
+    shown = []
+    for analysis in (many, one):
+        (layer,) = report_payload(analysis, None)[0]["layers"]
+        shown.append(dict(zip(RECORD_FIELDS, layer["sides"][0], strict=True)))
+    assert shown[0]["stable_rank_per_window"] == pytest.approx(shown[1]["stable_rank_per_window"])
+    assert shown[1]["stable_rank_per_window"] == shown[1]["stable_rank"]
 
 
 def test_spectra_of_a_store_are_not_kept(tmp_path: Path) -> None:

@@ -271,6 +271,11 @@ def test_unknown_name_suggests_near_ones() -> None:
         an_analysis()["encoder.2.fc"]
     with pytest.raises(KeyError, match=r"no layer named 'zzz' \(3 layers\)"):
         an_analysis()["zzz"]
+    said = (
+        r"no layer named 0: names are text \('encoder\.0\.fc'\); \.layers\[0\] is the first layer"
+    )
+    with pytest.raises(KeyError, match=said):
+        an_analysis()[0]  # type: ignore[index]
 
 
 def test_repr_and_str() -> None:

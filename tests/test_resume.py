@@ -110,6 +110,22 @@ def test_other_settings_are_another_run(tmp_path: Path, computed: list[str]) -> 
         assert [run.layers for run in store.runs()] == [6] * 7
 
 
+def test_settings_that_the_rule_does_not_read_are_the_same_run(
+    tmp_path: Path, computed: list[str]
+) -> None:
+    weights, path = weights_of(3), tmp_path / "run.sqlite"
+    unread = {"median": {"bins": 7}, "ks": {"bins": 7, "xmin_pos": 3}, "peak": {"xmin_pos": 3}}
+    for xmin, options in unread.items():
+        first = analyze(weights, SAMPLING, xmin, store=path)
+        assert len(computed) == 3
+        computed.clear()
+        assert_equal(analyze(weights, SAMPLING, xmin, store=path, **options), first)
+        assert computed == []
+    # What it reads is another run.
+    analyze(weights, SAMPLING, "peak", bins=7, store=path)
+    assert len(computed) == 3
+
+
 def test_force_computes_anew(tmp_path: Path, computed: list[str]) -> None:
     weights, path = weights_of(), tmp_path / "run.sqlite"
     first = analyze(weights, SAMPLING, store=path)
@@ -171,8 +187,10 @@ def test_layers_with_nan_are_known_too(tmp_path: Path, computed: list[str]) -> N
 
 
 def test_a_store_that_cannot_be_written(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no such results store"):
-        analyze(weights_of(), SAMPLING, store=tmp_path / "nowhere" / "run.sqlite")
+    for missing in (tmp_path / "nowhere" / "run.sqlite", tmp_path / "no" / "where" / "run.sqlite"):
+        said = rf"^store: the directory of '{missing}' does not exist$"
+        with pytest.raises(FileNotFoundError, match=said):
+            analyze(weights_of(), SAMPLING, store=missing)
     other = tmp_path / "other"
     other.write_text("no store")
     with pytest.raises(ValueError, match="not a results store"):

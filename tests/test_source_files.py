@@ -7,6 +7,7 @@ import pickle
 import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -280,6 +281,24 @@ def test_damaged_pickle_is_one_error(tmp_path: Path, name: str) -> None:
     path.write_bytes(DAMAGED[name])
     with pytest.raises(ValueError, match=r"bad.pt: expected a pickle of plain tensors only, got"):
         open_source(path)
+
+
+def test_a_pickled_module_is_told_what_to_save_instead(tmp_path: Path) -> None:
+    torch.save(torch.nn.Linear(3, 3), tmp_path / "model.pt")
+    said = r"got one that holds torch\.nn.*Linear; save model\.state_dict\(\) instead, or load the "
+    with pytest.raises(ValueError, match=said):
+        open_source(tmp_path / "model.pt")
+
+
+def test_arrays_of_numpy_are_opened_in_python(tmp_path: Path) -> None:
+    path = tmp_path / "model.npz"
+    np.savez(path, **{"fc.weight": np.ones((4, 3))})
+    with pytest.raises(
+        ValueError, match=r"\(in Python, analyze\(dict\(numpy\.load\(path\)\)\) takes"
+    ):
+        open_source(path)
+    ((layer,), _) = open_source(dict(np.load(path))).layers()
+    assert (layer.name, layer.shape) == ("fc", (1, 4, 3))
 
 
 @pytest.mark.parametrize("zipped", [True, False])

@@ -108,6 +108,33 @@ def test_full_disk(path: Path) -> None:
         assert len(store.load()) == kept + 1
 
 
+def test_a_write_that_fails_says_that_layers_are_safe(path: Path) -> None:
+    with ResultsStore(path) as store:
+        store.run({}).put(0, made_up(0), "d")
+    limit = path.stat().st_size
+    script = (
+        "import resource, signal, sys\n"
+        "from farms_fast.store import ResultsStore\n"
+        "from tests.records import made_up\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
+        "try:\n"
+        "    run = ResultsStore(sys.argv[1]).run({})\n"
+        "    for index in range(1, 100): run.put(index, made_up(index), 'd')\n"
+        "except OSError as error: print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, path],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parent.parent,
+    )
+    assert "the finished layers in it are safe" in done.stdout
+    assert str(path) in done.stdout
+    assert_same(Analysis.from_store(path)["layer.0"], made_up(0))
+
+
 def test_full_disk_while_merging(path: Path) -> None:
     parts = [path.parent / "a.sqlite", path.parent / "b.sqlite"]
     for number, part in enumerate(parts):

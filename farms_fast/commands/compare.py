@@ -13,7 +13,7 @@ from farms_fast.commands.console import check_outputs, echo, one_line_errors, te
 from farms_fast.commands.options import Quiet
 from farms_fast.commands.saved import SavedAnalysis, load_saved
 from farms_fast.commands.tables import fit_table
-from farms_fast.comparison import Comparison, LayerDifference
+from farms_fast.comparison import Comparison, LayerDifference, nothing_in_common
 from farms_fast.comparison import compare as compare_analyses
 from farms_fast.results import fixed, printable
 
@@ -73,7 +73,8 @@ def compare(
     The table has per layer: alpha in A and in B, their difference with its standard error (±), and
     z, the difference over its error. Of unchanged layers one in twenty has a z beyond 1.96.
 
-    Exit codes: 0 compared, 2 bad usage or bad input, 130 interrupted.
+    Exit codes: 0 compared, 2 bad usage, bad input or no layer of the same name in both, 130
+    interrupted.
     """
     with one_line_errors():
         if sort not in ("model", *_SORTS):
@@ -82,6 +83,8 @@ def compare(
         check_outputs(a=a, output=output, csv=csv, json=json)
         check_outputs(b=b, output=output, csv=csv, json=json)
         first, second = load_saved(a, run_a, "run-a"), load_saved(b, run_b, "run-b")
+        if reason := nothing_in_common(first, second):
+            raise ValueError(reason)
         found = compare_analyses(first, second, paired=paired, device=device, progress=not quiet)
         if csv is not None:
             found.to_csv(csv)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -11,11 +12,13 @@ from pathlib import Path
 import typer
 
 from farms_fast.results import printable
+from farms_fast.sources import checkpoint_holds, checkpoints_of
 
 __all__ = [
     "EXIT_BAD_INPUT",
     "EXIT_INTERRUPTED",
     "EXIT_LAYERS_FAILED",
+    "EXIT_READER_LEFT",
     "check_outputs",
     "echo",
     "one_line_errors",
@@ -25,6 +28,8 @@ __all__ = [
 EXIT_LAYERS_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+# As of a program that SIGPIPE ends.
+EXIT_READER_LEFT = 141
 
 
 def echo(text: str) -> None:
@@ -43,12 +48,24 @@ def terminal_width() -> int:
     return shutil.get_terminal_size(fallback=(100, 24)).columns
 
 
-def check_outputs(**paths: Path | None) -> None:
-    """Fails before the work, not after it: every file can be written, and none twice."""
+def check_outputs(
+    checkpoint: Path | None = None, base: Path | None = None, **paths: Path | None
+) -> None:
+    """Fails before the work, not after it: every file can be written, none twice, none is read.
+
+    Args:
+        checkpoint: What is read, if that is a model.
+        base: What is read beside it, if it is the folder of an adapter.
+        paths: Files by the options that name them. One that is read may be among them, so that it
+            is not written too.
+    """
+    read = [] if checkpoint is None else checkpoints_of(checkpoint, base)
     taken: dict[Path, str] = {}
     for option, path in paths.items():
         if path is None:
             continue
+        if str(path) == "-":
+            raise ValueError(f"{option}: expected a file, got '-' (/dev/stdout writes to a pipe)")
         if path.is_dir():
             raise IsADirectoryError(f"{option}: {str(path)!r} is a directory, expected a file")
         if not path.resolve().parent.is_dir():
@@ -56,19 +73,35 @@ def check_outputs(**paths: Path | None) -> None:
         other = taken.setdefault(path.resolve(), option)
         if other != option:
             raise ValueError(f"{option}: {str(path)!r} is the file of {other} too")
+        for model in read:
+            if checkpoint_holds(model, path):
+                raise ValueError(
+                    f"{option}: {str(path)!r} would overwrite a file of the checkpoint "
+                    f"{str(model)!r}, which is only read"
+                )
 
 
 @contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Turns bad input into one line and exit code 2, and an interruption into 130."""
+def one_line_errors(**names: str) -> Iterator[None]:
+    """Turns bad input into one line and exit code 2, and an interruption into 130.
+
+    Args:
+        names: What the command calls arguments whose names begin messages, where it is not that.
+    """
     try:
         yield
     except BrokenPipeError:
-        raise  # the reader of the table has left, as `head` does: typer ends without a word
+        # The reader of the table has left, as `head` does. What is still buffered goes nowhere,
+        # instead of failing once more when the interpreter ends.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(EXIT_READER_LEFT) from None
     except (ValueError, TypeError, OSError, KeyError, ImportError) as error:
         # str of a KeyError is the repr of its argument.
         text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
         line = " ".join(text.split()) or type(error).__name__
+        argument, colon, rest = line.partition(": ")
+        line = f"{names.get(argument, argument)}{colon}{rest}"
         typer.echo(f"error: {printable(line)}", err=True)
         raise typer.Exit(EXIT_BAD_INPUT) from None
     except KeyboardInterrupt:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+# Also for the other commands, which take it from here.
+from farms_fast.arguments import parse_memory as parse_memory
 
 if TYPE_CHECKING:
     import torch
@@ -42,17 +44,21 @@ Full = Annotated[
 ]
 Xmin = Annotated[str, typer.Option(help="Rule for the start of the tail: median, ks or peak.")]
 Bootstrap = Annotated[
-    int, typer.Option(help="Resamplings for the standard error of alpha; 0 for none.")
+    int,
+    typer.Option(help="Resamplings for the standard error of alpha, at most 100,000; 0 for none."),
 ]
 Device = Annotated[
     str | None,
     typer.Option(help="cpu, cuda or cuda:N.", show_default="cuda if there is one, else cpu"),
 ]
 Dtype = Annotated[str, typer.Option(help="Arithmetic: float64, or float32 (less accurate).")]
+Solver = Annotated[
+    str | None, typer.Option(help="Eigensolver by name.", show_default="by window size")
+]
 Memory = Annotated[
     str | None,
     typer.Option(
-        help="Most device memory to use, such as 40GiB or 500MB.",
+        help="Most device memory to use, such as 40GiB or 500MB; without a unit, bytes.",
         show_default="half of the device's",
     ),
 ]
@@ -65,22 +71,18 @@ AnalysisJson = Annotated[
 ]
 Include = Annotated[
     list[str] | None,
-    typer.Option(help="Only layers whose name matches this glob; may be repeated."),
+    typer.Option(
+        help="Only layers whose whole name matches this glob, such as '*mlp*'; may be repeated."
+    ),
 ]
 Exclude = Annotated[
     list[str] | None,
-    typer.Option(help="Not the layers whose name matches this glob; may be repeated."),
+    typer.Option(help="Not the layers whose whole name matches this glob; may be repeated."),
 ]
 ShowSkipped = Annotated[
     bool, typer.Option("--show-skipped", help="List the skipped tensors by name.")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar and no table, only errors.")]
-
-_UNITS = {
-    "": 1,
-    **{unit: 1000**i for i, unit in enumerate(("b", "kb", "mb", "gb", "tb"))},
-    **{unit: 1024**i for i, unit in enumerate(("kib", "mib", "gib", "tib"), start=1)},
-}
 
 
 def sampling_of(
@@ -109,30 +111,6 @@ def window_options(rows: int | None, q: float | None, per_dim: int | None) -> st
     """Those settings of windows that were given, by their options; empty for none."""
     given = {"--rows": rows, "--q": q, "--per-dim": per_dim}
     return ", ".join(option for option, value in given.items() if value is not None)
-
-
-def parse_memory(text: str) -> int:
-    """Bytes of a size such as ``40GiB``, ``500 MB`` or ``1073741824``.
-
-    Args:
-        text: A positive number and optionally B, kB, MB, GB, TB (powers of 1000) or KiB, MiB, GiB,
-            TiB (powers of 1024), in any case.
-
-    Raises:
-        ValueError: If it is nothing of that kind or less than one byte.
-
-    Example:
-        >>> parse_memory("1.5KiB"), parse_memory("2 MB")
-        (1536, 2000000)
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text, re.IGNORECASE | re.ASCII)
-    unit = _UNITS.get(match[2].lower()) if match else None
-    size = int(float(match[1]) * unit) if match and unit else 0
-    if size < 1:
-        raise ValueError(
-            f"memory: expected a size such as 40GiB, 500MB or a number of bytes, got {text!r}"
-        )
-    return size
 
 
 def parse_dtype(text: str) -> torch.dtype:

@@ -23,12 +23,13 @@ from farms_fast.commands.options import (
     PerDim,
     Rows,
     ShowSkipped,
+    Solver,
     Xmin,
     parse_dtype,
     parse_memory,
     sampling_of,
 )
-from farms_fast.commands.tables import columns, skipped_lines
+from farms_fast.commands.tables import all_skipped, columns, counted, skipped_lines
 
 if TYPE_CHECKING:
     from farms_fast.engine.cost import Cost, Machine
@@ -54,6 +55,7 @@ def plan(
         ),
     ] = None,
     dtype: Dtype = "float64",
+    solver: Solver = None,
     memory: Memory = None,
     base: Base = None,
     include: Include = None,
@@ -69,34 +71,35 @@ def plan(
     for each order and dtype: layers, batches that the memory makes of them, windows, gigabytes
     (10^9 bytes) of weights, operations, predicted time, and the most device memory at any time.
     Times are predicted from measurements of an NVIDIA H200 or of an AMD EPYC's cores, fits and
-    copies included, reading from disk not.
+    copies included, reading from disk not; they are those of the solvers that are chosen by window
+    size, also where --solver names another.
 
     Exit codes: 0 the plan is there, 2 bad usage or bad input.
     """
-    with one_line_errors():
-        from farms_fast.arguments import natural
+    with one_line_errors(model="path"):
+        from farms_fast.arguments import MOST_RESAMPLES, natural
         from farms_fast.engine.plan import plan as plan_layers
         from farms_fast.exports import write_text
         from farms_fast.sources import open_source
 
         sampling = sampling_of(rows, q, per_dim, full)
-        check_outputs(json=json)
+        check_outputs(path, base, json=json)
         machine = _machine(device)
+        _check_solver(solver, machine)
         layers, skipped = open_source(path, base=base).layers(include or None, exclude or None)
         planned = plan_layers(
             layers,
             sampling,
             None if memory is None else parse_memory(memory),
             xmin=xmin,
-            bootstrap=natural("bootstrap", bootstrap),
+            bootstrap=natural("bootstrap", bootstrap, most=MOST_RESAMPLES),
             dtype=parse_dtype(dtype),
             machine=machine,
         )
         skipped = [*skipped, *planned.skipped]
         if not planned.batches:
             raise ValueError(
-                f"path: {str(path)!r} has no layer to analyse, "
-                f"all of its {len(skipped)} tensors were skipped"
+                f"path: {str(path)!r} has no layer to analyse, {all_skipped(len(skipped))}"
             )
         if json is not None:
             settings = {
@@ -134,6 +137,18 @@ def _machine(device: str | None) -> Machine:
     return machine_of(asked)
 
 
+def _check_solver(solver: str | None, machine: Machine) -> None:
+    """Takes the names that an analysis on such a machine takes."""
+    import torch
+
+    from farms_fast.arguments import check_solver
+
+    kind = torch.device(machine.kind)
+    # Without the CUDA ops, nothing is known of their names.
+    if torch.ops.farms_fast.solver_names(kind.type):
+        check_solver(solver, kind)
+
+
 def _lines(planned: Plan, machine: Machine) -> Iterator[str]:
     """The table and its totals."""
     from farms_fast.engine.cost import measured_on, total
@@ -167,10 +182,10 @@ def _lines(planned: Plan, machine: Machine) -> Iterator[str]:
     memory, allowed = _number(cost.memory / 1e9), _number(planned.memory / 1e9)
     where = f"one {measured_on('cuda')}"
     if machine.kind == "cpu":
-        where = f"{_counted(machine.cores, 'core')} like those of an {measured_on('cpu')}"
+        where = f"{counted(machine.cores, 'core')} like those of an {measured_on('cpu')}"
     yield (
-        f"{_counted(layers, 'layer')} in {_counted(len(planned.batches), 'batch', 'es')}, "
-        f"{_counted(sum(batch.windows for batch in planned.batches), 'window')}, "
+        f"{counted(layers, 'layer')} in {counted(len(planned.batches), 'batch', 'es')}, "
+        f"{counted(sum(batch.windows for batch in planned.batches), 'window')}, "
         f"{_number(weights / 1e9)} GB of weights, {_number(cost.flops / 1e12)} TFLOP"
     )
     yield f"about {_time(cost.seconds)} on {where}, {memory} GB of the {allowed} GB allowed"
@@ -179,10 +194,6 @@ def _lines(planned: Plan, machine: Machine) -> Iterator[str]:
 def _number(value: float) -> str:
     """Three digits, and all of those before the point."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _counted(count: int, noun: str, ending: str = "s") -> str:
-    return f"{count} {noun}{ending if count != 1 else ''}"
 
 
 def _time(seconds: float) -> str:

@@ -21,9 +21,14 @@ def register(app: typer.Typer) -> None:
 def report(
     source: SavedAnalysis,
     output: Annotated[
-        Path,
-        typer.Option("--output", "-o", help="The HTML file to write.", show_default=False),
-    ],
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="The HTML file to write.",
+            show_default="SOURCE with the ending .html",
+        ),
+    ] = None,
     run: Annotated[
         int | None, typer.Option(help="A run of a store by its number.", show_default="the newest")
     ] = None,
@@ -43,10 +48,11 @@ def report(
     Exit codes: 0 written, 2 bad usage or bad input, 130 interrupted.
     """
     with one_line_errors():
-        check_outputs(source=source, output=output)
+        chosen = source.with_suffix(".html") if output is None else output
+        check_outputs(source=source, output=chosen)
         analysis = load_saved(source, run)
         if not len(analysis):
             raise ValueError(f"source: {str(source)!r} holds no layer")
         from farms_fast.report import write_report
 
-        write_report(analysis, output, title=title, progress=not quiet)
+        write_report(analysis, chosen, title=title, progress=not quiet)

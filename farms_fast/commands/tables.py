@@ -16,7 +16,16 @@ from farms_fast.results import printable
 if TYPE_CHECKING:
     from farms_fast.layers import Skipped
 
-__all__ = ["cells", "columns", "fit_table", "pad", "shorten", "skipped_lines"]
+__all__ = [
+    "all_skipped",
+    "cells",
+    "columns",
+    "counted",
+    "fit_table",
+    "pad",
+    "shorten",
+    "skipped_lines",
+]
 
 _GAP = "  "
 _NAME_FLOOR = 28
@@ -42,6 +51,25 @@ def columns(table: Sequence[Sequence[str]]) -> Iterator[str]:
     widths = [max(map(cells, column)) for column in zip(*table, strict=True)]
     for row in table:
         yield _GAP.join(pad(text, w, right=True) for text, w in zip(row, widths, strict=True))
+
+
+def counted(count: int, noun: str, ending: str = "s") -> str:
+    """A number of things.
+
+    Example:
+        >>> counted(1, "layer"), counted(2, "batch", "es")
+        ('1 layer', '2 batches')
+    """
+    return f"{count} {noun}{ending if count != 1 else ''}"
+
+
+def all_skipped(tensors: int) -> str:
+    """Why there is nothing to analyse in a checkpoint of so many tensors."""
+    return (
+        "its only tensor was skipped"
+        if tensors == 1
+        else f"all of its {tensors} tensors were skipped"
+    )
 
 
 def fit_table(

@@ -174,7 +174,7 @@ are not computed
         for layer, spectrum, fit in zip(found.layers, spectra, fits, strict=True)
     ]
     lead = ["layer_id", "name"]
-    names = lead + sorted(set(rows[0]) - set(lead)) if rows else []
+    names = lead + (sorted(set(rows[0]) - set(lead)) if rows else [])
     details = pd.DataFrame(rows, columns=names)
     details.attrs["skipped"] = found.skipped
     return details

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from farms_fast.compat.ww_options import LAYER_TYPES, Options
+from farms_fast.module_tensors import ON_META
 from farms_fast.sources import MappingSource, PickleSource, SafetensorsSource, open_source
 
 __all__ = ["WeightLayer", "WeightLayers", "layers_of"]
@@ -106,6 +108,12 @@ def layers_of(model: object, options: Options, argument: str = "model") -> Weigh
         ValueError: a filter that matches nothing, or weights that cannot be read.
     """
     weights, skipped = _weights(model, options.start_ids, argument)
+    if without_data := [name for name, reason in skipped.items() if reason == ON_META]:
+        told = f"{argument}: the weight of {', '.join(map(repr, without_data[:3]))}"
+        told += f" and of {len(without_data) - 3} more" if len(without_data) > 3 else ""
+        if not weights:
+            raise ValueError(f"{told} {ON_META}")
+        warnings.warn(f"{told} {ON_META}", stacklevel=4)
     kept = _filtered(weights, options.layers)
     layers: list[WeightLayer] = []
     for weight in weights:
@@ -220,8 +228,10 @@ def _module_type(module: nn.Module) -> str:
 def _unusable(layer_type: str, weight: Tensor) -> str:
     if layer_type in ("", "norm"):
         return "not a linear, convolution or embedding class"
-    if weight.layout != torch.strided or weight.is_meta:
-        return "not a dense tensor with data"
+    if weight.is_meta:
+        return ON_META
+    if weight.layout != torch.strided:
+        return "not a dense tensor"
     if not weight.dtype.is_floating_point:
         return f"dtype {weight.dtype} is not of real numbers"
     if weight.ndim < 2 or (layer_type == "conv2d" and weight.ndim != 4) or weight.numel() == 0:

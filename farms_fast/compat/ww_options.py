@@ -25,10 +25,11 @@ _FIX_FINGERS = ("xmin_peak", "clip_xmax")
 _SVD_METHODS = ("fast", "accurate")
 _DEFAULT_TOLERANCE = 1e-6
 
+_NO_PLOTS = "nothing is drawn; farms_fast.analyze(...)[name].plot_esd() draws"
 # Every option of analyze() that is not taken here, with the values that ask for nothing, and why.
 _UNSUPPORTED: dict[str, tuple[tuple[object, ...], str]] = {
-    "plot": ((False,), "nothing is drawn"),
-    "savefig": (("ww-img", False, None), "nothing is drawn"),
+    "plot": ((False,), _NO_PLOTS),
+    "savefig": (("ww-img", False, None), _NO_PLOTS),
     "deltas": ((False,), "it only draws the level spacings"),
     "vectors": ((False,), "eigenvectors are not computed"),
     "fft": ((False,), "only the weights themselves are analysed"),

@@ -269,13 +269,19 @@ def _need(layers: Sequence[LayerWindows], machine: Machine, dtype: torch.dtype) 
     )
 
 
+_FORGOTTEN_UNIT = 2**14
+
+
 def _check_fits(layer: LayerWindows, need: Need, budget: MemoryBudget, default: bool) -> None:
     if need.least > budget.total:
         name, grid = layer.spec.name, layer.grid
+        # Nobody means so little: the unit was left out.
+        unit = f" ({budget.total} is bytes; {budget.total}GiB for gibibytes)"
+        unit = unit if budget.total < _FORGOTTEN_UNIT else ""
         raise ValueError(
             f"memory: expected at least the {need.least} bytes that layer {name!r} takes with one "
             f"of its {layer.windows} windows of {grid.rows} x {grid.columns} solved at a time, "
-            f"got {budget.total}" + (", half of the device's" if default else "")
+            f"got {budget.total}" + (", half of the device's" if default else "") + unit
         )
 
 

@@ -52,6 +52,7 @@ RECORD_FIELDS = (
     "num_evals",
     "dropped",
     "stable_rank",
+    "stable_rank_per_window",
     "spectral_norm",
     "log_spectral_norm",
     "log_norm",
@@ -62,7 +63,11 @@ RECORD_FIELDS = (
     "matrix_rank",
     "Q",
 )
-"""What a page has of a record besides its name and kind, in this order."""
+"""What a page has of a record besides its name and kind, in this order.
+
+``stable_rank_per_window`` is ``stable_rank`` over ``windows``: the sum of all windows' eigenvalues
+over the largest of them grows with the number of windows.
+"""
 
 
 def report_payload(
@@ -189,7 +194,12 @@ def _setting(value: object) -> str:
 def _record(record: LayerRecord | None) -> list[Any] | None:
     if record is None:
         return None
-    return [_plain(getattr(record, name)) for name in RECORD_FIELDS]
+    values = record.scalars() | {
+        "shape": record.shape,
+        # Of windows alike it is that of one, however many were pooled.
+        "stable_rank_per_window": record.stable_rank / max(record.windows, 1),
+    }
+    return [_plain(values[name]) for name in RECORD_FIELDS]
 
 
 def _plain(value: Any) -> Any:

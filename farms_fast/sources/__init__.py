@@ -16,7 +16,14 @@ from torch import nn
 from farms_fast.sources.adapter import AdapterSource
 from farms_fast.sources.base import BaseSource, Patterns, Source
 from farms_fast.sources.files import PickleSource, SafetensorsSource
-from farms_fast.sources.folder import adapter_config, open_adapter, open_folder
+from farms_fast.sources.folder import (
+    PICKLE_SUFFIXES,
+    adapter_config,
+    checkpoint_holds,
+    named_base,
+    open_adapter,
+    open_folder,
+)
 from farms_fast.sources.memory import MappingSource, ModuleSource
 
 __all__ = [
@@ -27,12 +34,12 @@ __all__ = [
     "PickleSource",
     "SafetensorsSource",
     "Source",
+    "checkpoint_holds",
+    "checkpoints_of",
     "open_source",
 ]
 
 Model = nn.Module | Mapping[str, Any] | str | os.PathLike[str]
-
-_PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 
 
 def open_source(
@@ -75,16 +82,29 @@ def open_source(
     config = adapter_config(path) if path is not None and path.is_dir() else None
     if path is None or config is None:
         if base is not None:
-            raise ValueError("base: expected None, because model is not the folder of an adapter")
+            raise ValueError("base: expected None, because the model is no folder of an adapter")
         return _open("model", model)
     return AdapterSource(_open_base(path, config, base), open_adapter(path), config)
 
 
+def checkpoints_of(
+    path: str | os.PathLike[str], base: str | os.PathLike[str] | None = None
+) -> list[Path]:
+    """The paths that `open_source` reads for these arguments: an adapter's config may name one."""
+    found = [Path(path).expanduser()]
+    if base is None:
+        config = adapter_config(found[0]) if found[0].is_dir() else None
+        named = None if config is None else named_base(config)
+    else:
+        named = Path(base).expanduser()
+    return found if named is None else [*found, named]
+
+
 def _open_base(folder: Path, config: Mapping[str, Any], base: Model | None) -> BaseSource:
     if base is None:
-        named = config.get("base_model_name_or_path")
-        local = Path(named).expanduser() if isinstance(named, str) and named else None
-        if local is None or not local.exists():
+        local = named_base(config)
+        if local is None:
+            named = config.get("base_model_name_or_path")
             raise ValueError(
                 f"{folder}: expected the base of this adapter, whose config names {named!r}, which"
                 " is no path here: give it as base, or analyse the adapter's factors as they are"
@@ -128,9 +148,11 @@ def _open(
         )
     if path.suffix == ".safetensors":
         return SafetensorsSource({path: None}, str(path))
-    if path.suffix in _PICKLE_SUFFIXES:
+    if path.suffix in PICKLE_SUFFIXES:
         return PickleSource({path: None}, str(path))
+    arrays = path.suffix == ".npz"
+    in_python = " (in Python, analyze(dict(numpy.load(path))) takes it)" if arrays else ""
     raise ValueError(
         f"{argument}: expected a folder or a file ending in .safetensors,"
-        f" {', '.join(_PICKLE_SUFFIXES)}, got {str(path)!r}"
+        f" {', '.join(PICKLE_SUFFIXES)}, got {str(path)!r}{in_python}"
     )

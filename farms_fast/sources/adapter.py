@@ -25,6 +25,9 @@ class AdapterSource:
         adapter: Where the adapter's tensors are.
         config: The entries of its ``adapter_config.json``.
 
+    Attributes:
+        base: As given.
+
     Raises:
         ValueError: It is no LoRA adapter, or one that needs more than its tensors and its base.
     """
@@ -37,7 +40,7 @@ class AdapterSource:
     ) -> None:
         """Read the adapter's headers."""
         self.description = f"{base.description} with {adapter.description}"
-        self._base = base
+        self.base = base
         self._adapter = adapter
         self._change = Adapter(config, adapter.headers, adapter.description, _PREFIX)
 
@@ -49,11 +52,11 @@ class AdapterSource:
         Raises:
             ValueError: The adapter has no weight of the base in common.
         """
-        layers, skipped = self._base.layers(include, exclude, change=self._change)
+        layers, skipped = self.base.layers(include, exclude, change=self._change)
         return layers, skipped + self._adapter.skipped
 
     def load(self, name: str) -> torch.Tensor:
         """One tensor of the base, or of the adapter where the name begins with ``adapter:``."""
         if name.startswith(_PREFIX):
             return self._adapter.load(name.removeprefix(_PREFIX))
-        return self._base.load(name)
+        return self.base.load(name)

@@ -271,7 +271,12 @@ def _read_pickle(path: Path) -> Mapping[str, Any]:
         # A damaged pickle can raise anything. torch's own message is not passed on: it advises to
         # load the file with arbitrary code allowed.
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
-        got = f"one that holds {refused[1]}" if refused else "one that is damaged or not of torch"
+        got = "one that is damaged or not of torch"
+        if refused:
+            got = (
+                f"one that holds {refused[1]}; save model.state_dict() instead, or load the file "
+                "yourself and pass the module"
+            )
         if "TorchScript" in str(error):
             got = "a TorchScript archive"
         raise ValueError(f"{path}: expected a pickle of plain tensors only, got {got}") from None

@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from farms_fast.model_config import ModelConfig
 from farms_fast.sources.files import PickleSource, SafetensorsSource
 
-__all__ = ["adapter_config", "open_adapter", "open_folder"]
+__all__ = [
+    "PICKLE_SUFFIXES",
+    "adapter_config",
+    "checkpoint_holds",
+    "named_base",
+    "open_adapter",
+    "open_folder",
+]
 
+PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 _ADAPTER_CONFIG = "adapter_config.json"
+# How the names of a checkpoint's files end; analyses that lie beside them have other names.
+_PARTS = (
+    ".safetensors",
+    *PICKLE_SUFFIXES,
+    ".index.json",
+    "config.json",
+    "tokenizer.json",
+    "vocab.json",
+    "tokens.json",
+    "tokens_map.json",
+)
 
 
 def open_folder(folder: Path) -> PickleSource | SafetensorsSource:
@@ -52,6 +73,32 @@ def adapter_config(folder: Path) -> dict[str, Any] | None:
     """The entries of a PEFT adapter's config; None for a folder of another kind."""
     path = folder / _ADAPTER_CONFIG
     return _json_object(path) if path.exists() else None
+
+
+def named_base(config: Mapping[str, Any]) -> Path | None:
+    """The base that an adapter's config names, if that is a path that exists."""
+    named = config.get("base_model_name_or_path")
+    local = Path(named).expanduser() if isinstance(named, str) and named else None
+    return local if local is not None and local.exists() else None
+
+
+def checkpoint_holds(checkpoint: Path, file: Path) -> bool:
+    """Whether to write a file would change a checkpoint, or what lies beside a checkpoint's file.
+
+    Args:
+        checkpoint: A file or folder of weights; it need not exist.
+        file: Any path. Links are followed: the files of a cache of downloads are links.
+    """
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    target = file.resolve()
+    parts = [checkpoint]
+    with contextlib.suppress(OSError):
+        parts += [part for part in folder.iterdir() if part.name.endswith(_PARTS)]
+    if any(part.resolve() == target for part in parts):
+        return True
+    # What is not there yet would be taken for a part of the model from then on.
+    new = checkpoint.is_dir() and target.parent == folder.resolve()
+    return new and target.name.endswith(_PARTS)
 
 
 def open_adapter(folder: Path) -> PickleSource | SafetensorsSource:

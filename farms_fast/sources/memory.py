@@ -21,6 +21,7 @@ from farms_fast.layers import (
     tensor_identity,
 )
 from farms_fast.model_config import ModelConfig
+from farms_fast.module_tensors import no_data
 from farms_fast.sources.base import Change, HeaderSource, Patterns, no_such_tensor
 
 __all__ = ["MappingSource", "ModuleSource"]
@@ -107,7 +108,7 @@ class MappingSource(HeaderSource):
         value = self._values[name]
         if isinstance(value, torch.Tensor):
             if value.is_meta:
-                raise ValueError(f"{name}: expected a tensor with data, got one on the meta device")
+                raise no_data(name)
             return plain(value.detach())
         return from_numpy(value)
 

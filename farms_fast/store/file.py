@@ -15,6 +15,8 @@ from farms_fast.records import CSV_COLUMNS, INT_FIELDS, TEXT_FIELDS
 
 __all__ = ["FORMAT_VERSION", "StoreFile"]
 
+# Each was a transaction that had ended.
+_SAFE = "the finished layers in it are safe"
 # "FARM", in the header of the file.
 _APPLICATION_ID = 0x4641524D
 FORMAT_VERSION = 1
@@ -98,8 +100,10 @@ class StoreFile:
         self._connection: sqlite3.Connection | None = None
         if os.path.isdir(self.path):
             raise IsADirectoryError(errno.EISDIR, "expected a results store", self.path)
-        if not os.path.exists(self.path if not create else os.path.dirname(self.path)):
-            raise FileNotFoundError(f"store: no such results store: {str(self.path)!r}")
+        if not create and not os.path.exists(self.path):
+            raise FileNotFoundError(f"store: no such results store: {self.path!r}")
+        if not os.path.isdir(os.path.dirname(self.path)):
+            raise FileNotFoundError(f"store: the directory of {self.path!r} does not exist")
         # SQLite takes a file of one byte for an empty one. It is not read here: to close a file
         # drops all locks of the process on it, those of another connection's transaction too.
         if os.path.exists(self.path) and os.path.getsize(self.path) == 1:
@@ -181,7 +185,7 @@ class StoreFile:
 
     @contextlib.contextmanager
     def _transaction(self, begin: str) -> Iterator[sqlite3.Connection]:
-        with self._lock, self._errors():
+        with self._lock, self._errors(writing=begin != "BEGIN"):
             connection = self._open()
             try:
                 # Inside: an interruption may come as soon as the transaction is open.
@@ -196,17 +200,17 @@ class StoreFile:
                 raise
 
     @contextlib.contextmanager
-    def _errors(self) -> Iterator[None]:
+    def _errors(self, writing: bool = False) -> Iterator[None]:
         try:
             yield
         except sqlite3.Error as error:
-            raise self._in_plain_words(error) from error
+            raise self._in_plain_words(error, writing) from error
 
-    def _in_plain_words(self, error: sqlite3.Error) -> Exception:
+    def _in_plain_words(self, error: sqlite3.Error, writing: bool) -> Exception:
         # Python 3.10 has no error codes of SQLite, so the text has to tell.
         text = str(error)
         if "is full" in text:
-            message = "no space left for the results store; the finished layers in it are safe"
+            message = f"no space left for the results store; {_SAFE}"
             return OSError(errno.ENOSPC, message, self.path)
         if "locked" in text:
             message = f"the results store has been locked by another process for {self.timeout:g} s"
@@ -218,7 +222,8 @@ class StoreFile:
         if "unable to open" in text:
             return OSError(errno.EACCES, f"cannot open the results store ({text})", self.path)
         if isinstance(error, sqlite3.OperationalError) and "no such" not in text:
-            return OSError(errno.EIO, f"cannot use the results store ({text})", self.path)
+            message = f"cannot {'write' if writing else 'read'} the results store ({text})"
+            return OSError(errno.EIO, f"{message}; {_SAFE}" if writing else message, self.path)
         return ValueError(f"store: {self.path!r} is damaged ({text})")
 
     def close(self) -> None:

@@ -61,8 +61,8 @@ const PLOTS = [
     text: "The exponent of each layer\u2019s tail. Bars are 95 % bootstrap intervals over the windows; a layer with a single window has none. Choose a point to see its spectrum." },
   { id: "plot-D", title: "Distance D against depth", field: "D", digits: 3, yName: "D",
     text: "Kolmogorov\u2013Smirnov distance of the tail from the power law: the smaller, the better the fit. Marks as above." },
-  { id: "plot-rank", title: "Stable rank against depth", field: "stable_rank", yName: "stable rank", log: true,
-    text: "Sum of the eigenvalues over the largest, all windows together. Marks as above." },
+  { id: "plot-rank", title: "Stable rank per window against depth", field: "stable_rank_per_window", yName: "stable rank per window", log: true,
+    text: "Sum of the eigenvalues over the largest, all windows together, divided by the number of windows: undivided, as the table has it, it grows with that number. Marks as above." },
 ];
 
 function reportPlots(parent, shown) {

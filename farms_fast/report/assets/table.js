@@ -19,7 +19,7 @@ const reportColumns = () => [
   plainColumn("\u00b1", "block-bootstrap standard error of alpha over the windows", "alpha_se", (x) => fixed(x)),
   plainColumn("split", "|alpha of even windows \u2212 alpha of odd windows|", "split_half", (x) => fixed(x)),
   plainColumn("D", "Kolmogorov\u2013Smirnov distance of the tail from the power law", "D", (x) => fixed(x)),
-  plainColumn("stable rank", "sum of the eigenvalues over the largest", "stable_rank", (x) => significant(x)),
+  plainColumn("stable rank", "sum of the eigenvalues over the largest, all windows together", "stable_rank", (x) => significant(x)),
   plainColumn("log \u03bbmax", "decimal logarithm of the largest eigenvalue", "log_spectral_norm", (x) => fixed(x)),
   { label: "status", hint: "ok, or why there is no alpha", get: statusOf, text: statusOf, wrap: true, bad: (l) => value(l, "status") !== "ok" },
 ];
