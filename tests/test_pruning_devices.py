@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -141,16 +141,27 @@ def test_hidden_states_make_room_for_one_sample(monkeypatch: pytest.MonkeyPatch)
 
 
 @contextmanager
-def room(megabytes: int) -> Iterator[None]:
-    """No more memory of the device than that, beside what it holds."""
+def room(megabytes: int, *, exactly: bool = False) -> Iterator[None]:
+    """No more memory of the device than that, beside what it holds.
+
+    What earlier tests left of segments that they still use comes on top, unless it is `exactly`.
+    """
     gc.collect()
     torch.cuda.empty_cache()
     _, total = torch.cuda.mem_get_info()
-    most = torch.cuda.memory_reserved() + (megabytes << 20)
-    torch.cuda.set_per_process_memory_fraction(most / total)
+    reserved = torch.cuda.memory_reserved()
+    held: list[Tensor] = []
     try:
+        if exactly:
+            torch.cuda.set_per_process_memory_fraction(reserved / total)
+            for size in (64 << 20, 8 << 20, 2 << 20):
+                with suppress(torch.OutOfMemoryError):
+                    while True:
+                        held.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
+        torch.cuda.set_per_process_memory_fraction((reserved + (megabytes << 20)) / total)
         yield
     finally:
+        held.clear()
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
@@ -220,12 +231,12 @@ def test_evaluates_where_the_device_runs_out(home: str) -> None:
 @pytest.mark.gpu
 def test_says_which_layer_the_device_has_no_room_for() -> None:
     torch.manual_seed(0)
-    blocks = (nn.Sequential(nn.Linear(4096, 8), nn.Linear(8, 4096)) for _ in range(2))
-    model = nn.Sequential(nn.Embedding(VOCABULARY, 4096), *blocks).cuda()
+    blocks = (nn.Sequential(nn.Linear(8192, 8), nn.Linear(8, 8192)) for _ in range(2))
+    model = nn.Sequential(nn.Embedding(VOCABULARY, 8192), *blocks).cuda()
     tokens, before = some_tokens(4), weights(model)
-    # The Hessian takes 64 MB, and its factorisation several times as much.
-    message = r"memory: cuda:0 has no room for pruning layer '1\.0' of \(8, 4096\) by sparsegpt"
-    with room(160), pytest.raises(ValueError, match=message):
+    # The Hessian takes 256 MB, and its factorisation at least three times as much beside it.
+    message = r"memory: cuda:0 has no room for pruning layer '1\.0' of \(8, 8192\) by sparsegpt"
+    with room(600, exactly=True), pytest.raises(ValueError, match=message):
         prune_model(model, "sparsegpt", 0.5, tokens)
     assert equal(weights(model), before)
     assert prune_model(model, "sparsegpt", 0.5, tokens).sparsity == 0.5
