@@ -19,6 +19,8 @@ LIBRARY = "XsyevBatched bare"
 # One launch of `one_stage` takes about this for each unit of its order, however few its windows;
 # NOTES.md has it from nine windows of 100. Up to the order that the solver takes.
 ONE_STAGE_ORDER, ONE_STAGE_LATENCY = 160, 2.0e-6
+# The many spectra of one size of the benchmarks.
+SPECTRA = 37
 NO_LIMIT = 2**31
 Run = dict[str, Any]
 Row = tuple[int, int, float]
@@ -69,13 +71,21 @@ def gram_rows(run: Run) -> list[Row]:
     return sorted(rows)
 
 
-def fit_rows(run: Run) -> dict[str, list[tuple[int, float]]]:
-    """(values, seconds) of one spectrum, by rule."""
+def fit_rows(run: Run, spectra: int = 1) -> dict[str, list[tuple[int, float]]]:
+    """(values of one spectrum, seconds) of so many spectra in one call, by rule."""
     rows: dict[str, list[tuple[int, float]]] = {}
     for case, _, seconds in medians(run, "fit", "farms_fast"):
-        rule, _, size = case.split()
-        rows.setdefault(rule, []).append((int(size), seconds))
+        found = re.fullmatch(r"(\w+) of (?:(\d+) x )?(\d+)", case)
+        assert found, case
+        if int(found[2] or 1) == spectra:
+            rows.setdefault(found[1], []).append((int(found[3]), seconds))
     return {rule: sorted(found) for rule, found in rows.items()}
+
+
+def crowded_fits(run: Run) -> dict[str, float]:
+    """Seconds a value where one call has spectra enough to fill the device, by rule."""
+    rows = fit_rows(run, SPECTRA)
+    return {rule: seconds / (SPECTRA * size) for rule, ((size, seconds),) in rows.items()}
 
 
 def entry_of(kind: str, run: Run, roofline: Run) -> dict[str, Any]:
@@ -99,6 +109,7 @@ def entry_of(kind: str, run: Run, roofline: Run) -> dict[str, Any]:
         "eigenvalues": solvers,
         "gram": gram_rows(run),
         "fit": fit_rows(run),
+        "fits of many": crowded_fits(run),
     }
 
 

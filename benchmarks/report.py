@@ -103,7 +103,12 @@ def _updated(saved: Run, new: Run) -> Run:
         kept = [entry for entry in saved["run"][key] if case(entry) not in cases]
         saved["run"][key] = kept + [entry for entry in new["run"][key] if case(entry) in cases]
     kept = [e for e in saved["benchmarks"] if case(e["extra_info"]) not in cases]
-    saved["benchmarks"] = kept + new["benchmarks"]
+    # In the places that they had, new ones last.
+    places = list(dict.fromkeys(case(e["extra_info"]) for e in saved["benchmarks"]))
+    order = {name: place for place, name in enumerate(places)}
+    saved["benchmarks"] = sorted(
+        kept + new["benchmarks"], key=lambda e: order.get(case(e["extra_info"]), len(order))
+    )
     dates = saved["run"].setdefault("dates", {})
     for family, name in sorted(cases):
         dates.setdefault(family, {})[name] = new["datetime"]

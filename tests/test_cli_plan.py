@@ -92,6 +92,10 @@ def test_llama_7b(hollow: dict[str, Path]) -> None:
     assert 984 / 56.2 < seconds < 60
     assert memory < 40
     assert allowed > memory
+    page = Path(__file__).parent.parent / "docs/checkpoints.md"
+    # The memory allowed is half of the device's, so that a machine with another GPU prints more.
+    if not torch.cuda.is_available():
+        assert "\n".join(line.rstrip() for line in lines[:5]) in page.read_text(encoding="utf-8")
     assert "65  vector, not a matrix" in result.output
     assert "1  embedding, left out by default" in result.output
 

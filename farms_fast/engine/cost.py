@@ -220,19 +220,17 @@ def fit_cost(
     fitted = (3 if windows > 1 else 1) * pooled
     calls = 1 + math.ceil(resamples / max(1, fit_values // pooled))
     resampled = resamples * pooled
-    rows = {name: dict(measured["fit"][name]) for name in ("median", rule)}
-    fewest, most = min(rows["median"]), max(rows["median"])
-    latency = rows[rule][min(rows[rule])]
+    times = dict(measured["fit"][rule])
+    most, latency = max(times), times[min(times)]
+    alone = (times[most] - latency) / most
     if machine.kind == "cuda":
-        # One block goes through a spectrum from end to end; different spectra do so side by side.
-        longest = (rows["median"][most] - rows["median"][fewest]) / most
-        each = (rows[rule][most] - rows["median"][most]) / most
-        each += _RESAMPLE_BYTES / measured["copy_bytes_per_second"]
+        # One spectrum leaves most of the device idle, which others of the same call make use of.
+        each = min(alone, measured["fits of many"][rule])
+        longest = alone - each
     else:
-        longest = 0.0
-        each = (rows[rule][most] - latency) / most
-        each += _RESAMPLE_BYTES / measured["copy_bytes_per_second"]
-        each *= measured["cores"] / machine.cores
+        each, longest = alone, 0.0
+    each += _RESAMPLE_BYTES / measured["copy_bytes_per_second"]
+    each *= measured["cores"] / machine.cores
     seconds = calls * (latency + longest * pooled) + each * (fitted + resampled)
     stages = fit_stages(fitted + resampled)
     return Cost(
