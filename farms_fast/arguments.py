@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from numbers import Real
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeGuard, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -172,9 +172,14 @@ def unmatched_pattern(argument: str, pattern: str, names: Sequence[str]) -> Valu
     )
 
 
+def is_real(value: object) -> TypeGuard[float]:
+    """Whether it is a real number, of Python's or NumPy's, and no bool."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def not_negative(argument: str, value: object) -> float:
     """The value as a float; TypeError unless it is a number, ValueError below 0 or not finite."""
-    if not isinstance(value, Real) or isinstance(value, bool):
+    if not is_real(value):
         raise TypeError(f"{argument}: expected a number, got {value!r}")
     number = float(value)
     if not (math.isfinite(number) and number >= 0):

@@ -15,6 +15,7 @@ from typing import Annotated
 
 import typer
 
+from farms_fast.arguments import parse_memory
 from farms_fast.commands.compare import register as register_compare
 from farms_fast.commands.console import (
     EXIT_LAYERS_FAILED,
@@ -44,7 +45,6 @@ from farms_fast.commands.options import (
     Solver,
     Xmin,
     parse_dtype,
-    parse_memory,
     sampling_of,
 )
 from farms_fast.commands.plan import plan

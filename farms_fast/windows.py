@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from farms_fast._host import WindowGrid, fixed_aspect_grid, full_grid, published_grid
-from farms_fast.arguments import natural
+from farms_fast.arguments import is_real, natural
 
 __all__ = ["FixedAspectSampling", "FullMatrix", "Sampling", "WindowGrid", "window_table"]
 
@@ -67,7 +67,7 @@ class FixedAspectSampling:
                 raise TypeError(f"{name}: expected a positive integer, got {value!r}")
             if value <= 0:
                 raise ValueError(f"{name}: expected a positive integer, got {value}")
-        if not isinstance(self.q, Real) or isinstance(self.q, bool):
+        if not is_real(self.q):
             raise TypeError(f"q: expected a positive finite number, got {self.q!r}")
         if not (math.isfinite(self.q) and self.q > 0):
             raise ValueError(f"q: expected a positive finite number, got {self.q}")

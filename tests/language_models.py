@@ -35,6 +35,14 @@ def _config(cls: Any, **more: Any) -> Callable[[], Any]:
     return make
 
 
+def bert_config(**more: Any) -> Any:
+    """Of a model that attends in both directions, unless `is_decoder`."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    return transformers.BertConfig(
+        **(sizes | {"num_attention_heads": 4, "vocab_size": VOCABULARY} | more)
+    )
+
+
 # Windows of attention that are shorter than the samples, so that layers have different masks.
 FAMILIES: dict[str, Callable[[], Any]] = {
     "llama": _config(transformers.LlamaConfig),

@@ -14,7 +14,7 @@ import transformers
 from farms_fast.adapters.pruning.evaluation import perplexity
 from farms_fast.adapters.pruning.texts import text_tokens
 from farms_fast.windows import FixedAspectSampling, FullMatrix
-from tests.language_models import small_model, small_tokenizer, write_words
+from tests.language_models import bert_config, small_model, small_tokenizer, write_words
 from tests.pruning_commands import CALIBRATION, WINDOWS, run, save_checkpoint, settings_of
 
 
@@ -310,14 +310,7 @@ def test_a_model_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path) -> None:
-    config = transformers.BertConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        vocab_size=101,
-    )
-    transformers.BertModel(config).save_pretrained(tmp_path / "encoder")
+    transformers.BertModel(bert_config()).save_pretrained(tmp_path / "encoder")
     small_tokenizer().save_pretrained(tmp_path / "encoder")
     options = ("--sparsity", "0.5", "--method", "magnitude", "--out", tmp_path / "out")
     result = run(tmp_path / "encoder", *options)

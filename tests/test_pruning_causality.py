@@ -24,6 +24,7 @@ from farms_fast.adapters.pruning.sequential import prune_model
 from tests.language_models import (
     FAMILIES,
     VOCABULARY,
+    bert_config,
     small_model,
     small_tokenizer,
     some_tokens,
@@ -37,15 +38,7 @@ MESSAGE = (
 
 
 def bert(*, is_decoder: bool = False, std: float | None = None) -> Any:
-    config = transformers.BertConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=64,
-        is_decoder=is_decoder,
-    )
+    config = bert_config(num_hidden_layers=3, max_position_embeddings=64, is_decoder=is_decoder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model: Any = transformers.AutoModelForCausalLM.from_config(config)

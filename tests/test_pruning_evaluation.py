@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from farms_fast.adapters.pruning.evaluation import SEVEN_TASKS, perplexity, zero_shot
 from farms_fast.adapters.pruning.tokens import longest_sequence
-from tests.language_models import VOCABULARY, small_model, some_tokens
+from tests.language_models import VOCABULARY, bert_config, small_model, some_tokens
 
 
 def one_by_one(model: Any, text: Tensor, seqlen: int, stride: int) -> tuple[float, int]:
@@ -213,14 +213,7 @@ def test_zero_shot_refuses(
 
 @pytest.mark.usefixtures("harness")
 def test_zero_shot_refuses_what_is_not_causal() -> None:
-    config = transformers.BertConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        vocab_size=VOCABULARY,
-    )
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    model = transformers.AutoModelForCausalLM.from_config(bert_config())
     with pytest.raises(ValueError, match="expected a causal language model, got BertLMHeadModel"):
         zero_shot(model, None)
 

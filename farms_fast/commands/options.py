@@ -7,9 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-# Also for the other commands, which take it from here.
-from farms_fast.arguments import parse_memory as parse_memory
-
 if TYPE_CHECKING:
     import torch
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from farms_fast.arguments import parse_memory
 from farms_fast.commands.console import check_outputs, echo, one_line_errors
 from farms_fast.commands.options import (
     AspectRatio,
@@ -26,7 +27,6 @@ from farms_fast.commands.options import (
     Solver,
     Xmin,
     parse_dtype,
-    parse_memory,
     sampling_of,
 )
 from farms_fast.commands.tables import all_skipped, columns, counted, skipped_lines

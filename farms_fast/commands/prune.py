@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from farms_fast.arguments import parse_memory
 from farms_fast.commands.console import EXIT_LAYERS_FAILED, echo, one_line_errors
 from farms_fast.commands.options import (
     AspectRatio,
@@ -15,7 +16,6 @@ from farms_fast.commands.options import (
     PerDim,
     Quiet,
     Rows,
-    parse_memory,
 )
 from farms_fast.commands.pruning_run import LONGEST, PruningRun, parse_pattern, sampling_for
 from farms_fast.results import printable

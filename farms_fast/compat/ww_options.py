@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Integral
 
-from farms_fast.arguments import natural
+from farms_fast.arguments import is_real, natural
 
 __all__ = ["LAYER_TYPES", "Options", "checked_options", "refuse_unsupported"]
 
@@ -188,7 +188,7 @@ def _choice(name: str, value: object, choices: tuple[object, ...]) -> str:
 
 
 def _real(name: str, value: object) -> float:
-    if not isinstance(value, Real) or isinstance(value, bool):
+    if not is_real(value):
         raise TypeError(f"{name}: expected a number, got {value!r}")
     if not math.isfinite(value):
         raise ValueError(f"{name}: expected a finite number, got {value!r}")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, replace
-from numbers import Real
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from farms_fast.arguments import is_real
 from farms_fast.extras import optional_import
 from farms_fast.results import fixed, printable
 
@@ -188,7 +188,7 @@ def _checked(name: str, value: Any, kind: str) -> Any:
     """The value of a field whose type is annotated so; TypeError if it is of another."""
     if kind == "float" and value is None:
         return math.nan
-    if kind == "float" and isinstance(value, Real) and not isinstance(value, bool):
+    if kind == "float" and is_real(value):
         return float(value)
     if kind == "int" and isinstance(value, int) and not isinstance(value, bool):
         return value
