@@ -70,9 +70,11 @@ def write_rows(
     write_text(path, text.getvalue())
 
 
-def data_frame(columns: Sequence[str], rows: Sequence[Mapping[str, object]]) -> pd.DataFrame:
-    """The rows as pandas has them; ImportError if it is not installed."""
-    with optional_import("pandas", extra="pandas", needed_for="to_pandas", instead=_INSTEAD):
+def data_frame(
+    columns: Sequence[str], rows: Sequence[Mapping[str, object]], instead: str = _INSTEAD
+) -> pd.DataFrame:
+    """The rows as pandas has them; ImportError, with what to do instead, if it is not installed."""
+    with optional_import("pandas", extra="pandas", needed_for="to_pandas", instead=instead):
         import pandas as pd
     return pd.DataFrame(list(rows), columns=list(columns))
 

@@ -8,7 +8,7 @@ from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from farms_fast.arguments import is_real
-from farms_fast.extras import optional_import
+from farms_fast.exports import data_frame
 from farms_fast.results import fixed, printable
 
 if TYPE_CHECKING:
@@ -122,10 +122,8 @@ class RateTable:
         Raises:
             ImportError: If pandas is not installed.
         """
-        with optional_import("pandas", extra="pandas", needed_for="to_pandas"):
-            import pandas as pd
         call = {"call": self.call, "base_lr": self.base_lr}
-        return pd.DataFrame([call | asdict(row) for row in self.rows], columns=list(COLUMNS))
+        return data_frame(COLUMNS, [call | asdict(row) for row in self.rows], instead="")
 
     @property
     def failed(self) -> list[LayerRate]:
