@@ -71,6 +71,7 @@ def ops_extension(cuda: bool) -> Extension:
         return cpp_extension.CppExtension(
             "farms_fast._C",
             files,
+            include_dirs=[str(ROOT)],
             define_macros=macros,
             extra_compile_args=compile_args,
             extra_link_args=["-fopenmp"],
@@ -82,6 +83,7 @@ def ops_extension(cuda: bool) -> Extension:
     return cpp_extension.CUDAExtension(
         "farms_fast._C",
         [*files, *sources("cuda", suffixes=(".cpp", ".cu"))],
+        include_dirs=[str(ROOT)],
         define_macros=[*macros, ("FARMS_FAST_CUDA", "1"), ("USE_CUDA", "1")],
         extra_compile_args=compile_args,
         extra_link_args=["-fopenmp", "-lcusolver"],
@@ -108,7 +110,7 @@ def host_extension(cuda: bool) -> Extension:
     return Extension(
         "farms_fast._host",
         [str(CSRC / "pybind" / "host.cpp")],
-        include_dirs=[pybind11.get_include()],
+        include_dirs=[pybind11.get_include(), str(ROOT)],
         define_macros=[(name, f'"{value}"') for name, value in macros.items()],
         extra_compile_args=["-O2", "-std=c++17", "-fvisibility=hidden"],
         language="c++",

@@ -6,8 +6,8 @@
 #include <string>
 #include <vector>
 
-#include "dtype.h"
-#include "gram.h"
+#include "csrc/dtype.h"
+#include "csrc/gram.h"
 
 namespace farms_fast {
 

@@ -4,8 +4,8 @@
 
 #include <cstdint>
 
-#include "dtype.h"
-#include "host/gram_sharing.h"
+#include "csrc/dtype.h"
+#include "csrc/host/gram_sharing.h"
 
 namespace farms_fast {
 

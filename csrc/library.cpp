@@ -8,16 +8,16 @@
 #include <tuple>
 #include <vector>
 
-#include "allocate.h"
-#include "check.h"
-#include "eigvalsh.h"
-#include "gram.h"
-#include "power_law.h"
+#include "csrc/allocate.h"
+#include "csrc/check.h"
+#include "csrc/eigvalsh.h"
+#include "csrc/gram.h"
+#include "csrc/power_law.h"
 
 #ifdef FARMS_FAST_CUDA
-#include "cuda/context.h"
-#include "cuda/eigvalsh/eigvalsh.h"
-#include "cuda/shared_gram.h"
+#include "csrc/cuda/context.h"
+#include "csrc/cuda/eigvalsh/eigvalsh.h"
+#include "csrc/cuda/shared_gram.h"
 #endif
 
 namespace farms_fast {

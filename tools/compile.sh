@@ -17,7 +17,7 @@ packages=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 # System headers: warnings count in our own files only.
 torch=(-isystem "$packages/torch/include")
 warnings=(-Wall -Wextra -Werror)
-gxx=("${CXX:-g++}" -std=c++17 -O3 -fopenmp -fPIC -fvisibility=hidden "${warnings[@]}"
+gxx=("${CXX:-g++}" -std=c++17 -I. -O3 -fopenmp -fPIC -fvisibility=hidden "${warnings[@]}"
   -DTORCH_TARGET_VERSION=0x020b000000000000)
 
 compile_all() { # reads file names, appends each to the command given
@@ -72,7 +72,7 @@ print("-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("includ
     half=(-D__CUDA_NO_HALF_OPERATORS__ -D__CUDA_NO_HALF_CONVERSIONS__ -D__CUDA_NO_BFLOAT16_CONVERSIONS__
       -D__CUDA_NO_HALF2_OPERATORS__ --expt-relaxed-constexpr)
     find csrc -name '*.cu' | sort |
-      compile_all "$nvcc" -std=c++17 -O3 "${half[@]}" "${targets[@]}" -Werror all-warnings -Xcompiler -Wall,-Wextra,-Werror
+      compile_all "$nvcc" -std=c++17 -O3 -I. "${half[@]}" "${targets[@]}" -Werror all-warnings -Xcompiler -Wall,-Wextra,-Werror
     { find csrc/cuda -name '*.cpp' && echo csrc/library.cpp; } | sort |
       compile_all "${gxx[@]}" -DFARMS_FAST_CUDA -DUSE_CUDA "${torch[@]}" "${cuda[@]}"
     ;;

@@ -1,13 +1,13 @@
-#include "../eigvalsh.h"
+#include "csrc/eigvalsh.h"
 
 #include <torch/csrc/stable/ops.h>
 
 #include <cmath>
 #include <limits>
 
-#include "gram.h"
-#include "shared_gram.h"
-#include "two_stage.h"
+#include "csrc/cpu/gram.h"
+#include "csrc/cpu/shared_gram.h"
+#include "csrc/cpu/two_stage.h"
 
 namespace farms_fast {
 namespace {

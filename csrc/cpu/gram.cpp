@@ -1,9 +1,9 @@
-#include "gram.h"
+#include "csrc/cpu/gram.h"
 
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
-#include "shared_gram.h"
+#include "csrc/cpu/shared_gram.h"
 
 namespace farms_fast {
 namespace {

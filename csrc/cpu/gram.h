@@ -9,9 +9,9 @@
 #include <new>
 #include <type_traits>
 
-#include "../check.h"
-#include "../gram.h"
-#include "lapack.h"
+#include "csrc/check.h"
+#include "csrc/cpu/lapack.h"
+#include "csrc/gram.h"
 
 namespace farms_fast {
 

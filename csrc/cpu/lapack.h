@@ -5,7 +5,7 @@
 #include <complex>
 #include <cstdint>
 
-#include "../check.h"
+#include "csrc/check.h"
 
 extern "C" {
 __attribute__((weak)) void sgemm_(const char* transa, const char* transb, const int* m, const int* n, const int* k,

@@ -5,7 +5,7 @@
 //   within a candidate, an interval whose bound does not exceed the largest gap seen is settled;
 //   across candidates, one whose largest gap seen exceeds the best D found is out.
 
-#include "../power_law.h"
+#include "csrc/power_law.h"
 
 #include <torch/csrc/stable/ops.h>
 
@@ -14,7 +14,7 @@
 #include <mutex>
 #include <vector>
 
-#include "../power_law_common.h"
+#include "csrc/power_law_common.h"
 
 namespace farms_fast {
 namespace {

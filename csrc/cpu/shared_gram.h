@@ -8,7 +8,7 @@
 #include <memory>
 #include <vector>
 
-#include "gram.h"
+#include "csrc/cpu/gram.h"
 
 namespace farms_fast {
 

@@ -1,4 +1,4 @@
-#include "tridiagonal.h"
+#include "csrc/cpu/tridiagonal.h"
 
 #include <algorithm>
 #include <cmath>

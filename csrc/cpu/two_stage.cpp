@@ -1,12 +1,12 @@
-#include "two_stage.h"
+#include "csrc/cpu/two_stage.h"
 
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
 
-#include "gram.h"
-#include "lapack.h"
-#include "tridiagonal.h"
+#include "csrc/cpu/gram.h"
+#include "csrc/cpu/lapack.h"
+#include "csrc/cpu/tridiagonal.h"
 
 namespace farms_fast {
 namespace {

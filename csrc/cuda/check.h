@@ -3,7 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
-#include "../check.h"
+#include "csrc/check.h"
 
 #define FARMS_CUDA_CHECK(call)                                                                        \
   do {                                                                                                \

@@ -8,8 +8,8 @@
 
 #include <cstdint>
 
-#include "../allocate.h"
-#include "../check.h"
+#include "csrc/allocate.h"
+#include "csrc/check.h"
 
 namespace farms_fast {
 

@@ -1,8 +1,8 @@
 // Gram matrices of windows one by one. A block forms one tile of one window's Gram matrix, of the lower triangle only;
 // the mirrored tile is written with it.
-#include "../gram.h"
-#include "check.h"
-#include "gram_tile.cuh"
+#include "csrc/cuda/check.h"
+#include "csrc/cuda/gram_tile.cuh"
+#include "csrc/gram.h"
 
 namespace farms_fast {
 namespace {

@@ -7,8 +7,8 @@
 
 #include <cstdint>
 
-#include "../dtype.h"
-#include "mma.cuh"
+#include "csrc/cuda/mma.cuh"
+#include "csrc/dtype.h"
 
 namespace farms_fast {
 namespace gram_tile {

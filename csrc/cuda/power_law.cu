@@ -8,13 +8,13 @@
 // the best to compare the rest with. Timing decides how much work is skipped, never what is chosen:
 // the best D only falls, and a candidate is dropped only on a gap strictly above it.
 
-#include "../power_law.h"
+#include "csrc/power_law.h"
 
 #include <cuda_runtime.h>
 
-#include "../power_law_common.h"
-#include "power_law_scan.cuh"
-#include "power_law_search.cuh"
+#include "csrc/cuda/power_law_scan.cuh"
+#include "csrc/cuda/power_law_search.cuh"
+#include "csrc/power_law_common.h"
 
 namespace farms_fast {
 namespace {

@@ -13,8 +13,8 @@
 
 #include <cuda_runtime.h>
 
-#include "../power_law_common.h"
-#include "power_law_search.cuh"
+#include "csrc/cuda/power_law_search.cuh"
+#include "csrc/power_law_common.h"
 
 namespace farms_fast::power_law {
 

@@ -3,7 +3,7 @@
 
 #include <cuda_runtime.h>
 
-#include "../power_law_common.h"
+#include "csrc/power_law_common.h"
 
 namespace farms_fast {
 namespace power_law {

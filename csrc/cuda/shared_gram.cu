@@ -1,13 +1,13 @@
 // A block forms one 64 x 64 tile of the band of a matrix's products, for one group of inner starts. It keeps the sum in
 // registers while it goes backward from the group's last start, and sets it aside at each of the others; then forward
 // from there, and at each window's end adds what was set aside and writes the tile to every window that it meets.
-#include "shared_gram.h"
+#include "csrc/cuda/shared_gram.h"
 
 #include <algorithm>
 
-#include "../host/gram_sharing.h"
-#include "check.h"
-#include "gram_tile.cuh"
+#include "csrc/cuda/check.h"
+#include "csrc/cuda/gram_tile.cuh"
+#include "csrc/host/gram_sharing.h"
 
 namespace farms_fast {
 namespace {

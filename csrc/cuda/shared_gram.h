@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "../gram.h"
+#include "csrc/gram.h"
 
 namespace farms_fast {
 

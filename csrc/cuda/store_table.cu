@@ -1,7 +1,7 @@
 // Tables travel to the device as kernel parameters: no host buffer has to outlive the call, nothing synchronises, and
 // the copy can be captured in a graph.
-#include "../gram.h"
-#include "check.h"
+#include "csrc/cuda/check.h"
+#include "csrc/gram.h"
 
 namespace farms_fast {
 namespace {

@@ -4,8 +4,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "../host/gram_sharing.h"
-#include "../host/window_grid.h"
+#include "csrc/host/gram_sharing.h"
+#include "csrc/host/window_grid.h"
 
 #ifndef FARMS_FAST_CUDA_ARCHITECTURES
 #define FARMS_FAST_CUDA_ARCHITECTURES ""

@@ -2,10 +2,10 @@
 // band_update.cu): four warps a block, and the panel's columns of V, W and A V in shared memory.
 #pragma once
 
-#include "../check.h"
-#include "../mma.cuh"
-#include "async_copy.cuh"
-#include "two_stage.h"
+#include "csrc/cuda/check.h"
+#include "csrc/cuda/eigvalsh/async_copy.cuh"
+#include "csrc/cuda/eigvalsh/two_stage.h"
+#include "csrc/cuda/mma.cuh"
 
 namespace farms_fast {
 

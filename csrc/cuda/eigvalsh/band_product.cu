@@ -1,7 +1,7 @@
 // A V of one panel's reflectors V, and W from it, on the tensor cores in float64: two launches for the whole batch.
 // Tiles sit at multiples of kTile of the whole matrix, whatever the panel, so that the tiles on the diagonal, which are
 // kept whole, are always the same ones.
-#include "band_panel.cuh"
+#include "csrc/cuda/eigvalsh/band_panel.cuh"
 
 namespace farms_fast {
 namespace {

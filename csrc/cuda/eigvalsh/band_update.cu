@@ -1,7 +1,7 @@
 // The two-sided update of the matrices by one panel's reflectors, on the tensor cores in float64. It is put off: of two
 // panels that share a column of tiles, the first one's goes into that column alone, and what it leaves out goes in with
 // the second one's, which so reads and writes the matrices half as often. Until then A V is corrected for it.
-#include "band_panel.cuh"
+#include "csrc/cuda/eigvalsh/band_panel.cuh"
 
 namespace farms_fast {
 namespace {

@@ -2,9 +2,9 @@
 // the accumulators of products on the tensor cores in float64.
 #pragma once
 
-#include "../mma.cuh"
-#include "householder.cuh"
-#include "two_stage.h"
+#include "csrc/cuda/eigvalsh/householder.cuh"
+#include "csrc/cuda/eigvalsh/two_stage.h"
+#include "csrc/cuda/mma.cuh"
 
 namespace farms_fast {
 

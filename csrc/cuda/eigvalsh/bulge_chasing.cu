@@ -2,11 +2,11 @@
 // chases the bulge down the band, 4 columns a step. Four lanes run a sweep; a block runs many of them, each two steps
 // behind the one before, in lockstep. The band stays in shared memory where it fits; a longer one passes through it
 // once for as many sweeps as a block runs, and through several blocks one behind the other where matrices are few.
-#include "async_copy.cuh"
-#include "cluster_exchange.cuh"
-#include "cluster_launch.h"
-#include "householder.cuh"
-#include "two_stage.h"
+#include "csrc/cuda/eigvalsh/async_copy.cuh"
+#include "csrc/cuda/eigvalsh/cluster_exchange.cuh"
+#include "csrc/cuda/eigvalsh/cluster_launch.h"
+#include "csrc/cuda/eigvalsh/householder.cuh"
+#include "csrc/cuda/eigvalsh/two_stage.h"
 
 namespace farms_fast {
 namespace {

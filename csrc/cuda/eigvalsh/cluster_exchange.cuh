@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "async_copy.cuh"
+#include "csrc/cuda/eigvalsh/async_copy.cuh"
 
 namespace farms_fast {
 

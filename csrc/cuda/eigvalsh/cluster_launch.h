@@ -3,7 +3,7 @@
 
 #include <cuda_runtime.h>
 
-#include "../check.h"
+#include "csrc/cuda/check.h"
 
 namespace farms_fast {
 

@@ -1,9 +1,9 @@
 // The reduction of a matrix to tridiagonal form in the registers of a cluster's blocks.
 #pragma once
 
-#include "cluster_exchange.cuh"
-#include "fragments.cuh"
-#include "householder.cuh"
+#include "csrc/cuda/eigvalsh/cluster_exchange.cuh"
+#include "csrc/cuda/eigvalsh/fragments.cuh"
+#include "csrc/cuda/eigvalsh/householder.cuh"
 
 namespace farms_fast {
 namespace one_stage {

@@ -5,8 +5,8 @@
 #include <map>
 #include <memory>
 
-#include "../check.h"
-#include "solver.h"
+#include "csrc/cuda/check.h"
+#include "csrc/cuda/eigvalsh/solver.h"
 
 namespace farms_fast {
 namespace {

@@ -1,14 +1,14 @@
-#include "eigvalsh.h"
+#include "csrc/cuda/eigvalsh/eigvalsh.h"
 
 #include <algorithm>
 
-#include "../check.h"
-#include "../context.h"
-#include "../shared_gram.h"
-#include "measured_choice.h"
-#include "one_stage.h"
-#include "scale.h"
-#include "solver.h"
+#include "csrc/cuda/check.h"
+#include "csrc/cuda/context.h"
+#include "csrc/cuda/eigvalsh/measured_choice.h"
+#include "csrc/cuda/eigvalsh/one_stage.h"
+#include "csrc/cuda/eigvalsh/scale.h"
+#include "csrc/cuda/eigvalsh/solver.h"
+#include "csrc/cuda/shared_gram.h"
 
 namespace farms_fast {
 namespace {

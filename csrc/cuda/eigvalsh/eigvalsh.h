@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "../../gram.h"
+#include "csrc/gram.h"
 
 namespace farms_fast {
 

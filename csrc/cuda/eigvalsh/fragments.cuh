@@ -7,9 +7,9 @@
 // are short: the reduction is done with them first.
 #pragma once
 
-#include "../../gram.h"
-#include "../mma.cuh"
-#include "load.cuh"
+#include "csrc/cuda/eigvalsh/load.cuh"
+#include "csrc/cuda/mma.cuh"
+#include "csrc/gram.h"
 
 namespace farms_fast {
 namespace one_stage {

@@ -5,8 +5,8 @@
 
 #include <cstdint>
 
-#include "../../dtype.h"
-#include "../check.h"
+#include "csrc/cuda/check.h"
+#include "csrc/dtype.h"
 
 namespace farms_fast {
 
@@ -22,7 +22,7 @@ struct MeasuredChoice {
 };
 
 constexpr MeasuredChoice kMeasuredChoices[] = {
-#include "measured_choice.inc"
+#include "csrc/cuda/eigvalsh/measured_choice.inc"
 };
 
 inline const char* measured_choice(int64_t count, int64_t order, DType gram) {

@@ -2,11 +2,11 @@
 // the bulge down the band, 32 columns a step; a warp runs one sweep, the warps of a matrix follow each other at a safe
 // distance. A step's blocks stay in registers, as the accumulators of products on the tensor cores in float64, and the
 // four reflectors of a step go in together, I - V T V^T.
-#include "async_copy.cuh"
-#include "block_reflector.cuh"
-#include "cluster_exchange.cuh"
-#include "cluster_launch.h"
-#include "two_stage.h"
+#include "csrc/cuda/eigvalsh/async_copy.cuh"
+#include "csrc/cuda/eigvalsh/block_reflector.cuh"
+#include "csrc/cuda/eigvalsh/cluster_exchange.cuh"
+#include "csrc/cuda/eigvalsh/cluster_launch.h"
+#include "csrc/cuda/eigvalsh/two_stage.h"
 
 namespace farms_fast {
 namespace {

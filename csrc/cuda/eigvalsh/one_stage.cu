@@ -1,12 +1,12 @@
 // One block a matrix, everything in its registers. See tile.cuh for the reduction and sturm.cuh for the search; larger
 // matrices are spread over a cluster of blocks.
-#include "one_stage.h"
+#include "csrc/cuda/eigvalsh/one_stage.h"
 
-#include "../check.h"
-#include "one_stage_cluster.h"
-#include "problem.cuh"
-#include "spectrum.cuh"
-#include "tile.cuh"
+#include "csrc/cuda/check.h"
+#include "csrc/cuda/eigvalsh/one_stage_cluster.h"
+#include "csrc/cuda/eigvalsh/problem.cuh"
+#include "csrc/cuda/eigvalsh/spectrum.cuh"
+#include "csrc/cuda/eigvalsh/tile.cuh"
 
 namespace farms_fast {
 namespace {

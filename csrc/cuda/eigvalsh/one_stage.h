@@ -8,8 +8,8 @@
 
 #include <cstdint>
 
-#include "../../dtype.h"
-#include "../../gram.h"
+#include "csrc/dtype.h"
+#include "csrc/gram.h"
 
 namespace farms_fast {
 

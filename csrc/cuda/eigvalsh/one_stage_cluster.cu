@@ -1,13 +1,13 @@
 // One cluster a matrix, which the blocks hold in their registers and shared memory by rows. See cluster_tile.cuh for
 // the reduction; each block then searches for its part of the eigenvalues.
-#include "one_stage_cluster.h"
+#include "csrc/cuda/eigvalsh/one_stage_cluster.h"
 
 #include <algorithm>
 
-#include "cluster_launch.h"
-#include "cluster_tile.cuh"
-#include "problem.cuh"
-#include "spectrum.cuh"
+#include "csrc/cuda/eigvalsh/cluster_launch.h"
+#include "csrc/cuda/eigvalsh/cluster_tile.cuh"
+#include "csrc/cuda/eigvalsh/problem.cuh"
+#include "csrc/cuda/eigvalsh/spectrum.cuh"
 
 namespace farms_fast {
 namespace one_stage {

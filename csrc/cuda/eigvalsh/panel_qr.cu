@@ -1,11 +1,11 @@
 // Householder QR of one panel of every matrix. A cluster of thread blocks holds a panel in registers, rows spread over
 // its warps: a thread keeps 4 rows x 8 columns, 8 x 4 threads make a warp's 32 rows. One reduction per column gives the
 // norm, the products with the columns to the right and the products with the vectors to the left, which make T.
-#include "async_copy.cuh"
-#include "cluster_exchange.cuh"
-#include "cluster_launch.h"
-#include "householder.cuh"
-#include "two_stage.h"
+#include "csrc/cuda/eigvalsh/async_copy.cuh"
+#include "csrc/cuda/eigvalsh/cluster_exchange.cuh"
+#include "csrc/cuda/eigvalsh/cluster_launch.h"
+#include "csrc/cuda/eigvalsh/householder.cuh"
+#include "csrc/cuda/eigvalsh/two_stage.h"
 
 namespace farms_fast {
 namespace {

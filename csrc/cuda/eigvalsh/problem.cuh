@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
-#include "../../dtype.h"
-#include "../../gram.h"
-#include "load.cuh"
+#include "csrc/cuda/eigvalsh/load.cuh"
+#include "csrc/dtype.h"
+#include "csrc/gram.h"
 
 namespace farms_fast {
 namespace one_stage {

@@ -1,9 +1,9 @@
-#include "scale.h"
+#include "csrc/cuda/eigvalsh/scale.h"
 
 #include <climits>
 #include <cmath>
 
-#include "../check.h"
+#include "csrc/cuda/check.h"
 
 namespace farms_fast {
 namespace {

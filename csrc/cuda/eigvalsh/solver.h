@@ -7,8 +7,8 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "../../dtype.h"
-#include "../../gram.h"
+#include "csrc/dtype.h"
+#include "csrc/gram.h"
 
 namespace farms_fast {
 

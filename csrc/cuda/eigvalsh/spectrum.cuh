@@ -1,7 +1,7 @@
 // Eigenvalues of a tridiagonal matrix that a block holds in its shared memory, two neighbouring lanes each.
 #pragma once
 
-#include "sturm.cuh"
+#include "csrc/cuda/eigvalsh/sturm.cuh"
 
 namespace farms_fast {
 namespace one_stage {

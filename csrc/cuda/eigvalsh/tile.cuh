@@ -1,8 +1,8 @@
 // The reduction of a matrix to tridiagonal form in the registers of one block.
 #pragma once
 
-#include "fragments.cuh"
-#include "householder.cuh"
+#include "csrc/cuda/eigvalsh/fragments.cuh"
+#include "csrc/cuda/eigvalsh/householder.cuh"
 
 namespace farms_fast {
 namespace one_stage {

@@ -1,9 +1,9 @@
 // One thread an eigenvalue. The matrix sits in shared memory where it fits and passes through in pieces where it does
 // not; then the threads of a block count in step.
-#include "tridiagonal.h"
+#include "csrc/cuda/eigvalsh/tridiagonal.h"
 
-#include "../check.h"
-#include "sturm.cuh"
+#include "csrc/cuda/check.h"
+#include "csrc/cuda/eigvalsh/sturm.cuh"
 
 namespace farms_fast {
 namespace {

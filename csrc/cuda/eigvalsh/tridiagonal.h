@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "../../dtype.h"
+#include "csrc/dtype.h"
 
 namespace farms_fast {
 

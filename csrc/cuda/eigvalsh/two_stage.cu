@@ -1,7 +1,7 @@
-#include "two_stage.h"
+#include "csrc/cuda/eigvalsh/two_stage.h"
 
-#include "../check.h"
-#include "tridiagonal.h"
+#include "csrc/cuda/check.h"
+#include "csrc/cuda/eigvalsh/tridiagonal.h"
 
 namespace farms_fast {
 namespace {

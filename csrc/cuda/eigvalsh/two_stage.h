@@ -9,7 +9,7 @@
 
 #include <cstdint>
 
-#include "solver.h"
+#include "csrc/cuda/eigvalsh/solver.h"
 
 namespace farms_fast {
 
