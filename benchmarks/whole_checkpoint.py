@@ -24,7 +24,7 @@ import typer
 from safetensors.torch import save_file
 
 from farms_fast import FixedAspectSampling, analyze
-from farms_fast.arguments import parse_memory
+from farms_fast.core.arguments import parse_memory
 from farms_fast.engine.distributed import Ranks, local_device, torchrun_group
 
 app = typer.Typer(add_completion=False)

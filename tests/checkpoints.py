@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from farms_fast.sources import Source
+from farms_fast.weights.sources import Source
 
 WEIGHTS = {"b.weight": torch.randn(4, 3), "a.weight": torch.randn(5, 6), "a.bias": torch.randn(5)}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from farms_fast.layers import (
+from farms_fast.weights.layers import (
     LayerSpec,
     Skipped,
     TensorHeader,

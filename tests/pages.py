@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from farms_fast.layers import Skipped
-from farms_fast.power_law import fit_power_law
-from farms_fast.records import LayerRecord, Uncertainty
-from farms_fast.results import Analysis
+from farms_fast.results.analysis import Analysis
+from farms_fast.results.record import LayerRecord, Uncertainty
+from farms_fast.spectra.power_law import fit_power_law
+from farms_fast.weights.layers import Skipped
 
 HOSTILE = "</script><img src=x onerror=\"document.title='taken'\">'&amp;<!--<script>{{data}}\u2028"
 RIGHT_TO_LEFT = "\u05d0\u05d1\u05d2.\u202eevil.\u0627\u0644"

@@ -8,7 +8,7 @@ from typing import Any
 
 from typer.testing import CliRunner, Result
 
-from farms_fast import cli
+from farms_fast.cli import main as cli
 from tests.language_models import small_model, small_tokenizer
 
 CALIBRATION = ("--samples", "8", "--seqlen", "16")

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from farms_fast.adapters.training import TempBalance
-from farms_fast.windows import FixedAspectSampling, FullMatrix
+from farms_fast.spectra.windows import FixedAspectSampling, FullMatrix
 
 
 class Block(nn.Module):

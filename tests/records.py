@@ -9,7 +9,9 @@ import numpy as np
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from farms_fast.records import INT_FIELDS, SCALAR_FIELDS, TEXT_FIELDS, LayerRecord
+from farms_fast import Analysis
+from farms_fast.results.record import INT_FIELDS, SCALAR_FIELDS, TEXT_FIELDS, LayerRecord
+from farms_fast.results.store import ResultsStore
 
 
 def made_up(index: int, weights: int = 0, windows: int = 6, k: int = 64) -> LayerRecord:
@@ -76,3 +78,7 @@ def any_record() -> st.SearchStrategy[LayerRecord]:
         window_alphas=any_array(1),
         window_evals=any_array(2),
     )
+
+
+def stored(store: ResultsStore, run: int | None = None) -> Analysis:
+    return Analysis(*store.read(run))

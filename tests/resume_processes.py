@@ -17,8 +17,9 @@ import torch
 from farms_fast import Analysis, FixedAspectSampling, analyze
 from farms_fast.engine import distributed
 from farms_fast.engine.distributed import torchrun_group
-from farms_fast.keeping import Keeping, Kept, _StoreKeeping
-from farms_fast.store import ResultsStore
+from farms_fast.results.run_recorder import Keeping, Kept, _StoreKeeping
+from farms_fast.results.store import ResultsStore
+from tests.records import stored
 from tests.test_resume import assert_equal, weights_of
 
 SAMPLING = FixedAspectSampling(rows=8, per_dim=3)
@@ -61,7 +62,7 @@ def finished(path: Path) -> set[str]:
     if not path.exists():
         return set()
     with ResultsStore(path) as store:
-        return {layer.name for layer in store.load()} if store.runs() else set()
+        return {layer.name for layer in stored(store)} if store.runs() else set()
 
 
 def kill(path: Path, kills: int) -> dict[str, object]:

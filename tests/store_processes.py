@@ -16,8 +16,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from farms_fast.records import LayerRecord
-from farms_fast.store import ResultsStore, StoredRun
+from farms_fast.results.record import LayerRecord
+from farms_fast.results.store import ResultsStore, StoredRun
 from tests.records import assert_same, made_up
 
 LAYERS = 240
@@ -62,7 +62,7 @@ def stored(path: Path) -> dict[str, int]:
     # The application's own way first: it is what has to mend the file.
     try:
         with ResultsStore(path, create=False) as store:
-            found = store.load() if store.runs() else []
+            found = store.read()[0] if store.runs() else []
             for layer in found:
                 assert_same(layer, record(int(layer.name.removeprefix("layer."))))
     except FileNotFoundError:
@@ -116,7 +116,7 @@ def kill_again_and_again(path: Path, seed: int) -> dict[str, object]:
         kills.append(len(after))
     with ResultsStore(path) as store:
         (info,) = store.runs()
-        names = [layer.name for layer in store.load()]
+        names = [layer.name for layer in store.read()[0]]
     assert info.finished is not None
     assert names == [f"layer.{index}" for index in range(LAYERS)]
     return {"layers after each kill": kills}
@@ -140,7 +140,7 @@ def at_once(path: Path, same_run: bool) -> dict[str, object]:
         for info in infos:
             weights = info.settings["weights"]
             assert isinstance(weights, int)
-            found = store.load(info.id).layers
+            found = store.read(info.id)[0]
             assert len(found) == layers
             for index, layer in enumerate(found):
                 assert_same(layer, record(index, weights))

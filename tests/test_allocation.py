@@ -18,8 +18,8 @@ from farms_fast.adapters.pruning.block_names import group_by_block
 from farms_fast.adapters.pruning.owl import outlier_ratio, owl_sparsity
 from farms_fast.adapters.pruning.presets import EPSILON_PRESETS, epsilon_preset
 from farms_fast.adapters.pruning.sparsities import Allocation
-from farms_fast.records import LayerRecord
-from farms_fast.results import Analysis
+from farms_fast.results.analysis import Analysis
+from farms_fast.results.record import LayerRecord
 
 DATA = Path(__file__).parent / "data" / "llama-7b-alpha.json"
 HIDDEN, INNER = 4096, 11008

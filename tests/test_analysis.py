@@ -18,10 +18,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 import farms_fast
-from farms_fast import Analysis, FixedAspectSampling, FullMatrix, LayerRecord, analyze, reference
+from farms_fast import Analysis, FixedAspectSampling, FullMatrix, LayerRecord, analyze
+from farms_fast.core.progress import reporter
 from farms_fast.engine.plan import plan
-from farms_fast.progress import reporter
-from farms_fast.sources import MappingSource, ModuleSource, open_source
+from farms_fast.testing import reference
+from farms_fast.weights.sources import MappingSource, ModuleSource, open_source
 from tests.caller import left_as_it_was
 from tests.zoo import error_bound
 

@@ -23,7 +23,8 @@ from benchmarks.agreement import (
 )
 from benchmarks.cases import EIGENVALUES, FIT, GRAM, RULES, GramCase, eigen_cases
 from benchmarks.inputs import gaussian_windows, sets_past_cache, spectrum
-from farms_fast import fit_power_law, reference
+from farms_fast import fit_power_law
+from farms_fast.testing import reference
 
 ROOT = Path(__file__).parent.parent
 
@@ -73,7 +74,7 @@ def test_the_quick_set_measures_every_case_against_peers(quick: Any) -> None:
 
 
 WRONG = """
-import farms_fast.ops as ops
+import farms_fast.core.ops as ops
 right = ops.window_eigvalsh
 def wrong(*args, **kwargs):
     evals = right(*args, **kwargs)

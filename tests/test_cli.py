@@ -19,13 +19,13 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
 import farms_fast
-from farms_fast import cli
-from farms_fast.commands.tables import shorten
-from farms_fast.layers import Skipped
-from farms_fast.progress import reporter
-from farms_fast.records import LayerRecord
-from farms_fast.results import Analysis
-from farms_fast.windows import FixedAspectSampling, FullMatrix
+from farms_fast.cli import main as cli
+from farms_fast.cli.tables import shorten
+from farms_fast.core.progress import reporter
+from farms_fast.results.analysis import Analysis
+from farms_fast.results.record import LayerRecord
+from farms_fast.spectra.windows import FixedAspectSampling, FullMatrix
+from farms_fast.weights.layers import Skipped
 
 HOSTILE = "a\x1b[31mred\x1b[0m\n[bold]b[/bold]\u202e\x07"
 
@@ -65,7 +65,7 @@ def an_analysis(*names: str) -> Analysis:
 @pytest.fixture
 def analysed(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Replaces the analysis by a given result; keeps the arguments that it was called with."""
-    import farms_fast.analysis
+    import farms_fast.run_analysis
 
     seen: dict[str, Any] = {"result": an_analysis()}
 
@@ -77,7 +77,7 @@ def analysed(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         assert isinstance(result, Analysis)
         return result
 
-    monkeypatch.setattr(farms_fast.analysis, "analyze", analyze)
+    monkeypatch.setattr(farms_fast.run_analysis, "analyze", analyze)
     return seen
 
 

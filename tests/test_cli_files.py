@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
-from farms_fast import cli
+from farms_fast.cli import main as cli
 
 WEIGHTS = {"q.weight": torch.randn(40, 40), "up.weight": torch.randn(40, 48)}
 SMALL = ("--rows", "32", "--per-dim", "3", "--bootstrap", "0", "--device", "cpu")

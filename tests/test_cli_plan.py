@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
-from farms_fast import cli
-from farms_fast.commands.plan import _machine
-from farms_fast.sources import SafetensorsSource
+from farms_fast.cli import main as cli
+from farms_fast.cli.plan import _machine
+from farms_fast.weights.sources import SafetensorsSource
 from tests.hollow import LLAMA_7B, LLAMA_70B, Llama, write_hollow
 
 HOSTILE = "a\x1b[31mred\n[bold]b[/bold]"
@@ -116,7 +116,7 @@ def test_a_plan_of_138_gb_takes_the_memory_of_its_headers(hollow: dict[str, Path
         """Most bytes of a process of its own."""
         code = (
             "import resource, sys\n"
-            "from farms_fast.cli import app\n"
+            "from farms_fast.cli.main import app\n"
             "app(sys.argv[1:], standalone_mode=False)\n"
             "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
         )

@@ -13,7 +13,7 @@ import transformers
 
 from farms_fast.adapters.pruning.evaluation import perplexity
 from farms_fast.adapters.pruning.texts import text_tokens
-from farms_fast.windows import FixedAspectSampling, FullMatrix
+from farms_fast.spectra.windows import FixedAspectSampling, FullMatrix
 from tests.language_models import bert_config, small_model, small_tokenizer, write_words
 from tests.pruning_commands import CALIBRATION, WINDOWS, run, save_checkpoint, settings_of
 
@@ -107,16 +107,16 @@ def test_patterns_by_magnitude_have_no_recipe(model: Path, tmp_path: Path) -> No
 @pytest.fixture
 def analysed(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Keeps the arguments of the analysis."""
-    import farms_fast.analysis
+    import farms_fast.run_analysis
 
     seen: dict[str, Any] = {}
-    analyze = farms_fast.analysis.analyze
+    analyze = farms_fast.run_analysis.analyze
 
     def keep(model: Any, sampling: Any, xmin: str, **options: Any) -> Any:
         seen.update(options, sampling=sampling, xmin=xmin)
         return analyze(model, sampling, xmin, **options)
 
-    monkeypatch.setattr(farms_fast.analysis, "analyze", keep)
+    monkeypatch.setattr(farms_fast.run_analysis, "analyze", keep)
     return seen
 
 

@@ -245,7 +245,7 @@ def test_every_stage_gets_the_memory_that_the_model_leaves(
     import farms_fast.adapters.pruning.evaluation as evaluation
     import farms_fast.adapters.pruning.placement as placement
     import farms_fast.adapters.pruning.sequential as sequential
-    import farms_fast.analysis as analysis
+    import farms_fast.run_analysis as analysis
 
     seen: dict[str, int] = {}
 

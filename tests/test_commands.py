@@ -12,9 +12,9 @@ import typer
 from safetensors.numpy import load_file
 from typer.testing import CliRunner, Result
 
-from farms_fast.commands.export import register
-from farms_fast.results import Analysis
-from farms_fast.store import ResultsStore
+from farms_fast.cli.export import register
+from farms_fast.results.analysis import Analysis
+from farms_fast.results.store import ResultsStore
 from tests.records import assert_same, made_up
 
 HOSTILE = "a\x1b[31mred\x1b[0m\n\u202e"

@@ -14,14 +14,15 @@ import torch
 from typer.testing import CliRunner, Result
 
 import farms_fast
-from farms_fast import Analysis, FixedAspectSampling, compare, reference
-from farms_fast.cli import app
-from farms_fast.commands.compare import format_comparison
-from farms_fast.comparison import COMPARISON_COLUMNS
-from farms_fast.records import LayerRecord
-from farms_fast.report.payload import comparison_payload
-from farms_fast.store import ResultsStore
-from farms_fast.uncertainty import resampled_counts
+from farms_fast import Analysis, FixedAspectSampling, compare
+from farms_fast.cli.compare import format_comparison
+from farms_fast.cli.main import app
+from farms_fast.results.comparison import COMPARISON_COLUMNS
+from farms_fast.results.record import LayerRecord
+from farms_fast.results.store import ResultsStore
+from farms_fast.spectra.bootstrap import resampled_counts
+from farms_fast.testing import reference
+from farms_fast.views.html.payload import comparison_payload
 from tests.pages import HOSTILE, an_analysis
 
 WINDOWS = FixedAspectSampling(rows=24, per_dim=3)
@@ -251,7 +252,9 @@ def test_notebooks_show_names_as_text() -> None:
 
 
 def test_the_payload_of_two_sides() -> None:
-    page, curves = comparison_payload(compare(an_analysis(), an_analysis(2, seed=1)), None)
+    found = compare(an_analysis(), an_analysis(2, seed=1))
+    sides = found.a.as_side(), found.b.as_side()
+    page, curves = comparison_payload(found.layers, sides, found.notes, [], None)
     assert page["title"] == "some model"
     assert page["mode"] == "compare"
     assert len(page["layers"]) == len(curves) == 19

@@ -18,9 +18,13 @@ from farms_fast.compat import (
     modelbalancing,
     net_esd_estimator,
     net_esd_estimator_farms,
-    spectra,
 )
-from farms_fast.compat.published_windows import block_windows, sampled_windows, stepped_windows
+from farms_fast.compat.farms import spectra
+from farms_fast.compat.farms.published_windows import (
+    block_windows,
+    sampled_windows,
+    stepped_windows,
+)
 from tests import published_way as published
 from tests.caller import left_as_it_was
 

@@ -16,7 +16,7 @@ import scipy.linalg
 import torch
 
 from farms_fast import esd, fit_power_law
-from farms_fast.arrays import on_stream_of
+from farms_fast.core.arrays import on_stream_of
 from tests.zoo import ZOO, error_bound
 
 # ------------------------------------------------------------------------------------------- SciPy
@@ -165,7 +165,7 @@ def test_cupy_in_cupy_out_on_a_stream_of_its_own(cupy: Any, shape: tuple[int, ..
 
 @pytest.mark.gpu
 def test_cupys_memory_is_read_where_it_is(cupy: Any) -> None:
-    from farms_fast.arrays import to_tensor
+    from farms_fast.core.arrays import to_tensor
 
     W = cupy.arange(12.0).reshape(3, 4)
     with on_stream_of(W):

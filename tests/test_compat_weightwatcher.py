@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from farms_fast.compat import weightwatcher
-from farms_fast.compat.marchenko_pastur import linear_kernel_density
-from farms_fast.compat.ww_spectra import shuffled
+from farms_fast.compat.weightwatcher.marchenko_pastur import linear_kernel_density
+from farms_fast.compat.weightwatcher.spectra import shuffled
 
 # Numbers that are rounding noise by their formulas: differences of what is equal.
 NOISE = {"rand_distance": 1e-7, "ww_maxdist": 1e-10, "bulk_min": 1e-12, "rand_bulk_min": 1e-12}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from farms_fast import ops
+from farms_fast.core import ops
 from tests.zoo import ZOO
 
 Values = NDArray[np.float64]

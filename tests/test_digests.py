@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
-from farms_fast import digests
-from farms_fast.digests import layer_digest, layer_digest_of, tensor_digest
-from farms_fast.layers import LayerSpec
-from farms_fast.sources import open_source
+from farms_fast.weights import digest as digests
+from farms_fast.weights.digest import layer_digest, layer_digest_of, tensor_digest
+from farms_fast.weights.layers import LayerSpec
+from farms_fast.weights.sources import open_source
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64]
 

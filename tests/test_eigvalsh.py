@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from farms_fast import build_info, ops, reference
-from farms_fast.windows import FullMatrix, window_table
+from farms_fast import build_info
+from farms_fast.core import ops
+from farms_fast.spectra.windows import FullMatrix, window_table
+from farms_fast.testing import reference
 from tests.zoo import ZOO, error_bound
 
 SOLVERS = build_info()["solvers"]

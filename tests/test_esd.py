@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import farms_fast
-from farms_fast import FixedAspectSampling, FullMatrix, esd, reference
+from farms_fast import FixedAspectSampling, FullMatrix, esd
+from farms_fast.testing import reference
 from tests.caller import left_as_it_was
 from tests.zoo import ZOO, error_bound
 

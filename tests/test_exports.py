@@ -19,10 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from farms_fast.exports import array_name
-from farms_fast.records import INT_FIELDS, TEXT_FIELDS, LayerRecord
-from farms_fast.results import Analysis
-from farms_fast.store import ResultsStore
+from farms_fast.results.analysis import Analysis
+from farms_fast.results.files import array_name
+from farms_fast.results.record import INT_FIELDS, TEXT_FIELDS, LayerRecord
+from farms_fast.results.store import ResultsStore
 from tests.records import any_array, made_up
 
 FAILED = LayerRecord.without_spectrum("broken", "conv2d", (9, 4, 4), "nonfinite", "2 NaN")
@@ -215,7 +215,7 @@ class TestParquet:
         # None in sys.modules makes the import fail as if the package were not there.
         script = (
             "import sys; sys.modules['pyarrow'] = None\n"
-            "from farms_fast.results import Analysis\n"
+            "from farms_fast.results.analysis import Analysis\n"
             "try: Analysis([]).to_parquet(sys.argv[1])\n"
             "except ImportError as e: print(e)\n"
         )
@@ -229,7 +229,7 @@ class TestParquet:
         assert os.listdir(tmp_path) == []
 
     def test_pyarrow_is_not_imported_unasked(self) -> None:
-        script = "import sys, farms_fast.store, farms_fast.cli; print('pyarrow' in sys.modules)"
+        script = "import sys, farms_fast.cli.main; print('pyarrow' in sys.modules)"
         done = subprocess.run(
             [sys.executable, "-c", script], capture_output=True, text=True, check=True
         )

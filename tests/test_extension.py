@@ -11,7 +11,9 @@ import pytest
 import torch
 
 import farms_fast
-from farms_fast import _extension, _host, build_info
+import farms_fast._host as _host
+from farms_fast import build_info
+from farms_fast.core import extension as _extension
 
 TYPES: dict[str, type] = {
     "version": str,

@@ -13,8 +13,8 @@ import torch
 from farms_fast.adapters.layer_rates.logs import TensorBoardLog
 from farms_fast.adapters.sciml.pdebench import read_pdebench
 from farms_fast.compat import weightwatcher
-from farms_fast.extras import optional_import
-from farms_fast.results import Analysis
+from farms_fast.core.optional import optional_import
+from farms_fast.results.analysis import Analysis
 
 REPOSITORY = Path(__file__).parent.parent
 

@@ -9,12 +9,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from farms_fast.layers import (
+from farms_fast.weights.layers import (
     LayerSpec,
     TensorHeader,
     layers_from_headers,
 )
-from farms_fast.model_config import ModelConfig
+from farms_fast.weights.model_config import ModelConfig
 from tests.layer_tables import by_header, header, reasons, shares_memory
 
 # --- headers ---

@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 from farms_fast import FixedAspectSampling, FullMatrix, LayerRecord, analyze
-from farms_fast.engine.execute import solve_windows
 from farms_fast.engine.plan import Batch
+from farms_fast.engine.stages import solve_windows
 from farms_fast.live import LayerAlpha, LiveAnalysis, passes
-from farms_fast.power_law import PowerLawFits
-from farms_fast.uncertainty import FitRule
-from farms_fast.windows import Sampling
+from farms_fast.spectra.bootstrap import FitRule
+from farms_fast.spectra.power_law import PowerLawFits
+from farms_fast.spectra.windows import Sampling
 from tests.caller import left_as_it_was
 
 SAMPLING = FixedAspectSampling(rows=12, per_dim=3)

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from farms_fast.lora import Adapter
-from farms_fast.sources import AdapterSource, open_source
-from farms_fast.stacks import TensorHeader
+from farms_fast.weights.formats.lora import Adapter
+from farms_fast.weights.sources import AdapterSource, open_source
+from farms_fast.weights.stacks import TensorHeader
 from tests.layer_tables import reasons
 
 ROOT = "base_model.model."

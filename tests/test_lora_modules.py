@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from farms_fast.layers import layers_from_module
-from farms_fast.sources import open_source
+from farms_fast.weights.layers import layers_from_module
+from farms_fast.weights.sources import open_source
 from tests.layer_tables import by_module, reasons
 
 

@@ -14,11 +14,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from farms_fast import FixedAspectSampling, FullMatrix, ops
+from farms_fast import FixedAspectSampling, FullMatrix
+from farms_fast.core import ops
 from farms_fast.engine import memory
 from farms_fast.engine.memory import MemoryBudget, Need, limits, matrix_bytes
-from farms_fast.uncertainty import FitRule, fit_layers
-from farms_fast.windows import window_table
+from farms_fast.spectra.bootstrap import FitRule, fit_layers
+from farms_fast.spectra.windows import window_table
 
 SAVED = Path(__file__).parent.parent / "benchmarks/saved/cuda.json"
 # A value that the fit's op has in hand: logarithm, excess, distance (8 each) and owner (4). The op

@@ -11,8 +11,8 @@ import scipy.special
 from hypothesis import given
 from hypothesis import strategies as st
 
-from farms_fast.metrics import METRIC_NAMES, spectrum_metrics
-from farms_fast.power_law import PowerLawFit
+from farms_fast.spectra.metrics import METRIC_NAMES, spectrum_metrics
+from farms_fast.spectra.power_law import PowerLawFit
 
 # fmt: off
 WEIGHTWATCHER_NAMES = (

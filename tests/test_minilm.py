@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from farms_fast import Analysis, FixedAspectSampling, LayerRecord, analyze, reference
+from farms_fast import Analysis, FixedAspectSampling, LayerRecord, analyze
+from farms_fast.testing import reference
 from tests.zoo import error_bound
 
 SQUARE = ("attention.output.dense", *(f"attention.self.{x}" for x in ("key", "query", "value")))

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from farms_fast.layers import (
+from farms_fast.weights.layers import (
     LayerSpec,
     Skipped,
     layers_from_headers,

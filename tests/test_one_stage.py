@@ -7,8 +7,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from farms_fast import ops, reference
-from farms_fast.windows import FullMatrix, window_table
+from farms_fast.core import ops
+from farms_fast.spectra.windows import FullMatrix, window_table
+from farms_fast.testing import reference
 from tests.zoo import ZOO, error_bound
 
 pytestmark = pytest.mark.gpu

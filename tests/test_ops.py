@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from farms_fast import ops, reference
-from farms_fast.windows import FixedAspectSampling, window_table
+from farms_fast.core import ops
+from farms_fast.spectra.windows import FixedAspectSampling, window_table
+from farms_fast.testing import reference
 
 DTYPES = [
     torch.float16,

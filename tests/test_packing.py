@@ -7,7 +7,7 @@ from itertools import chain, pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from farms_fast.engine.packing import pack
+from farms_fast.core.packing import pack
 
 
 @given(st.lists(st.integers(0, 12)), st.integers(0, 20))

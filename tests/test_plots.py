@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from matplotlib.collections import LineCollection
 
-from farms_fast.records import LayerRecord
-from farms_fast.results import Analysis
+from farms_fast.results.analysis import Analysis
+from farms_fast.results.record import LayerRecord
 from tests.pages import HOSTILE, VERY_LONG, a_layer, an_analysis
 
 

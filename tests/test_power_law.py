@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from farms_fast import ops, reference
-from farms_fast.power_law import (
+from farms_fast.core import ops
+from farms_fast.spectra.power_law import (
     STATUSES,
     PowerLawFit,
     fit_power_law,
     fit_power_laws,
     xmin_rule,
 )
+from farms_fast.testing import reference
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 # rule, xmin_pos, bins, log10_lower_bound

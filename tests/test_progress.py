@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from farms_fast import progress
+from farms_fast.core import progress
 
 # Seconds since the last report, windows, and whether they had to be computed. The layers of a
 # batch are reported within microseconds, after the minute that all of them took together.

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from farms_fast import cli
 from farms_fast.adapters.pruning.blocks import find_blocks
 from farms_fast.adapters.pruning.evaluation import check_causal, perplexity
 from farms_fast.adapters.pruning.likelihood import check_order, with_another_end
 from farms_fast.adapters.pruning.sequential import prune_model
+from farms_fast.cli import main as cli
 from tests.language_models import (
     FAMILIES,
     VOCABULARY,

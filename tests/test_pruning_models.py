@@ -17,8 +17,8 @@ from farms_fast.adapters.pruning.allocation import allocate_sparsity
 from farms_fast.adapters.pruning.blocks import find_blocks
 from farms_fast.adapters.pruning.saving import SETTINGS_FILE, new_folder, save_pruned
 from farms_fast.adapters.pruning.sequential import PruningReport, prune_model
-from farms_fast.analysis import analyze
-from farms_fast.windows import FixedAspectSampling
+from farms_fast.run_analysis import analyze
+from farms_fast.spectra.windows import FixedAspectSampling
 from tests.language_models import (
     FAMILIES,
     small_model,

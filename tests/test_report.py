@@ -19,20 +19,21 @@ from hypothesis import strategies as st
 from scipy.integrate import quad
 from typer.testing import CliRunner, Result
 
-from farms_fast import FixedAspectSampling, FullMatrix, analyze, reference
-from farms_fast.cli import app
-from farms_fast.curves import SURVIVAL_TOLERANCE, spectrum_curves, thin
-from farms_fast.depths import OTHER, places
-from farms_fast.marchenko_pastur import (
+from farms_fast import FixedAspectSampling, FullMatrix, analyze
+from farms_fast.cli.main import app
+from farms_fast.results.analysis import Analysis
+from farms_fast.results.record import LayerRecord
+from farms_fast.results.store import ResultsStore
+from farms_fast.spectra.marchenko_pastur import (
     marchenko_pastur_density,
     marchenko_pastur_support,
     marchenko_pastur_survival,
 )
-from farms_fast.power_law import fit_power_law
-from farms_fast.records import LayerRecord
-from farms_fast.report.payload import RECORD_FIELDS, curves_of, packed, report_payload
-from farms_fast.results import Analysis
-from farms_fast.store import ResultsStore
+from farms_fast.spectra.power_law import fit_power_law
+from farms_fast.testing import reference
+from farms_fast.views.curves import SURVIVAL_TOLERANCE, spectrum_curves, thin
+from farms_fast.views.html.payload import RECORD_FIELDS, curves_of, packed, report_payload
+from farms_fast.views.positions import OTHER, places
 from tests.pages import HOSTILE, a_layer, an_analysis
 
 # The file of the npm package echarts 6.1.0 that is shipped, unchanged.
@@ -224,7 +225,7 @@ def test_packed_values_come_back_to_half_a_step(given_values: list[float]) -> No
 
 def test_the_payload_has_what_the_records_have() -> None:
     analysis = an_analysis()
-    page, curves = report_payload(analysis, None)
+    page, curves = report_payload(analysis.as_side(), None)
     assert page["title"] == "some model"
     assert len(page["layers"]) == len(curves) == len(analysis)
     for record, layer in zip(analysis, page["layers"], strict=True):
@@ -250,7 +251,7 @@ def test_stable_rank_of_one_window_does_not_grow_with_their_number() -> None:
     assert many["fc"].stable_rank == pytest.approx(16 * one["fc"].stable_rank)
     shown = []
     for analysis in (many, one):
-        (layer,) = report_payload(analysis, None)[0]["layers"]
+        (layer,) = report_payload(analysis.as_side(), None)[0]["layers"]
         shown.append(dict(zip(RECORD_FIELDS, layer["sides"][0], strict=True)))
     assert shown[0]["stable_rank_per_window"] == pytest.approx(shown[1]["stable_rank_per_window"])
     assert shown[1]["stable_rank_per_window"] == shown[1]["stable_rank"]
@@ -263,15 +264,15 @@ def test_spectra_of_a_store_are_not_kept(tmp_path: Path) -> None:
         run.put(0, a_layer("fc", 1), "digest")
         run.complete(["fc"])
     analysis = Analysis.from_store(path)
-    page, curves = report_payload(analysis, None)
+    page, curves = report_payload(analysis.as_side(), None)
     assert page["notes"] == []
-    assert curves == report_payload(Analysis([a_layer("fc", 1)]), None)[1]
+    assert curves == report_payload(Analysis([a_layer("fc", 1)]).as_side(), None)[1]
     assert "window_evals" not in analysis["fc"].__dict__
 
 
 def test_an_analysis_without_spectra_says_so(tmp_path: Path) -> None:
     an_analysis().to_json(tmp_path / "a.json")
-    page, curves = report_payload(Analysis.from_json(tmp_path / "a.json"), None)
+    page, curves = report_payload(Analysis.from_json(tmp_path / "a.json").as_side(), None)
     (note,) = page["notes"]
     assert "to_json(path, spectra=True)" in note
     assert note.startswith("18 of 19 layers")
@@ -279,14 +280,16 @@ def test_an_analysis_without_spectra_says_so(tmp_path: Path) -> None:
         "the analysis was read from a file without spectra"
     }
     an_analysis().to_json(tmp_path / "b.json", spectra=True)
-    page, curves = report_payload(Analysis.from_json(tmp_path / "b.json"), None)
+    page, curves = report_payload(Analysis.from_json(tmp_path / "b.json").as_side(), None)
     assert page["notes"] == []
     assert sum("missing" in side for side, _ in curves) == 2
 
 
 def test_progress_is_told_of_every_layer() -> None:
     told = []
-    report_payload(an_analysis(), None, lambda done, total, name: told.append((done, total)))
+    report_payload(
+        an_analysis().as_side(), None, lambda done, total, name: told.append((done, total))
+    )
     assert told == [(i + 1, 19) for i in range(19)]
 
 
@@ -376,7 +379,7 @@ def test_the_same_analysis_gives_the_same_file(page: str, tmp_path: Path) -> Non
 
 
 def test_the_library_is_the_published_one() -> None:
-    folder = files("farms_fast.report").joinpath("vendor")
+    folder = files("farms_fast.views.html").joinpath("vendor")
     digest = hashlib.sha256(folder.joinpath("echarts.min.js").read_bytes()).hexdigest()
     assert digest == ECHARTS_SHA256
     for name in ("LICENSE", "NOTICE", "LICENSE-d3"):

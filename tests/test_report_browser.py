@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 
-from farms_fast.comparison import compare
-from farms_fast.records import LayerRecord
-from farms_fast.report import payload
-from farms_fast.report.payload import curves_of
-from farms_fast.results import Analysis
+from farms_fast.results.analysis import Analysis
+from farms_fast.results.comparison import compare
+from farms_fast.results.record import LayerRecord
+from farms_fast.views.html import payload
+from farms_fast.views.html.payload import curves_of
 from tests.pages import HOSTILE, RIGHT_TO_LEFT, VERY_LONG, a_layer, an_analysis
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")

@@ -20,11 +20,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from farms_fast.layers import Skipped
-from farms_fast.metrics import METRIC_NAMES, spectrum_metrics
-from farms_fast.power_law import PowerLawFit
-from farms_fast.records import LayerRecord, Uncertainty
-from farms_fast.results import Analysis, printable
+from farms_fast.core.text import printable
+from farms_fast.results.analysis import Analysis
+from farms_fast.results.record import LayerRecord, Uncertainty
+from farms_fast.spectra.metrics import METRIC_NAMES, spectrum_metrics
+from farms_fast.spectra.power_law import PowerLawFit
+from farms_fast.weights.layers import Skipped
 
 WINDOWS = np.array([[0.5, 1.0, 3.0], [0.1, 2.0, 7.0]])
 ARRAYS = ("window_alphas", "window_evals")
@@ -470,8 +471,8 @@ def test_without_pandas(tmp_path: Path) -> None:
     # None in sys.modules makes the import fail as if the package were not there.
     script = (
         "import sys; sys.modules['pandas'] = None\n"
-        "from farms_fast.records import LayerRecord\n"
-        "from farms_fast.results import Analysis\n"
+        "from farms_fast.results.record import LayerRecord\n"
+        "from farms_fast.results.analysis import Analysis\n"
         "a = Analysis([LayerRecord('a', 'linear', (1, 2, 3), 'ok')])\n"
         "a.to_csv(sys.argv[1]); a.to_json(sys.argv[2]); Analysis.from_json(sys.argv[2])\n"
         "try: a.to_pandas()\n"
@@ -487,7 +488,7 @@ def test_without_pandas(tmp_path: Path) -> None:
 
 
 def test_pandas_is_not_imported_unasked() -> None:
-    script = "import sys, farms_fast.results, farms_fast.cli; print('pandas' in sys.modules)"
+    script = "import sys, farms_fast.cli.main; print('pandas' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )

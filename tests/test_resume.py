@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from farms_fast import Analysis, FixedAspectSampling, FullMatrix, analyze
-from farms_fast.engine.execute import BatchStages
-from farms_fast.store import ResultsStore
+from farms_fast.engine.stages import BatchStages
+from farms_fast.results.store import ResultsStore
 
 SAMPLING = FixedAspectSampling(rows=8, per_dim=3)
 Weights = dict[str, torch.Tensor]
@@ -155,7 +155,7 @@ def test_an_interrupted_run_goes_on(
         analyze(weights, FullMatrix(), store=path, progress=stop_after(1, error))
     with ResultsStore(path) as store:
         (run,) = store.runs()
-        stored = [layer.name for layer in store.load()]
+        stored = [layer.name for layer in store.read()[0]]
     assert run.finished is None
     assert 0 < len(stored) < 6
     computed.clear()

@@ -10,8 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from farms_fast import _host, ops, reference
-from farms_fast.windows import FixedAspectSampling, window_table
+import farms_fast._host as _host
+from farms_fast.core import ops
+from farms_fast.spectra.windows import FixedAspectSampling, window_table
+from farms_fast.testing import reference
 from tests.test_ops import DTYPES
 from tests.zoo import error_bound
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from farms_fast.sources import (
+from farms_fast.weights.sources import (
     PickleSource,
     SafetensorsSource,
     open_source,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from farms_fast.sources import (
+from farms_fast.weights.sources import (
     open_source,
 )
 from tests.checkpoints import WEIGHTS, assert_holds_weights, write_index

@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from farms_fast.digests import layer_digest
-from farms_fast.sources import PickleSource, SafetensorsSource, files, open_source
+from farms_fast.weights.digest import layer_digest
+from farms_fast.weights.sources import PickleSource, SafetensorsSource, files, open_source
 
 MIB = 2**20
 SIDE = 2048  # of float32 matrices of 16 MiB

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from farms_fast.sources import (
+from farms_fast.weights.sources import (
     MappingSource,
     ModuleSource,
     open_source,

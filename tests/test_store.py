@@ -16,13 +16,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from farms_fast.layers import Skipped
-from farms_fast.records import CSV_COLUMNS, LayerRecord
-from farms_fast.results import Analysis
-from farms_fast.store import ResultsStore, merge
-from farms_fast.store.codec import decode, encode
-from farms_fast.store.file import FORMAT_VERSION
-from tests.records import any_array, any_record, assert_same, made_up
+from farms_fast.results.analysis import Analysis
+from farms_fast.results.record import CSV_COLUMNS, LayerRecord
+from farms_fast.results.store import ResultsStore, merge
+from farms_fast.results.store.codec import decode, encode
+from farms_fast.results.store.file import FORMAT_VERSION
+from farms_fast.weights.layers import Skipped
+from tests.records import any_array, any_record, assert_same, made_up, stored
 
 SETTINGS = {"source": "model.safetensors", "xmin": "median", "bins": 100}
 SKIPPED = [
@@ -117,7 +117,7 @@ def test_any_record_comes_back(records: list[LayerRecord]) -> None:
             run.put_skipped(SKIPPED)
             run.complete([record.name for record in records])
             kept = [run.finished(record.name, "digest") for record in records]
-            loaded = store.load()
+            loaded = stored(store)
         for record, one, other in zip(records, kept, loaded, strict=True):
             assert_same(other, record)
             if record.status != "error":
@@ -135,7 +135,7 @@ def test_minus_zero_keeps_its_sign(path: Path) -> None:
 
 
 def test_spectrum_in_several_parts(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("farms_fast.store.rows._PART_BYTES", 8 * 64 * 4)
+    monkeypatch.setattr("farms_fast.results.store.rows._PART_BYTES", 8 * 64 * 4)
     record = made_up(0, windows=10)
     write_run(path, [record])
     assert rows_of(path, "SELECT windows, k FROM spectra") == [(4, 64), (4, 64), (2, 64)]
@@ -227,7 +227,7 @@ def test_runs_in_one_file_are_kept_apart(path: Path) -> None:
         peak.put_skipped(SKIPPED)
         median.complete(["layer.0", "layer.1", "layer.2"])
         assert [info.finished is not None for info in store.runs()] == [True, False]
-        assert store.load(median.id).skipped == []
+        assert stored(store, median.id).skipped == []
     for number, weights in ((1, 0), (2, 1)):
         for index, record in enumerate(Analysis.from_store(path, number)):
             assert_same(record, made_up(index, weights))
@@ -241,8 +241,8 @@ def test_force_starts_again_and_destroys_nothing(path: Path) -> None:
         assert again.finished("layer.0", "digest layer.0") is None
         again.put(0, made_up(0, weights=1), "digest layer.0")
         assert store.run(SETTINGS).id == again.id == 2
-        assert_same(store.load(1)["layer.0"], made_up(0))
-        assert_same(store.load()["layer.0"], made_up(0, weights=1))
+        assert_same(stored(store, 1)["layer.0"], made_up(0))
+        assert_same(stored(store)["layer.0"], made_up(0, weights=1))
 
 
 def test_changed_weights_take_the_place_of_the_old(path: Path) -> None:
@@ -250,10 +250,10 @@ def test_changed_weights_take_the_place_of_the_old(path: Path) -> None:
     with ResultsStore(path) as store:
         run = store.run(SETTINGS)
         run.complete(["layer.0", "layer.1"])
-        old = store.load()["layer.0"]
+        old = stored(store)["layer.0"]
         run.put(0, made_up(0, weights=1), "other weights")
         assert store.runs()[0].finished is None
-        assert_same(store.load()["layer.0"], made_up(0, weights=1))
+        assert_same(stored(store)["layer.0"], made_up(0, weights=1))
         assert rows_of(path, "SELECT count(*) FROM spectra") == [(2,)]
         with pytest.raises(ValueError, match=r"no longer has this spectrum of layer 'layer\.0'"):
             _ = old.window_evals
@@ -264,7 +264,7 @@ def test_put_again_changes_nothing(path: Path) -> None:
     with ResultsStore(path) as store:
         run = store.run(SETTINGS)
         run.complete(["layer.0"])
-        kept = store.load()["layer.0"]
+        kept = stored(store)["layer.0"]
         run.put(0, made_up(0, weights=1), "digest layer.0")
         assert store.runs()[0].finished is not None
         assert_same(kept, made_up(0))
@@ -276,10 +276,10 @@ def test_layers_in_error_are_tried_again(path: Path) -> None:
     with ResultsStore(path) as store:
         run = store.run(SETTINGS)
         assert run.finished("layer.0", "digest layer.0") is None
-        assert names(store.load()) == ["layer.0"]
+        assert names(stored(store)) == ["layer.0"]
         run.put(0, made_up(0), "digest layer.0")
         run.put(0, failed, "digest layer.0")
-        assert_same(store.load()["layer.0"], made_up(0))
+        assert_same(stored(store)["layer.0"], made_up(0))
 
 
 def test_complete_sets_the_order_and_leaves_out_what_is_gone(path: Path) -> None:
@@ -287,12 +287,12 @@ def test_complete_sets_the_order_and_leaves_out_what_is_gone(path: Path) -> None
     with ResultsStore(path) as store:
         run = store.run(SETTINGS)
         run.complete(["layer.2", "layer.0"])
-        assert names(store.load()) == ["layer.2", "layer.0"]
+        assert names(stored(store)) == ["layer.2", "layer.0"]
         assert (store.runs()[0].layers, store.runs()[0].total) == (2, 2)
         # The model has it again.
         assert run.finished("layer.1", "digest layer.1") is not None
         run.complete(["layer.0", "layer.1", "layer.2"])
-        assert names(store.load()) == ["layer.0", "layer.1", "layer.2"]
+        assert names(stored(store)) == ["layer.0", "layer.1", "layer.2"]
 
 
 def test_complete_needs_every_layer_once(path: Path) -> None:
@@ -304,7 +304,7 @@ def test_complete_needs_every_layer_once(path: Path) -> None:
         with pytest.raises(ValueError, match=r"each layer once, got 'layer\.1' more than once"):
             run.complete(["layer.1", "layer.1"])
         assert store.runs()[0].finished is None
-        assert names(store.load()) == ["layer.0", "layer.1"]
+        assert names(stored(store)) == ["layer.0", "layer.1"]
 
 
 def test_skipped_tensors_replace_those_before(path: Path) -> None:
@@ -312,7 +312,7 @@ def test_skipped_tensors_replace_those_before(path: Path) -> None:
         run = store.run(SETTINGS)
         run.put_skipped(SKIPPED)
         run.put_skipped(SKIPPED[1:])
-        assert store.load().skipped == SKIPPED[1:]
+        assert stored(store).skipped == SKIPPED[1:]
 
 
 def test_layers_put_together_are_all_there_or_none(path: Path) -> None:
@@ -322,7 +322,7 @@ def test_layers_put_together_are_all_there_or_none(path: Path) -> None:
         broken.M = 2**70
         with pytest.raises(OverflowError):
             run.put_many([(0, made_up(0), "d"), (1, broken, "d")])
-        assert len(store.load()) == 0
+        assert len(stored(store)) == 0
 
 
 def test_versions_are_recorded(path: Path) -> None:
@@ -352,7 +352,7 @@ def test_threads_share_a_store(path: Path) -> None:
         for thread in threads:
             thread.join()
         assert errors == []
-        assert names(store.load()) == [f"layer.{index}" for index in range(40)]
+        assert names(stored(store)) == [f"layer.{index}" for index in range(40)]
 
 
 # ------------------------------------------------------------------------------------ other files
@@ -401,11 +401,11 @@ def test_other_format_version(path: Path) -> None:
 def test_unknown_run(path: Path) -> None:
     with ResultsStore(path) as store:
         with pytest.raises(ValueError, match="holds no run"):
-            store.load()
+            stored(store)
         store.run(SETTINGS)
         store.run(SETTINGS, force=True)
         with pytest.raises(ValueError, match="run: expected one of 1, 2, got 7"):
-            store.load(7)
+            stored(store, 7)
 
 
 @pytest.mark.parametrize(
@@ -458,7 +458,7 @@ class TestMerge:
             run = store.run({**SETTINGS, "rank": 0}, deciding=list(SETTINGS))
             assert (run.id, len(store.runs())) == (1, 1)
             run.complete([f"layer.{index}" for index in range(8)])
-            analysis = store.load()
+            analysis = stored(store)
         assert analysis.skipped == SKIPPED
         for index, record in enumerate(analysis):
             assert_same(record, made_up(index))
@@ -489,7 +489,7 @@ class TestMerge:
         merge(path, self.parts(path.parent))
         with ResultsStore(path) as store:
             assert [info.layers for info in store.runs()] == [1, 8]
-            assert_same(store.load(1)["layer.0"], made_up(0, weights=1))
+            assert_same(stored(store, 1)["layer.0"], made_up(0, weights=1))
 
     def test_newest_of_equal_runs_in_a_part_counts(self, path: Path) -> None:
         part = path.parent / "part.sqlite"
@@ -509,7 +509,7 @@ class TestMerge:
         merge(path, [part])
         with ResultsStore(path) as store:
             assert store.runs() == expected
-            assert names(store.load()) == ["layer.1"]
+            assert names(stored(store)) == ["layer.1"]
 
     def test_a_part_is_merged_whole_or_not_at_all(self, path: Path) -> None:
         parts = self.parts(path.parent)

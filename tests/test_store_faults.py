@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from farms_fast.results import Analysis
-from farms_fast.store import ResultsStore, merge
-from farms_fast.store.results_store import write_layer
-from farms_fast.store.rows import pack
-from tests.records import assert_same, made_up
+from farms_fast.results.analysis import Analysis
+from farms_fast.results.store import ResultsStore, merge
+from farms_fast.results.store.results_store import write_layer
+from farms_fast.results.store.rows import pack
+from tests.records import assert_same, made_up, stored
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_a_layer_half_written_is_undone(path: Path, windows: int) -> None:
     journal = (crashed / "run.sqlite-journal").stat().st_size
     assert journal > 0
     with ResultsStore(crashed / "run.sqlite") as store:
-        for index, record in enumerate(store.load()):
+        for index, record in enumerate(stored(store)):
             assert_same(record, made_up(index))
         assert store.run({}).finished("layer.1", "d") is not None
     assert os.listdir(crashed) == ["run.sqlite"]
@@ -97,15 +97,15 @@ def test_full_disk(path: Path) -> None:
             deque((run.put(*layer) for layer in layers), maxlen=0)
         assert caught.value.errno == errno.ENOSPC
         assert caught.value.filename == str(path)
-        kept = len(store.load())
+        kept = len(stored(store))
         assert 1 < kept < 100
-        for record in store.load():
+        for record in stored(store):
             assert_same(record, made_up(int(record.name.removeprefix("layer."))))
         assert run.finished("layer.0", "d") is not None
         # Space again: the same run goes on.
         connection.execute("PRAGMA max_page_count = 1000000")
         run.put(kept, made_up(kept), "d")
-        assert len(store.load()) == kept + 1
+        assert len(stored(store)) == kept + 1
 
 
 def test_a_write_that_fails_says_that_layers_are_safe(path: Path) -> None:
@@ -114,7 +114,7 @@ def test_a_write_that_fails_says_that_layers_are_safe(path: Path) -> None:
     limit = path.stat().st_size
     script = (
         "import resource, signal, sys\n"
-        "from farms_fast.store import ResultsStore\n"
+        "from farms_fast.results.store import ResultsStore\n"
         "from tests.records import made_up\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
@@ -145,7 +145,7 @@ def test_full_disk_while_merging(path: Path) -> None:
     limit = parts[0].stat().st_size * 3 // 2
     script = (
         "import resource, signal, sys\n"
-        "from farms_fast.store import merge\n"
+        "from farms_fast.results.store import merge\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
         "try: merge(sys.argv[1], sys.argv[2:])\n"
@@ -175,7 +175,7 @@ def test_locked_for_too_long(path: Path) -> None:
         finally:
             other.close()
         run.put(0, made_up(0), "d")
-        assert_same(store.load()["layer.0"], made_up(0))
+        assert_same(stored(store)["layer.0"], made_up(0))
 
 
 def test_store_that_cannot_be_written(path: Path) -> None:
@@ -183,7 +183,7 @@ def test_store_that_cannot_be_written(path: Path) -> None:
         store.run({"a": 1}).put(0, made_up(0), "d")
         # What SQLite says on a medium that cannot be written, whoever runs the test.
         store._file._open().execute("PRAGMA query_only = ON")
-        assert_same(store.load()["layer.0"], made_up(0))
+        assert_same(stored(store)["layer.0"], made_up(0))
         with pytest.raises(PermissionError, match=r"cannot write the results store.*run\.sqlite"):
             store.run({"a": 2})
 
@@ -196,12 +196,12 @@ def test_interrupted_in_the_middle_of_a_layer(path: Path, monkeypatch: pytest.Mo
         def interrupted(*_: object) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("farms_fast.store.results_store.write_layer", interrupted)
+        monkeypatch.setattr("farms_fast.results.store.results_store.write_layer", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run.put(1, made_up(1), "d")
         monkeypatch.undo()
         run.put(2, made_up(2), "d")
-        assert [layer.name for layer in store.load()] == ["layer.0", "layer.2"]
+        assert [layer.name for layer in stored(store)] == ["layer.0", "layer.2"]
 
 
 def test_spectra_are_read_while_a_layer_is_being_written(path: Path) -> None:
@@ -209,7 +209,7 @@ def test_spectra_are_read_while_a_layer_is_being_written(path: Path) -> None:
     with ResultsStore(path) as store:
         run = store.run({})
         run.put(0, made_up(0), "d")
-        record = store.load()["layer.0"]
+        record = stored(store)["layer.0"]
         with store._file.writing() as connection:
             connection.execute("UPDATE runs SET total = 5")
             assert_same(record, made_up(0))

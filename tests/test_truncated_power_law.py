@@ -17,7 +17,7 @@ import torch
 from scipy import integrate
 
 from farms_fast import fit_power_law
-from farms_fast.truncated_power_law import (
+from farms_fast.compat.weightwatcher.truncated_power_law import (
     TruncatedPowerLawFit,
     fit_truncated_power_law,
     maximum_likelihood,

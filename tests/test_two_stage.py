@@ -7,7 +7,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from farms_fast import ops
+from farms_fast.core import ops
 from tests.zoo import ZOO, error_bound
 
 pytestmark = pytest.mark.gpu

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from farms_fast import FixedAspectSampling, FullMatrix, reference
-from farms_fast.uncertainty import FitRule, LayerFits, fit_layers, resampled_counts
-from farms_fast.windows import WindowGrid
+from farms_fast import FixedAspectSampling, FullMatrix
+from farms_fast.spectra.bootstrap import FitRule, LayerFits, fit_layers, resampled_counts
+from farms_fast.spectra.windows import WindowGrid
+from farms_fast.testing import reference
 from tests.caller import left_as_it_was
 
 RULES = [FitRule(), FitRule(xmin_pos=1.5), FitRule("ks"), FitRule("peak", bins=20)]

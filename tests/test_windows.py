@@ -10,8 +10,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from farms_fast import FixedAspectSampling, FullMatrix, reference
-from farms_fast.windows import WindowGrid, window_table
+from farms_fast import FixedAspectSampling, FullMatrix
+from farms_fast.spectra.windows import WindowGrid, window_table
+from farms_fast.testing import reference
 
 extents = st.integers(1, 40) | st.integers(41, 700)
 ratios = st.sampled_from([1.0, 0.1, 0.25, 1 / 3, 0.5, 0.7, 1.5, 2.0, 3.0]) | st.floats(0.02, 50)

@@ -31,13 +31,11 @@ from farms_fast.adapters.training import CsvLog, TempBalance, TensorBoardLog
 from farms_fast.adapters.training.cifar100 import load_cifar100
 from farms_fast.adapters.training.lightning import LightningRates
 from farms_fast.adapters.training.transformers import TrainerRates
-from farms_fast.arguments import check_type, list_of, path_of
 from farms_fast.compat import modelbalancing as balancing
 from farms_fast.compat import net_esd_estimator, net_esd_estimator_farms, weightwatcher
+from farms_fast.core.arguments import check_type, list_of, path_of
 from farms_fast.live import LiveAnalysis
-from farms_fast.plots import plot_alpha, plot_esd
-from farms_fast.report import write_comparison, write_report
-from farms_fast.store import ResultsStore, merge
+from farms_fast.results.store import ResultsStore, merge
 
 LAYER = LayerRecord("fc", "linear", (1, 4, 4), "ok", alpha=2.5, window_evals=np.ones((1, 4)))
 ANALYSIS = Analysis([LAYER])
@@ -68,8 +66,6 @@ PATHS: dict[str, tuple[Call, str]] = {
     "Comparison.to_html": (COMPARISON.to_html, "path"),
     "Comparison.to_csv": (COMPARISON.to_csv, "path"),
     "Comparison.to_json": (COMPARISON.to_json, "path"),
-    "write_report": (lambda path: write_report(ANALYSIS, path), "path"),
-    "write_comparison": (lambda path: write_comparison(COMPARISON, path), "path"),
     "ResultsStore": (ResultsStore, "path"),
     "merge target": (lambda path: merge(path, []), "target"),
     "merge parts": (lambda path: merge("never.sqlite", [path]), "parts"),
@@ -95,16 +91,8 @@ OTHERS: dict[str, tuple[Call, str, str]] = {
     "Analysis layers": (Analysis, "layers", "LayerRecords"),
     "Analysis skipped": (lambda wrong: Analysis([], wrong), "skipped", "Skipped tensors"),
     "Analysis settings": (lambda wrong: Analysis([], (), wrong), "settings", "a mapping of names"),
-    "write_report": (lambda wrong: write_report(wrong, "never"), "analysis", "an Analysis"),
-    "write_comparison": (
-        lambda wrong: write_comparison(wrong, "never"),
-        "comparison",
-        "a Comparison",
-    ),
     "to_html title": (lambda wrong: ANALYSIS.to_html("never", title=wrong), "title", "a string"),
-    "plot_alpha": (plot_alpha, "analysis", "an Analysis"),
     "plot_alpha ax": (ANALYSIS.plot_alpha, "ax", "None or matplotlib's Axes"),
-    "plot_esd": (plot_esd, "record", "a LayerRecord"),
     "plot_esd ax": (LAYER.plot_esd, "ax", "None or matplotlib's Axes"),
     "LiveAnalysis change": (
         lambda wrong: LiveAnalysis(MODEL, change=wrong),

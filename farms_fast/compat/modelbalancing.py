@@ -11,14 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from farms_fast.arguments import natural
-from farms_fast.compat.estimators import Results, whole_layers
-from farms_fast.compat.spectra import (
+from farms_fast.compat.farms.estimators import Results, whole_layers
+from farms_fast.compat.farms.spectra import (
     fitted_spectra,
     warn_of_missing_fit,
     workspace,
 )
-from farms_fast.compat.tails import TailRule, number
+from farms_fast.compat.farms.tails import TailRule, number
+from farms_fast.core.arguments import natural
 
 __all__ = ["net_esd_estimator"]
 

@@ -9,8 +9,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from farms_fast._extension import has_cuda
-from farms_fast.arguments import (
+from farms_fast.core.arguments import (
     check_dtype,
     check_module,
     check_sampling,
@@ -18,16 +17,17 @@ from farms_fast.arguments import (
     natural,
     not_negative,
 )
-from farms_fast.engine.execute import Settings
+from farms_fast.core.extension import has_cuda
 from farms_fast.engine.machine import machine_of
 from farms_fast.engine.plan import Plan, plan
-from farms_fast.layers import Change, LayerSpec, layers_from_module, module_tensor
+from farms_fast.engine.stages import Settings
 from farms_fast.live.passes import DevicePasses
 from farms_fast.live.pending import Demands, LayerAlpha, PendingAlphas
 from farms_fast.live.weights import LiveWeights
-from farms_fast.power_law import xmin_rule
-from farms_fast.uncertainty import FitRule
-from farms_fast.windows import FixedAspectSampling, Sampling
+from farms_fast.spectra.bootstrap import FitRule
+from farms_fast.spectra.power_law import xmin_rule
+from farms_fast.spectra.windows import FixedAspectSampling, Sampling
+from farms_fast.weights.layers import Change, LayerSpec, layers_from_module, module_tensor
 
 _DEFAULT_SAMPLING = FixedAspectSampling()
 
@@ -35,7 +35,7 @@ _DEFAULT_SAMPLING = FixedAspectSampling()
 class LiveAnalysis:
     """Alphas of a live model's layers, again and again, at a cost that training does not notice.
 
-    The same fits as those of `farms_fast.analyze` with ``bootstrap=0``: alpha, D, xmin and n_tail
+    The same fits as those of `farms_fast.analyze` with `bootstrap=0`: alpha, D, xmin and n_tail
     are equal to the bit where the whole model is on one device. What depends on shapes alone is
     prepared once; each start only launches work: all layers are solved in batches of equal order,
     pooled, sorted and fitted on the device that holds them, and a few numbers a layer are read
@@ -57,7 +57,7 @@ class LiveAnalysis:
         exclude: glob or globs of the layers to leave out.
         min_evals: layers with fewer eigenvalues get the status "too_few".
         evals_threshold: eigenvalues below it are dropped: they neither count nor enter the fit.
-        change: what stands for the model's weights, as in `farms_fast.layers.layers_from_module`.
+        change: what stands for the model's weights, as in `layers_from_module`.
 
     Attributes:
         specs: the layers, in the model's order. Their `tensors` are names in its state dict.
@@ -101,7 +101,6 @@ class LiveAnalysis:
         evals_threshold: float = 0.0,
         change: Change | None = None,
     ) -> None:
-        """Finds the layers and plans everything that depends on shapes alone."""
         check_module("model", model)
         rule = FitRule(xmin_rule(xmin), xmin_pos, bins, getattr(sampling, "compat", None))
         check_dtype(dtype)

@@ -9,15 +9,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from farms_fast.core.packing import pack
 from farms_fast.engine.distributed import share
-from farms_fast.engine.execute import Settings, solve_windows
-from farms_fast.engine.lanes import LANES, beside, side_by_side
-from farms_fast.engine.packing import pack
 from farms_fast.engine.plan import Batch, LayerWindows, Plan
+from farms_fast.engine.stages import Settings, solve_windows
+from farms_fast.engine.streams import LANES, beside, side_by_side
 from farms_fast.live.pending import RESULT_COLUMNS, Launched
 from farms_fast.live.weights import Read, Snapshot, Stacks
-from farms_fast.power_law import sort_spectra
-from farms_fast.windows import window_table
+from farms_fast.spectra.power_law import sort_spectra
+from farms_fast.spectra.windows import window_table
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,6 @@ class DevicePasses:
     """
 
     def __init__(self, plan: Plan, settings: Settings, threshold: float) -> None:
-        """Places everything that depends only on shapes."""
         self._settings = settings
         self._threshold = threshold
         self._names = {

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from farms_fast.layers import LayerSpec
-from farms_fast.power_law import STATUSES, PowerLawFit
-from farms_fast.records import fit_message, nonfinite_message
+from farms_fast.spectra.power_law import STATUSES, PowerLawFit, fit_message, nonfinite_message
+from farms_fast.weights.layers import LayerSpec
 
 
 @dataclass(frozen=True)
@@ -130,7 +129,6 @@ class PendingAlphas:
     def __init__(
         self, specs: Sequence[LayerSpec], demands: Demands, parts: Sequence[Launched]
     ) -> None:
-        """Waits for nothing."""
         self._specs = specs
         self._demands = demands
         self._parts = parts

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from farms_fast.layers import LayerSpec, module_tensor, tensor_identity
+from farms_fast.weights.layers import LayerSpec, module_tensor, tensor_identity
 
 Read = Tensor | Exception
 
@@ -32,7 +32,6 @@ class LiveWeights:
     """
 
     def __init__(self, model: nn.Module, specs: Sequence[LayerSpec]) -> None:
-        """Takes note of the model's parameters."""
         self._model = model
         self._names = list(dict.fromkeys(name for spec in specs for name in spec.tensors))
         self._seen = list(self._look())
@@ -87,7 +86,6 @@ class Stacks:
     """The stacks of layers; those that only view their tensor are kept while it stays in place."""
 
     def __init__(self) -> None:
-        """None is made yet."""
         self._views: dict[int, tuple[Hashable, Tensor]] = {}
 
     def of(self, position: int, spec: LayerSpec, tensors: Sequence[Tensor]) -> Tensor:
@@ -116,7 +114,6 @@ class Snapshot:
     """
 
     def __init__(self) -> None:
-        """Nothing is allocated yet."""
         self.tensors: dict[str, Tensor] = {}
 
     def allocate(self, wanted: Mapping[str, Tensor]) -> None:

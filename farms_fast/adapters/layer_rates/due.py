@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 from farms_fast.adapters.layer_rates.rate_table import RateTable
 from farms_fast.adapters.layer_rates.rates import LayerRates
-from farms_fast.arguments import natural
+from farms_fast.core.arguments import natural
 
 __all__ = ["Clock"]
 
@@ -24,7 +24,6 @@ class Clock:
     """
 
     def __init__(self, rates: LayerRates) -> None:
-        """Nothing is completed yet."""
         self.rates = rates
         self.seen = 0
 

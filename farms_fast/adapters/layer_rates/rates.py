@@ -41,10 +41,10 @@ from farms_fast.adapters.layer_rates.tuned_layers import (
     plain_model,
     tuned_layers,
 )
-from farms_fast.arguments import check_module, natural
-from farms_fast.layers import Change, layers_from_module
+from farms_fast.core.arguments import check_module, natural
 from farms_fast.live import LayerAlpha, LiveAnalysis
-from farms_fast.windows import FixedAspectSampling, Sampling
+from farms_fast.spectra.windows import FixedAspectSampling, Sampling
+from farms_fast.weights.layers import Change, layers_from_module
 
 __all__ = ["LayerRates", "RateWarning"]
 
@@ -100,7 +100,7 @@ class LayerRates(ABC):
             process alone.
         log: told of every new table, on the first rank: a function, the path of a CSV file, or
             several of them. The initial table follows when training begins.
-        change: what stands for the model's weights, as in `farms_fast.layers.layers_from_module`.
+        change: what stands for the model's weights, as in `layers_from_module`.
 
     Attributes:
         model: the plain module.
@@ -145,7 +145,6 @@ class LayerRates(ABC):
         log: Logs = None,
         change: Change | None = None,
     ) -> None:
-        """Finds the layers; weights are read by `param_groups` and `step`."""
         check_module("model", model)
         self.model = plain_model(model)
         self._watch = ModelWatch(self.model)

@@ -76,9 +76,9 @@ class Ahead:
     """An analysis under way: on this device, on another rank, failed at its start, or restored.
 
     Attributes:
-        pending: What was started here.
-        failure: Why nothing could be started.
-        rows: What is known already.
+        pending: what was started here.
+        failure: why nothing could be started.
+        rows: what is known already.
     """
 
     pending: PendingAlphas | None = None

@@ -2,8 +2,8 @@
 
 A layer (or block) whose alpha is large is less well trained and loses more:
 
-``r = (alpha - alpha_min) / (alpha_max - alpha_min) * 2 epsilon + 1 - epsilon``,
-``sparsity = r * eta`` with ``eta = S * sum(d) / sum(d * r)``
+`r = (alpha - alpha_min) / (alpha_max - alpha_min) * 2 epsilon + 1 - epsilon`,
+`sparsity = r * eta` with `eta = S * sum(d) / sum(d * r)`
 
 over the layers' numbers of parameters d (AlphaPruning, arXiv 2410.10912; FARMS, arXiv 2506.06280).
 """
@@ -26,9 +26,9 @@ from farms_fast.adapters.pruning.sparsities import (
     shared_to_total,
     weight_counts,
 )
-from farms_fast.arguments import natural
-from farms_fast.results import Analysis
-from farms_fast.windows import FixedAspectSampling
+from farms_fast.core.arguments import natural
+from farms_fast.results.analysis import Analysis
+from farms_fast.spectra.windows import FixedAspectSampling
 
 __all__ = ["allocate_sparsity", "uniform_sparsity"]
 
@@ -53,32 +53,32 @@ def allocate_sparsity(
 
     A layer without alpha (NaN, a fit that failed) does not count in its block's mean. A block
     without any alpha, or such a layer at level "layer", gets r = 1, the middle of the range; the
-    result lists these layers in ``unfitted``.
+    result lists these layers in `unfitted`.
 
     Args:
-        analysis_or_alphas: An Analysis: its layers in repeated blocks take part (those whose names
-            say so, :func:`~farms_fast.adapters.pruning.block_names.group_by_block`), others are
-            listed in ``left_out``. Or bare alphas in the model's order, or by layer name; of
+        analysis_or_alphas: an Analysis: its layers in repeated blocks take part (those whose names
+            say so, `group_by_block`), others are
+            listed in `left_out`. Or bare alphas in the model's order, or by layer name; of
             names, those in repeated blocks take part in the same way at level "block" without a
-            ``block_size``, and all of them otherwise.
-        sparsity: Share of the weights to prune in total, within (0, 1).
-        epsilon: Half the width of the range of r, 0 to 1: r goes from 1 - epsilon to 1 + epsilon.
+            `block_size`, and all of them otherwise.
+        sparsity: share of the weights to prune in total, within (0, 1).
+        epsilon: half the width of the range of r, 0 to 1: r goes from 1 - epsilon to 1 + epsilon.
         level: "block" gives the layers of a block the ratio of the mean of their alphas, "layer"
             every layer its own.
-        params: With bare alphas, the number of weights of each layer, or one number for all.
-        block_size: With bare alphas at level "block", how many that follow each other are a block.
+        params: with bare alphas, the number of weights of each layer, or one number for all.
+        block_size: with bare alphas at level "block", how many that follow each other are a block.
         compat: "farms" does what the published code does: layers above 1 get 0.998, or 0.99999 when
             the sparsity is 0.7, and nothing is shared out, so that the total is less than asked.
 
     Returns:
-        The ratios by layer, with everything that they were made of; ``settings["allocation"]`` is
+        The ratios by layer, with everything that they were made of; `settings["allocation"]` is
         "farms" for an Analysis of windows of one aspect ratio, else "alpha". Bare alphas in a
         sequence have the names "0", "1", ..., or "0.0", "0.1", ... of block and place in it at
         level "block".
 
     Raises:
-        TypeError: Arguments of another kind.
-        ValueError: A sparsity or epsilon out of range, an unknown level or compat, no repeated
+        TypeError: arguments of another kind.
+        ValueError: a sparsity or epsilon out of range, an unknown level or compat, no repeated
             blocks, alphas that are infinite or not positive, no alpha at all, counts that do not
             fit the alphas, a block_size at level "layer", or a total that cannot be reached because
             too many layers have r = 0.
@@ -136,13 +136,13 @@ def uniform_sparsity(params: Mapping[str, int], sparsity: float) -> Allocation:
     """The same ratio for every layer.
 
     Args:
-        params: Number of weights by layer name; layers in no repeated block are blocks of their
+        params: number of weights by layer name; layers in no repeated block are blocks of their
             own.
-        sparsity: Within (0, 1).
+        sparsity: within (0, 1).
 
     Raises:
-        TypeError: No mapping, or a number of weights that is no integer.
-        ValueError: A sparsity out of range, or no layers.
+        TypeError: no mapping, or a number of weights that is no integer.
+        ValueError: a sparsity out of range, or no layers.
 
     Example:
         >>> uniform_sparsity({"layers.0.q": 10, "layers.1.q": 10}, 0.5).ratios

@@ -10,20 +10,20 @@ __all__ = ["group_by_block"]
 def group_by_block(names: Iterable[str]) -> dict[str, list[str]]:
     """Groups layers by the repeated blocks that they lie in.
 
-    A block is numbered: ``model.layers.3`` in ``model.layers.3.mlp.up_proj``. Numbers of one list
-    are repeated blocks when at least two of them hold layers of one name (``mlp.up_proj``). Of
+    A block is numbered: `model.layers.3` in `model.layers.3.mlp.up_proj`. Numbers of one list
+    are repeated blocks when at least two of them hold layers of one name (`mlp.up_proj`). Of
     nested lists the outermost counts, so that a block's experts are in the block.
 
     Args:
-        names: Of layers, in the model's order.
+        names: of layers, in the model's order.
 
     Returns:
         Names of blocks to names of layers, both in the given order. Layers outside of blocks are
         in none.
 
     Raises:
-        TypeError: They are no names.
-        ValueError: There are no repeated blocks.
+        TypeError: they are no names.
+        ValueError: there are no repeated blocks.
 
     Example:
         >>> group_by_block(["layers.0.q", "layers.0.up", "layers.1.q", "layers.1.up", "lm_head"])

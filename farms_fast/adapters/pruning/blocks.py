@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from farms_fast.arguments import check_module
-from farms_fast.layers import Skipped, tensor_identity
-from farms_fast.quantised import QUANTISED_BUFFERS
+from farms_fast.core.arguments import check_module
+from farms_fast.weights.formats.quantised import QUANTISED_BUFFERS
+from farms_fast.weights.layers import Skipped, tensor_identity
 
 __all__ = ["Block", "Blocks", "PrunableLayer", "find_blocks"]
 
@@ -22,9 +22,9 @@ class PrunableLayer:
     """A linear map in a block.
 
     Attributes:
-        name: Of its module in the model.
-        module: An ``nn.Linear``, or Hugging Face's Conv1D.
-        transposed: Whether the weight is stored (in, out), as Conv1D does.
+        name: of its module in the model.
+        module: an `nn.Linear`, or Hugging Face's Conv1D.
+        transposed: whether the weight is stored (in, out), as Conv1D does.
     """
 
     name: str
@@ -50,9 +50,9 @@ class Block:
     """One of the repeated blocks.
 
     Attributes:
-        name: Of its module in the model.
-        module: What is run.
-        layers: The layers to prune, in the module's order.
+        name: of its module in the model.
+        module: what is run.
+        layers: the layers to prune, in the module's order.
     """
 
     name: str
@@ -65,9 +65,9 @@ class Blocks:
     """The blocks of a model, and what lies outside of them.
 
     Attributes:
-        container: Name of the module that holds the blocks.
-        blocks: In the order in which the model runs them.
-        skipped: Every matrix of the model that is not pruned, with the reason.
+        container: name of the module that holds the blocks.
+        blocks: in the order in which the model runs them.
+        skipped: every matrix of the model that is not pruned, with the reason.
 
     Example:
         >>> from torch import nn
@@ -98,21 +98,21 @@ class _Candidate:
 def find_blocks(model: nn.Module) -> Blocks:
     """Finds the repeated blocks of a model and the linear layers in them.
 
-    Blocks are two or more neighbouring modules of one class in an ``nn.ModuleList`` or
-    ``nn.Sequential`` that hold more than half of the weights of linear layers inside such lists.
+    Blocks are two or more neighbouring modules of one class in an `nn.ModuleList` or
+    `nn.Sequential` that hold more than half of the weights of linear layers inside such lists.
     Where several lists do, the longest is taken, and the outermost of equally long ones. No name
     of a model or of a layer is looked at.
 
-    Linear layers are ``nn.Linear`` and Hugging Face's Conv1D. Everything else of two or more
+    Linear layers are `nn.Linear` and Hugging Face's Conv1D. Everything else of two or more
     dimensions (embeddings, the output layer, convolutions, experts in one tensor) is listed in
-    ``skipped``.
+    `skipped`.
 
     Args:
-        model: Any module; it is neither run nor changed.
+        model: any module; it is neither run nor changed.
 
     Raises:
-        TypeError: ``model`` is not a module.
-        ValueError: It has no repeated blocks, it is an encoder with a decoder, or a layer of a
+        TypeError: `model` is not a module.
+        ValueError: it has no repeated blocks, it is an encoder with a decoder, or a layer of a
             block is quantised, has no data, is computed from other tensors (a parametrisation, an
             adapter), or shares its weight with another layer.
     """

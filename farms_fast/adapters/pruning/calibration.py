@@ -32,7 +32,7 @@ from farms_fast.adapters.pruning.placement import (
     move_module,
 )
 from farms_fast.adapters.pruning.shortage import is_out_of_memory, no_room, release, whole
-from farms_fast.arguments import natural
+from farms_fast.core.arguments import natural
 from farms_fast.engine.machine import machine_of
 
 __all__ = ["BlockRunner"]
@@ -51,23 +51,23 @@ class BlockRunner:
     evaluation mode and without gradients inside.
 
     Args:
-        model: Called with ``model(tokens)``, and ``use_cache=False`` where it knows that.
-        blocks: As `find_blocks` gives them.
+        model: called with `model(tokens)`, and `use_cache=False` where it knows that.
+        blocks: as `find_blocks` gives them.
         tokens: int64 (samples, seqlen).
-        device: Where blocks run; None is where each of them is.
-        memory: Bytes to take on that device at most; None is half of the device's. The hidden
+        device: where blocks run; None is where each of them is.
+        memory: bytes to take on that device at most; None is half of the device's. The hidden
             states are kept on the device where they fit beside the rest, else in the host's memory,
             which has to have room for them.
-        batch_size: Samples at a time to begin with; None is about 4096 tokens, fewer where memory
+        batch_size: samples at a time to begin with; None is about 4096 tokens, fewer where memory
             is short. Where the device has no room for them after all, half as many.
-        statistics: Bytes of what is collected of a block.
+        statistics: bytes of what is collected of a block.
 
     Attributes:
-        use: What it takes, a `farms_fast.adapters.pruning.memory_use.MemoryUse`.
-        batch_size: Samples at a time by now.
+        use: what it takes, a `farms_fast.adapters.pruning.memory_use.MemoryUse`.
+        batch_size: samples at a time by now.
 
     Raises:
-        ValueError: The memory is not enough for one sample at a time, an unknown device, or the
+        ValueError: the memory is not enough for one sample at a time, an unknown device, or the
             model never reaches its first block.
     """
 
@@ -82,7 +82,6 @@ class BlockRunner:
         batch_size: int | None = None,
         statistics: Callable[[Block], int] = lambda block: 0,
     ) -> None:
-        """Runs one sample up to the first block, to know the size of the hidden states."""
         self._model = model
         self._blocks = blocks.blocks
         self._tokens = tokens
@@ -128,7 +127,6 @@ class BlockRunner:
     # ----------------------------------------------------------------------------------- runs
 
     def __enter__(self) -> BlockRunner:
-        """Puts the runner in the place of the blocks' forward passes."""
         self._restore = contextlib.ExitStack()
         self._restore.enter_context(torch.no_grad())
         self._restore.enter_context(evaluating(self._model))
@@ -137,7 +135,6 @@ class BlockRunner:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Puts the blocks' own forward passes back."""
         self._restore.close()
 
     def _stand_in(self, index: int) -> Callable[..., Any]:
@@ -179,12 +176,12 @@ class BlockRunner:
         """Runs the block that is due on every batch; with half of the batch where it has no room.
 
         Args:
-            keep: Take what it returns as input of the next block, which is due from then on; else
+            keep: take what it returns as input of the next block, which is due from then on; else
                 forget it.
-            again: Called before every batch runs again, to forget what was collected of them.
+            again: called before every batch runs again, to forget what was collected of them.
 
         Raises:
-            ValueError: It returns NaN or infinity, or the device has no room for a single sample;
+            ValueError: it returns NaN or infinity, or the device has no room for a single sample;
                 the message names the block.
         """
         due = self._next
@@ -223,7 +220,7 @@ class BlockRunner:
         Half of the samples; with one at a time, hidden states in the host's memory.
 
         Raises:
-            ValueError: There is nothing less.
+            ValueError: there is nothing less.
         """
         self._kept, self._next = [], 0
         release()
@@ -282,17 +279,17 @@ class BlockRunner:
     def outputs(
         self, make: Callable[[Any, int], Any] = lambda output, first: output
     ) -> Iterator[Any]:
-        """Goes once over what the model returns, after all blocks have run with ``keep``.
+        """Goes once over what the model returns, after all blocks have run with `keep`.
 
         Args:
-            make: Called with what it returns for a batch, and with the number of the batch's first
+            make: called with what it returns for a batch, and with the number of the batch's first
                 sample. Where memory ends in there, the batch is halved as it is in a block.
 
         Yields:
-            For every batch what ``make`` returns.
+            For every batch what `make` returns.
 
         Raises:
-            ValueError: As `run`.
+            ValueError: as `run`.
         """
         first = 0
         while len(self._tokens):
@@ -327,7 +324,7 @@ class BlockRunner:
         """The block that is due, with its weights on the device for as long.
 
         Raises:
-            ValueError: The device has no room for them.
+            ValueError: the device has no room for them.
         """
         number = self._next
         block, home = self._blocks[number], self._homes[number]

@@ -22,10 +22,10 @@ def collect(
     """Runs the block that is due on every batch, and gives the statistics of its layers' inputs.
 
     Args:
-        runner: Entered, with the block on its device.
-        layers: Of that block.
-        how: Which statistics.
-        keep: As in `BlockRunner.run`.
+        runner: entered, with the block on its device.
+        layers: of that block.
+        how: which statistics.
+        keep: as in `BlockRunner.run`.
 
     Returns:
         By the layers' names; of layers that always have the same input, the same ones.
@@ -92,7 +92,7 @@ class _Collector:
         """Takes one input of a layer.
 
         Raises:
-            _NotTheSame: The layer shares statistics, and this is not the input that they have.
+            _NotTheSame: the layer shares statistics, and this is not the input that they have.
         """
         name = layer.name
         leader = self._leader(name, inputs) if self._sharing else name
@@ -123,7 +123,7 @@ class _Collector:
         """Of every layer, empty ones of a layer that was never called.
 
         Raises:
-            _NotTheSame: A layer was called more often than one that it shares statistics with.
+            _NotTheSame: a layer was called more often than one that it shares statistics with.
         """
         found = {}
         for layer in layers:

@@ -15,8 +15,8 @@ from farms_fast.adapters.pruning.likelihood import TokenLosses, check_order, wit
 from farms_fast.adapters.pruning.module_state import evaluating
 from farms_fast.adapters.pruning.placement import input_embeddings
 from farms_fast.adapters.pruning.tokens import check_positions, longest_sequence, token_ids
-from farms_fast.arguments import natural
-from farms_fast.extras import optional_import
+from farms_fast.core.arguments import natural
+from farms_fast.core.optional import optional_import
 
 __all__ = ["SEVEN_TASKS", "check_causal", "perplexity", "zero_shot"]
 
@@ -47,37 +47,37 @@ def perplexity(
 ) -> float:
     """Exponential of the mean negative log likelihood of a text's tokens, over windows of the text.
 
-    Windows of ``seqlen`` tokens start every ``stride`` tokens; the last one ends with the text and
+    Windows of `seqlen` tokens start every `stride` tokens; the last one ends with the text and
     is shorter. A window scores those of its tokens that no window before it has scored; the
     rest are context. Without a stride windows lie side by side, as in the literature, and the first
     token of each, which has no context, is not scored. With a smaller stride every token but the
-    text's first is scored once, with at least ``seqlen - stride`` tokens before it.
+    text's first is scored once, with at least `seqlen - stride` tokens before it.
 
     The model has to be causal: a token's likelihood may depend on the tokens before it alone. That
     is tried out on the first window, whose second half is replaced to see whether the likelihoods
     in its first half change.
 
     Args:
-        model: Called with token ids (n, seqlen); returns logits (n, seqlen, vocabulary), or an
-            output with ``logits``, or a tuple with them first. It runs in evaluation mode.
+        model: called with token ids (n, seqlen); returns logits (n, seqlen, vocabulary), or an
+            output with `logits`, or a tuple with them first. It runs in evaluation mode.
         tokens: int64 (n,) or (1, n), a text.
-        seqlen: Tokens of a window.
-        stride: Tokens from a window's start to that of the next, at most seqlen; None is seqlen.
-        batch_size: Windows at a time to begin with; None is about 4096 tokens. Where the device's
+        seqlen: tokens of a window.
+        stride: tokens from a window's start to that of the next, at most seqlen; None is seqlen.
+        batch_size: windows at a time to begin with; None is about 4096 tokens. Where the device's
             memory ends, half of them, and so on down to one.
-        device: Where the model's repeated blocks run, one at a time, what is around them running
+        device: where the model's repeated blocks run, one at a time, what is around them running
             where it is; None runs the model where it is, as does the device that it is on.
-        memory: With a device where the model is not: as
+        memory: with a device where the model is not: as
             `farms_fast.adapters.pruning.sequential.prune_model` takes it. A model that is on its
-            device takes what ``batch_size`` windows take.
+            device takes what `batch_size` windows take.
 
     Returns:
         The perplexity; infinity where it is beyond the range of a float. Log likelihoods are summed
         in float64, each computed in float32 or the model's wider dtype.
 
     Raises:
-        TypeError: An argument of another kind.
-        ValueError: Fewer than two tokens, a seqlen below 2 or beyond the model's positions, a
+        TypeError: an argument of another kind.
+        ValueError: fewer than two tokens, a seqlen below 2 or beyond the model's positions, a
             stride out of range, an unknown token, logits that are NaN, a model that is not causal,
             or no memory for one window at a time.
 
@@ -132,14 +132,14 @@ def check_causal(
     """Raises unless a model's likelihood of a token depends on the tokens before it alone.
 
     Args:
-        model: As `perplexity` takes it. Of a model that does not tell its vocabulary, as those of
+        model: as `perplexity` takes it. Of a model that does not tell its vocabulary, as those of
             transformers do, nothing is known here.
-        device: As `perplexity` takes it.
-        memory: As `perplexity` takes it.
+        device: as `perplexity` takes it.
+        memory: as `perplexity` takes it.
 
     Raises:
-        TypeError: The model returns no logits.
-        ValueError: It is not causal.
+        TypeError: the model returns no logits.
+        ValueError: it is not causal.
 
     Example:
         >>> check_causal(torch.nn.Sequential(torch.nn.Embedding(10, 10)))
@@ -186,19 +186,19 @@ def zero_shot(
     Data sets come from a hub, unless they have been fetched before.
 
     Args:
-        model: A causal language model of transformers.
-        tokenizer: Its tokenizer.
-        tasks: Names of lm_eval's tasks.
-        batch_size: As lm_eval takes it.
-        limit: Examples of each task; None is all of them.
+        model: a causal language model of transformers.
+        tokenizer: its tokenizer.
+        tasks: names of lm_eval's tasks.
+        batch_size: as lm_eval takes it.
+        limit: examples of each task; None is all of them.
 
     Returns:
         Accuracy ("acc" of lm_eval, not length-normalised, as papers on pruning report it) by task.
 
     Raises:
         ImportError: lm_eval is not installed.
-        TypeError: The model is none, or returns no logits.
-        ValueError: No task, one that has no accuracy, or a model that is not causal.
+        TypeError: the model is none, or returns no logits.
+        ValueError: no task, one that has no accuracy, or a model that is not causal.
     """
     named = isinstance(tasks, Sequence) and all(isinstance(task, str) for task in tasks)
     if isinstance(tasks, str) or not named or not tasks:

@@ -18,7 +18,7 @@ from farms_fast.adapters.pruning.memory_use import usual_batch
 from farms_fast.adapters.pruning.module_state import evaluating
 from farms_fast.adapters.pruning.placement import block_device, input_device
 from farms_fast.adapters.pruning.shortage import is_out_of_memory, no_room, release
-from farms_fast.arguments import check_module, natural
+from farms_fast.core.arguments import check_module, natural
 
 __all__ = ["TokenLosses", "check_order", "with_another_end"]
 
@@ -31,12 +31,12 @@ class TokenLosses:
     """Negative log likelihoods of the last tokens of windows.
 
     Args:
-        model: Called with token ids (n, length); returns logits (n, length, vocabulary), or an
-            output with ``logits``, or a tuple with them first.
-        batch_size: Windows at a time to begin with; None is about 4096 tokens. Where the device's
+        model: called with token ids (n, length); returns logits (n, length, vocabulary), or an
+            output with `logits`, or a tuple with them first.
+        batch_size: windows at a time to begin with; None is about 4096 tokens. Where the device's
             memory ends, half of them.
-        device: Where the model's repeated blocks run, one at a time; None is where the model is.
-        memory: Bytes on that device, unless the model is there.
+        device: where the model's repeated blocks run, one at a time; None is where the model is.
+        memory: bytes on that device, unless the model is there.
     """
 
     def __init__(
@@ -47,7 +47,6 @@ class TokenLosses:
         device: str | torch.device | None,
         memory: int | None,
     ) -> None:
-        """Nothing runs yet."""
         check_module("model", model)
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             raise ValueError(_NOT_CAUSAL.format(type(model).__name__, "it has an encoder"))
@@ -68,8 +67,8 @@ class TokenLosses:
             For every batch, float64 (windows, scored) on the CPU.
 
         Raises:
-            TypeError: The model returns no logits.
-            ValueError: There is no memory for one window at a time.
+            TypeError: the model returns no logits.
+            ValueError: there is no memory for one window at a time.
         """
 
         def losses(output: Any, first: int) -> Tensor:
@@ -181,7 +180,7 @@ def check_order(model: nn.Module, losses: Tensor) -> None:
     """Raises ValueError where likelihoods in a window depend on the tokens that come after.
 
     Args:
-        model: Whose they are.
+        model: whose they are.
         losses: (2, length - 1) of what `with_another_end` gives, with the window's own targets.
     """
     half = (losses.shape[1] + 2) // 2

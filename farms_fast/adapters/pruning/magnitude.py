@@ -28,12 +28,12 @@ def magnitude_prune_(
 
     Args:
         weight: floating (out, in), any strides; written in place.
-        ratio: Share of all weights that are zero afterwards: exactly round(ratio * (out * in)),
+        ratio: share of all weights that are zero afterwards: exactly round(ratio * (out * in)),
             zeros that were there before counted. A matrix with more zeros than that stays as
-            it is. None with ``n_m``.
-        statistics: Not used; there so that all pruners are called alike.
+            it is. None with `n_m`.
+        statistics: not used; there so that all pruners are called alike.
         n_m: (n, m): n weights are kept of every m consecutive ones of a row, instead of a ratio.
-        layer: The layer's name for messages.
+        layer: the layer's name for messages.
 
     Returns:
         bool (out, in), true where the weight is zero now.

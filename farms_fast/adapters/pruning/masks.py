@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 
 from farms_fast.adapters.pruning.sparsities import is_number
-from farms_fast.arguments import natural
+from farms_fast.core.arguments import natural
 
 __all__ = [
     "check_pattern",
@@ -25,7 +25,7 @@ __all__ = [
 
 
 def lowest(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """Marks exactly ``count`` of the lowest scores.
+    """Marks exactly `count` of the lowest scores.
 
     Args:
         scores: (rows, cols), floating, without NaN.
@@ -67,7 +67,7 @@ def lowest_in_rows(scores: torch.Tensor, ratio: float) -> torch.Tensor:
 
 
 def lowest_in_groups(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
-    """Marks all but the ``n`` highest of every ``m`` scores that stand side by side in a row.
+    """Marks all but the `n` highest of every `m` scores that stand side by side in a row.
 
     Args:
         scores: (rows, cols), floating, without NaN; cols a multiple of m.

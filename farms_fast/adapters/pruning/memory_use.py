@@ -10,7 +10,7 @@ from torch import Tensor
 
 from farms_fast.adapters.pruning.blocks import Block
 from farms_fast.adapters.pruning.placement import device_of
-from farms_fast.arguments import natural
+from farms_fast.core.arguments import natural
 
 __all__ = ["MemoryUse", "plan_memory", "usual_batch"]
 
@@ -22,14 +22,14 @@ class MemoryUse:
     """Bytes that a calibration takes, beside what the model takes where it is.
 
     Attributes:
-        kept: The hidden states between two blocks: samples · seqlen · hidden size · bytes of a
+        kept: the hidden states between two blocks: samples · seqlen · hidden size · bytes of a
             value (and whatever else a block returns).
-        block: The largest block's weights, if they are not on the device already.
-        statistics: Of one block's layers, as the method says.
-        batch: What one batch takes inside a block: batch · seqlen · (2 · hidden size + the inputs
+        block: the largest block's weights, if they are not on the device already.
+        statistics: of one block's layers, as the method says.
+        batch: what one batch takes inside a block: batch · seqlen · (2 · hidden size + the inputs
             and outputs of its layers) · bytes of a value, and a float32 copy of the widest input.
             Attention is taken to keep no matrix of scores.
-        on_device: Whether ``kept`` is on the device; else it is in the host's memory.
+        on_device: whether `kept` is on the device; else it is in the host's memory.
     """
 
     kept: int
@@ -61,16 +61,16 @@ def plan_memory(
     """The samples at a time that a budget has room for, and what they take.
 
     Args:
-        blocks: That are run one after the other.
-        hidden: The hidden states of one sample, (1, seqlen, hidden size) or as the model has them.
+        blocks: that are run one after the other.
+        hidden: the hidden states of one sample, (1, seqlen, hidden size) or as the model has them.
         tokens: (samples, seqlen), all of them.
-        device: Where the blocks run.
-        budget: Bytes.
-        batch_size: Samples at a time, or None for about 4096 tokens, fewer where they do not fit.
-        statistics: Bytes of what is collected of a block.
+        device: where the blocks run.
+        budget: bytes.
+        batch_size: samples at a time, or None for about 4096 tokens, fewer where they do not fit.
+        statistics: bytes of what is collected of a block.
 
     Raises:
-        ValueError: The budget is not enough for as many, or for one at a time.
+        ValueError: the budget is not enough for as many, or for one at a time.
     """
     samples, seqlen = tokens.shape
     wanted = usual_batch(seqlen) if batch_size is None else batch_size

@@ -31,15 +31,15 @@ def outlier_ratio(scores: Iterable[torch.Tensor], threshold: float = 5.0) -> flo
 
     Args:
         scores: |W|·‖x‖ of every layer of a block
-            (:func:`~farms_fast.adapters.pruning.wanda.wanda_scores`), any shapes.
+            (`wanda_scores`), any shapes.
         threshold: M, above how many times the mean over the block a score stands out.
 
     Returns:
         Percentage of the scores that are above threshold times their mean.
 
     Raises:
-        TypeError: Scores that are no tensors.
-        ValueError: No scores, scores that are not finite, or a threshold that is not positive.
+        TypeError: scores that are no tensors.
+        ValueError: no scores, scores that are not finite, or a threshold that is not positive.
 
     Example:
         >>> outlier_ratio([torch.tensor([1.0, 1.0, 1.0]), torch.tensor([9.0])], 2.0)
@@ -69,23 +69,23 @@ def owl_sparsity(
 ) -> Allocation:
     """Shares a model's sparsity out over its blocks by their outliers.
 
-    ``density = 2 lam (D - D_min) / (D_max - D_min) - mean + 1 - S``, where the mean is that of the
+    `density = 2 lam (D - D_min) / (D_max - D_min) - mean + 1 - S`, where the mean is that of the
     first term over all weights, so that the total is S exactly. Where a sparsity is above 1 the
     block gets 1 and the excess is shared out over the others.
 
     Args:
-        outliers: D (:func:`outlier_ratio`) by block name, or in order.
+        outliers: D (`outlier_ratio`) by block name, or in order.
         sparsity: S, share of the weights to prune in total, within (0, 1).
-        lam: Half the width of the range of densities, at least 0.
-        layers: Number of weights by layer name, by block name; None takes every block for one layer
+        lam: half the width of the range of densities, at least 0.
+        layers: number of weights by layer name, by block name; None takes every block for one layer
             of its own, all equally large.
 
     Returns:
         The ratios by layer.
 
     Raises:
-        TypeError: Outliers that are no numbers, or a number of weights that is no integer.
-        ValueError: A sparsity out of range, a lam that is negative or makes a sparsity negative,
+        TypeError: outliers that are no numbers, or a number of weights that is no integer.
+        ValueError: a sparsity out of range, a lam that is negative or makes a sparsity negative,
             outliers that are not finite, or layers of other blocks.
 
     Example:

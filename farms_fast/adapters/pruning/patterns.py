@@ -9,7 +9,7 @@ __all__ = ["kept_of_groups"]
 
 
 def kept_of_groups(ratios: Sequence[float], counts: Sequence[int], size: int) -> list[int]:
-    """How many of ``size`` weights each layer (or block) keeps.
+    """How many of `size` weights each layer (or block) keeps.
 
     Every number is the wanted one rounded down, and at least 1 unless the ratio is 1. What then
     lacks for the total is added to those with the largest remainders, or what those with less than
@@ -17,12 +17,12 @@ def kept_of_groups(ratios: Sequence[float], counts: Sequence[int], size: int) ->
     bring the total nearer.
 
     Args:
-        ratios: Within [0, 1].
-        counts: Numbers of weights.
-        size: Weights of a group.
+        ratios: within [0, 1].
+        counts: numbers of weights.
+        size: weights of a group.
 
     Raises:
-        ValueError: With 1 of ``size`` kept everywhere fewer weights go than the ratios say.
+        ValueError: with 1 of `size` kept everywhere fewer weights go than the ratios say.
 
     Example:
         >>> kept_of_groups([0.9, 0.5, 0.7], [8, 8, 8], 4)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from farms_fast.adapters.pruning.shortage import is_out_of_memory, release
-from farms_fast.arguments import resolve_device
+from farms_fast.core.arguments import resolve_device
 from farms_fast.engine.machine import machine_of
 
 __all__ = [
@@ -23,7 +23,7 @@ def block_device(device: str | torch.device | None, home: torch.device) -> torch
     """The device that an argument names, with its number, so that it equals that of a tensor.
 
     Raises:
-        ValueError: As `farms_fast.arguments.resolve_device`.
+        ValueError: as `farms_fast.core.arguments.resolve_device`.
     """
     found = resolve_device(device, home)
     if found.type == "cuda" and found.index is None:
@@ -68,9 +68,9 @@ def place_model(model: nn.Module, device: torch.device, memory: int | None = Non
     Where the device has no room for it, it stays where it is.
 
     Args:
-        model: Whole on one device.
-        device: Where to.
-        memory: Bytes that may be taken; None is half of what the device has.
+        model: whole on one device.
+        device: where to.
+        memory: bytes that may be taken; None is half of what the device has.
 
     Returns:
         Bytes that may be taken beside the model. On the CPU, where it is anyway, it does not count.

@@ -41,7 +41,7 @@ def epsilon_preset(model: str, method: str, sparsity: float) -> float:
         sparsity: 0.7, 0.75, 0.8 or 0.85.
 
     Raises:
-        ValueError: There is none for these; the message names what there is.
+        ValueError: there is none for these; the message names what there is.
 
     Example:
         >>> epsilon_preset("LLaMA-7B", "sparsegpt", 0.8)

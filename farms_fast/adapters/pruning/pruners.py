@@ -27,7 +27,7 @@ class PruneFunction(Protocol):
         n_m: tuple[int, int] | None = None,
         layer: str = "",
     ) -> torch.Tensor:
-        """Prunes ``weight`` (out, in) in place and returns the mask, true where it is zero."""
+        """Prunes `weight` (out, in) in place and returns the mask, true where it is zero."""
         ...
 
 
@@ -37,9 +37,9 @@ class Pruner:
 
     Attributes:
         name: "magnitude", "wanda" or "sparsegpt".
-        needs_inputs: Whether it needs :class:`InputStatistics`, and so calibration.
-        needs_hessian: Whether these have to be made with ``hessian=True``.
-        prune_: The function.
+        needs_inputs: whether it needs `InputStatistics`, and so calibration.
+        needs_hessian: whether these have to be made with `hessian=True`.
+        prune_: the function.
     """
 
     name: str
@@ -73,7 +73,7 @@ def pruner(name: str) -> Pruner:
     """The pruner of that name.
 
     Raises:
-        ValueError: There is none.
+        ValueError: there is none.
 
     Example:
         >>> pruner("wanda").needs_hessian

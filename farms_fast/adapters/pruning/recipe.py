@@ -10,7 +10,7 @@ from farms_fast.adapters.pruning.masks import check_pattern
 from farms_fast.adapters.pruning.pruners import pruner
 from farms_fast.adapters.pruning.sparsegpt import check_damping
 from farms_fast.adapters.pruning.sparsities import Allocation, is_number
-from farms_fast.arguments import natural
+from farms_fast.core.arguments import natural
 
 __all__ = ["to_recipe"]
 
@@ -30,24 +30,24 @@ def to_recipe(
 
     Layers of one ratio get a modifier together, with the names of their modules as its targets, so
     that nothing depends on the order in which llm-compressor goes over a model. Run it with
-    ``llmcompressor.oneshot(model=..., recipe="recipe.yaml", dataset=...)``. Checked with 0.14
-    (``python -m tests.recipe_in_llmcompressor``).
+    `llmcompressor.oneshot(model=..., recipe="recipe.yaml", dataset=...)`. Checked with 0.14
+    (`python -m tests.recipe_in_llmcompressor`).
 
     What it does differs in details from what is done here: its SparseGPT prunes one weight more in
     every block of columns, and all that tie with it; its Wanda rounds the number of every row down;
-    it knows ``nn.Linear`` but not Hugging Face's Conv1D (GPT-2). Magnitude becomes a
-    ``MagnitudePruningModifier``, which acts while llm-compressor trains and not in a one-shot run.
+    it knows `nn.Linear` but not Hugging Face's Conv1D (GPT-2). Magnitude becomes a
+    `MagnitudePruningModifier`, which acts while llm-compressor trains and not in a one-shot run.
 
     Args:
         method: "magnitude", "wanda" or "sparsegpt".
-        ratios: An Allocation over modules (see
-            :meth:`~farms_fast.adapters.pruning.sparsities.Allocation.for_modules`), or ratios by
+        ratios: an Allocation over modules (see
+            `Allocation.for_modules`), or ratios by
             module name.
         n_m: (n, m), n kept of every m, by module name, in the place of the ratios. In a recipe the
             first number is that of the weights that go: (3, 8) becomes "5:8".
-        block: Columns that SparseGPT prunes together; with n_m rounded down to a multiple of m,
+        block: columns that SparseGPT prunes together; with n_m rounded down to a multiple of m,
             but not to 0.
-        damping: That of SparseGPT.
+        damping: that of SparseGPT.
 
     Returns:
         The text. Layers that stay as they are, of a ratio of 0 or n = m, are not in it. A ratio of
@@ -56,7 +56,7 @@ def to_recipe(
 
     Raises:
         TypeError: ratios or n_m are no mapping, or block is no integer.
-        ValueError: An unknown method, no layers to prune, a ratio outside of [0, 1], layers of n_m
+        ValueError: an unknown method, no layers to prune, a ratio outside of [0, 1], layers of n_m
             that are not those of the ratios, or n_m with the magnitude method, for which
             llm-compressor has no such thing.
 

@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import nn
 
-from farms_fast._extension import __version__
 from farms_fast.adapters.pruning.sequential import PruningReport
-from farms_fast.exports import plain
+from farms_fast.core.extension import __version__
+from farms_fast.core.jsonable import plain
 
 __all__ = ["SETTINGS_FILE", "check_output", "new_folder", "report_as_dict", "save_pruned"]
 
@@ -28,9 +28,9 @@ def check_output(path: str | os.PathLike[str]) -> Path:
     """The path of a folder to make, absolute.
 
     Raises:
-        TypeError: It is no path.
-        FileExistsError: It is a file, or a folder that is not empty.
-        FileNotFoundError: The folder that it is to be in does not exist.
+        TypeError: it is no path.
+        FileExistsError: it is a file, or a folder that is not empty.
+        FileNotFoundError: the folder that it is to be in does not exist.
     """
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"out: expected the path of a folder, got {type(path).__name__}")
@@ -50,17 +50,17 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A folder beside the target that takes its place at the end.
 
     After an error there is nothing under the target's name, and the folder is gone. A process that
-    is killed leaves it, under a name that begins with a point and ends in ``.partial``.
+    is killed leaves it, under a name that begins with a point and ends in `.partial`.
 
     Args:
-        path: A folder that does not exist yet, or is empty.
+        path: a folder that does not exist yet, or is empty.
 
     Yields:
         The folder to write to.
 
     Raises:
-        FileExistsError: As `check_output`.
-        FileNotFoundError: As `check_output`.
+        FileExistsError: as `check_output`.
+        FileNotFoundError: as `check_output`.
 
     Example:
         >>> import tempfile
@@ -88,7 +88,7 @@ def report_as_dict(
     """What `SETTINGS_FILE` has: settings, results, and a line for each layer and skipped tensor.
 
     Raises:
-        TypeError: No `PruningReport`, or settings that are no mapping.
+        TypeError: no `PruningReport`, or settings that are no mapping.
 
     Example:
         >>> report = PruningReport("magnitude", (), (), 0.0, 0)
@@ -137,26 +137,26 @@ def save_pruned(
     settings: Mapping[str, object] | None = None,
     recipe: str | None = None,
 ) -> None:
-    """Saves a pruned model so that ``from_pretrained`` loads it.
+    """Saves a pruned model so that `from_pretrained` loads it.
 
     Beside the model's own files there are `SETTINGS_FILE` with the ratios, what was reached, and
-    the settings, and with ``recipe`` the file ``recipe.yaml``. The folder appears whole or not at
+    the settings, and with `recipe` the file `recipe.yaml`. The folder appears whole or not at
     all.
 
     Args:
-        model: With a ``save_pretrained``, as models of transformers have it.
-        out: A folder that does not exist yet, or is empty.
-        report: Of `prune_model`.
-        tokenizer: Saved too, if given.
-        settings: How the ratios were made, in values that JSON has a form for.
-        recipe: The text of a recipe for llm-compressor.
+        model: with a `save_pretrained`, as models of transformers have it.
+        out: a folder that does not exist yet, or is empty.
+        report: of `prune_model`.
+        tokenizer: saved too, if given.
+        settings: how the ratios were made, in values that JSON has a form for.
+        recipe: the text of a recipe for llm-compressor.
 
     Raises:
-        TypeError: The model or the tokenizer has no ``save_pretrained``, or an argument of another
+        TypeError: the model or the tokenizer has no `save_pretrained`, or an argument of another
             kind; nothing is written then.
-        FileExistsError: The folder is there and not empty.
-        FileNotFoundError: The folder that it is to be in does not exist.
-        OSError: It cannot be written.
+        FileExistsError: the folder is there and not empty.
+        FileNotFoundError: the folder that it is to be in does not exist.
+        OSError: it cannot be written.
     """
     for argument, saved in (("model", model), ("tokenizer", tokenizer)):
         if not hasattr(saved, "save_pretrained") and (saved is not None or argument == "model"):

@@ -23,9 +23,9 @@ from farms_fast.adapters.pruning.sparsities import Allocation
 from farms_fast.adapters.pruning.statistics import InputStatistics
 from farms_fast.adapters.pruning.tokens import check_tokens
 from farms_fast.adapters.pruning.wanda import wanda_scores
-from farms_fast.arguments import natural
-from farms_fast.layers import Skipped
-from farms_fast.progress import Progress, reporter
+from farms_fast.core.arguments import natural
+from farms_fast.core.progress import Progress, reporter
+from farms_fast.weights.layers import Skipped
 
 __all__ = ["PrunedLayer", "PruningReport", "owl_statistics", "prune_model"]
 
@@ -39,14 +39,14 @@ class PrunedLayer:
     """What became of one layer.
 
     Attributes:
-        name: Of its module.
-        block: Name of its block's module.
+        name: of its module.
+        block: name of its block's module.
         shape: (out, in).
-        target: The ratio that was asked for; 1 − n/m with N:M.
-        zeros: Weights that are zero now.
-        zeros_before: Weights that were zero before.
+        target: the ratio that was asked for; 1 − n/m with N:M.
+        zeros: weights that are zero now.
+        zeros_before: weights that were zero before.
         n_m: (n, m): n weights kept of every m, or None.
-        pruned_by: The method, or "" for a layer that was left as it is (ratio 0).
+        pruned_by: the method, or "" for a layer that was left as it is (ratio 0).
     """
 
     name: str
@@ -69,13 +69,13 @@ class PruningReport:
     """What was pruned.
 
     Attributes:
-        method: Of all layers.
-        layers: In the model's order.
-        skipped: The matrices of the model that were not to be pruned, each with its reason.
-        seconds: What it took.
-        calibration_bytes: The most bytes taken on the device beside the model, as predicted
+        method: of all layers.
+        layers: in the model's order.
+        skipped: the matrices of the model that were not to be pruned, each with its reason.
+        seconds: what it took.
+        calibration_bytes: the most bytes taken on the device beside the model, as predicted
             (`farms_fast.adapters.pruning.memory_use.MemoryUse`); 0 without calibration.
-        batch_size: Samples at a time in the end, after every halving for want of memory; 0 without
+        batch_size: samples at a time in the end, after every halving for want of memory; 0 without
             calibration.
     """
 
@@ -113,31 +113,31 @@ def prune_model(
     After an error in a later block the blocks before it are pruned.
 
     Args:
-        model: A language model that is called with token ids (samples, seqlen), as those of
-            transformers are; see `find_blocks` for what is pruned. For ``method="magnitude"``
+        model: a language model that is called with token ids (samples, seqlen), as those of
+            transformers are; see `find_blocks` for what is pruned. For `method="magnitude"`
             any module with repeated blocks.
         method: "magnitude", "wanda" or "sparsegpt".
-        ratios: Share of zeros for every layer of the blocks by name, from 0 (the layer stays as it
+        ratios: share of zeros for every layer of the blocks by name, from 0 (the layer stays as it
             is) to 1, those of an `Allocation`, or one for all. An Allocation over other layers,
-            such as the parts of a fused weight, is carried over by its ``for_modules``. Not looked
-            at when ``n_m`` is given.
+            such as the parts of a fused weight, is carried over by its `for_modules`. Not looked
+            at when `n_m` is given.
         calibration: int64 (samples, seqlen), token ids; None for magnitude, which needs none.
         n_m: (n, m): n weights are kept of every m consecutive inputs; one for all layers, or one
             for each by name. n = m leaves a layer as it is.
-        device: Where blocks run and are pruned, one at a time; None is where each of them is.
-        memory: Bytes to take on the device at most, see
+        device: where blocks run and are pruned, one at a time; None is where each of them is.
+        memory: bytes to take on the device at most, see
             `farms_fast.adapters.pruning.memory_use.MemoryUse`; None is half of the device's.
-        batch_size: Samples at a time to begin with; None is about 4096 tokens. Where the device's
+        batch_size: samples at a time to begin with; None is about 4096 tokens. Where the device's
             memory ends, half of them, and so on down to one.
-        progress: As `farms_fast.analyze` takes it; layers count.
+        progress: as `farms_fast.analyze` takes it; layers count.
 
     Returns:
         A `PruningReport` with the exact sparsity of every layer. Zeros that were there before
         count; a layer with more of them than asked for stays as it is.
 
     Raises:
-        TypeError: An argument of another kind.
-        ValueError: An unknown method or device, no repeated blocks, a layer that cannot be pruned
+        TypeError: an argument of another kind.
+        ValueError: an unknown method or device, no repeated blocks, a layer that cannot be pruned
             (see `find_blocks`), ratios that are missing, unknown or out of range, calibration that
             is missing, empty, too long for the model or has unknown tokens, NaN or infinity in
             weights or activations (the message names the layer), or too little memory for one
@@ -224,21 +224,21 @@ def owl_statistics(
     are above M times their mean.
 
     Args:
-        model: As in `prune_model`; it is not changed.
+        model: as in `prune_model`; it is not changed.
         calibration: int64 (samples, seqlen), token ids.
         threshold: M.
-        device: As in `prune_model`.
-        memory: As in `prune_model`.
-        batch_size: As in `prune_model`.
-        progress: As in `prune_model`; blocks count.
+        device: as in `prune_model`.
+        memory: as in `prune_model`.
+        batch_size: as in `prune_model`.
+        progress: as in `prune_model`; blocks count.
 
     Returns:
         D_b by the name of the block, in the model's order, as
         `farms_fast.adapters.pruning.owl.owl_sparsity` takes it.
 
     Raises:
-        TypeError: As `prune_model`.
-        ValueError: As `prune_model`, or M is not positive.
+        TypeError: as `prune_model`.
+        ValueError: as `prune_model`, or M is not positive.
 
     Example:
         >>> import torch

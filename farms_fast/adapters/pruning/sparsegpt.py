@@ -23,7 +23,7 @@ from farms_fast.adapters.pruning.statistics import (
     check_statistics,
     full_float32,
 )
-from farms_fast.arguments import natural
+from farms_fast.core.arguments import natural
 
 __all__ = ["check_damping", "inverse_factor", "sparsegpt_prune_"]
 
@@ -41,14 +41,14 @@ def inverse_factor(
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
     """The upper Cholesky factor of a damped Hessian's inverse.
 
-    ``damping`` times the mean of the diagonal is added to the diagonal. Where a Cholesky
+    `damping` times the mean of the diagonal is added to the diagonal. Where a Cholesky
     factorisation fails all the same, ten times as much, and so on. A dead column (an input that was
     always zero) has a zero on the diagonal; it gets the mean of the others.
 
     Args:
         hessian: float32 or float64 (n, n), symmetric; not written.
-        damping: Share of the mean diagonal, above 0.
-        layer: The layer's name for messages.
+        damping: share of the mean diagonal, above 0.
+        layer: the layer's name for messages.
 
     Returns:
         The factor U (n, n) with UᵀU = (H + damping·mean·I)⁻¹, the dead columns bool (n,), and the
@@ -112,17 +112,17 @@ def sparsegpt_prune_(
 
     Args:
         weight: floating (out, in), any strides; written in place.
-        ratio: Share of all weights that are zero afterwards, exactly round(ratio * (out * in)),
+        ratio: share of all weights that are zero afterwards, exactly round(ratio * (out * in)),
             shared out evenly over the blocks of columns. Zeros that were there before count and
             stay zero; a matrix with more of them than that stays as it is. Of inputs that were
             always zero, weights go first, those of least magnitude before others. None with
-            ``n_m``.
-        statistics: Of the layer's inputs, made with ``hessian=True``.
+            `n_m`.
+        statistics: of the layer's inputs, made with `hessian=True`.
         n_m: (n, m): n weights are kept of every m consecutive ones of a row, instead of a ratio.
             Zeros that were there before stay zero.
-        block: Columns that choose their mask together; with n_m rounded up to a multiple of m.
-        damping: As :func:`inverse_factor` takes it.
-        layer: The layer's name for messages.
+        block: columns that choose their mask together; with n_m rounded up to a multiple of m.
+        damping: as `inverse_factor` takes it.
+        layer: the layer's name for messages.
 
     Returns:
         bool (out, in), true where the weight was set to zero. (A kept weight can still round to
@@ -130,8 +130,8 @@ def sparsegpt_prune_(
 
     Raises:
         TypeError: weight is no tensor, or statistics are missing.
-        ValueError: As :func:`~farms_fast.adapters.pruning.magnitude.magnitude_prune_`,
-            :func:`inverse_factor` and the statistics.
+        ValueError: as `magnitude_prune_`,
+            `inverse_factor` and the statistics.
 
     Example:
         >>> statistics = InputStatistics(2, hessian=True)
@@ -193,7 +193,7 @@ def _prune_block(
 ) -> torch.Tensor:
     """Prunes a block in place, fills in its mask, and returns its errors (columns, rows).
 
-    ``quota`` is the number of weights to prune beside the zeros. The errors are transposed, so that
+    `quota` is the number of weights to prune beside the zeros. The errors are transposed, so that
     those of one column lie side by side.
     """
     rows, width = work.shape

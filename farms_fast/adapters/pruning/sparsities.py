@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from farms_fast.adapters.pruning.patterns import kept_of_groups
-from farms_fast.arguments import natural
-from farms_fast.results import printable
+from farms_fast.core.arguments import natural
+from farms_fast.core.text import printable
 
 __all__ = [
     "Allocation",
@@ -34,21 +34,21 @@ class Allocation:
     """Ratios by layer, the share of each layer's weights that is to be zero.
 
     Attributes:
-        ratios: By layer name, in order, each within [0, 1].
-        params: Number of weights by layer name.
-        relative: What the ratios are in proportion to, before any limit: r of
-            :func:`~farms_fast.adapters.pruning.allocation.allocate_sparsity`, the ratio itself for
+        ratios: by layer name, in order, each within [0, 1].
+        params: number of weights by layer name.
+        relative: what the ratios are in proportion to, before any limit: r of
+            `allocate_sparsity`, the ratio itself for
             OWL, 1 when uniform.
-        blocks: Names of the layers by block; a layer by itself where there are no blocks.
+        blocks: names of the layers by block; a layer by itself where there are no blocks.
         scale: eta, the ratio at r = 1 before what exceeds 1 is shared out.
-        settings: How it was made; the wanted total is ``settings["sparsity"]``.
-        alphas: By layer name, NaN where a fit failed; empty where alphas were not looked at. Of
+        settings: how it was made; the wanted total is `settings["sparsity"]`.
+        alphas: by layer name, NaN where a fit failed; empty where alphas were not looked at. Of
             a module that was analysed in parts, the mean of the parts weighted by their parameters.
-        block_alphas: By block, the alpha that its r was made of, NaN where none was fitted; empty
+        block_alphas: by block, the alpha that its r was made of, NaN where none was fitted; empty
             where every layer has its own ratio, or alphas were not looked at.
         outliers: OWL's percentage by block; empty otherwise.
-        unfitted: Layers without an alpha.
-        left_out: Layers that are in no repeated block and so have no ratio.
+        unfitted: layers without an alpha.
+        left_out: layers that are in no repeated block and so have no ratio.
 
     Example:
         >>> allocation = Allocation({"fc": 0.5}, {"fc": 8}, {"fc": 1.0}, {"fc": ("fc",)}, 0.5,
@@ -107,7 +107,7 @@ class Allocation:
     def for_modules(self, modules: Mapping[str, int]) -> Allocation:
         """The same allocation over the modules that a pruner works on.
 
-        An analysis may have a fused weight in parts (``attn.c_attn.q``), or lack a layer that was
+        An analysis may have a fused weight in parts (`attn.c_attn.q`), or lack a layer that was
         too small to analyse, or have layers that nobody prunes. A module gets the r of the layer of
         its name, or the mean of its parts' (weighted by parameters), or that of the block that it
         lies in; then the ratios are scaled anew to the total over these modules. The alphas of
@@ -115,14 +115,14 @@ class Allocation:
         modules the ratios stay as they are.
 
         Args:
-            modules: Number of weights by module name.
+            modules: number of weights by module name.
 
         Returns:
             An Allocation with these names.
 
         Raises:
-            TypeError: No mapping, or a number of weights that is no integer.
-            ValueError: No modules, or one that neither has an r nor lies in a block.
+            TypeError: no mapping, or a number of weights that is no integer.
+            ValueError: no modules, or one that neither has an r nor lies in a block.
 
         Example:
             >>> from farms_fast.adapters.pruning.allocation import allocate_sparsity
@@ -168,7 +168,7 @@ class Allocation:
         is wanted it is 1, and the excess is taken from those with the smallest remainders.
 
         Args:
-            m: Weights of a group, 4 or 8 for example.
+            m: weights of a group, 4 or 8 for example.
 
         Returns:
             (n, m) by layer name, n kept of every m.
@@ -290,8 +290,8 @@ def weight_counts(argument: str, given: object) -> dict[str, int]:
     """Numbers of weights by name.
 
     Raises:
-        TypeError: They are no mapping from names to integers.
-        ValueError: There are none, or one is less than 1.
+        TypeError: they are no mapping from names to integers.
+        ValueError: there are none, or one is less than 1.
 
     Example:
         >>> weight_counts("modules", {"up": 64})
@@ -318,20 +318,20 @@ def check_sparsity(sparsity: object) -> None:
 def shared_to_total(
     relative: Array, weights: Array, sparsity: float, *, clip: bool = False
 ) -> tuple[float, Array]:
-    """Ratios in proportion to ``relative``, none above 1, that prune a share of all weights.
+    """Ratios in proportion to `relative`, none above 1, that prune a share of all weights.
 
     Args:
         relative: float64 (n,), at least 0.
         weights: float64 (n,), how much each counts.
-        sparsity: The share, within (0, 1).
-        clip: Put 0.998 (0.99999 for a share of 0.7) in the place of ratios above 1 instead of
+        sparsity: the share, within (0, 1).
+        clip: put 0.998 (0.99999 for a share of 0.7) in the place of ratios above 1 instead of
             sharing their excess out.
 
     Returns:
-        The first factor of ``relative``, and the ratios float64 (n,).
+        The first factor of `relative`, and the ratios float64 (n,).
 
     Raises:
-        ValueError: Too many are zero for the others to make up the share.
+        ValueError: too many are zero for the others to make up the share.
 
     Example:
         >>> import numpy as np

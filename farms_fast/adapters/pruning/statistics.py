@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from farms_fast.arguments import check_dtype, natural, resolve_device
+from farms_fast.core.arguments import check_dtype, natural, resolve_device
 
 __all__ = ["InputStatistics", "check_statistics", "full_float32"]
 
@@ -20,22 +20,22 @@ class InputStatistics:
     code divides by sequences instead of tokens and may have a factor 2: no mask and no pruned
     weight depends on the Hessian's scale.
 
-    The sums are float32 whatever the activations are, at full precision (:func:`full_float32`).
+    The sums are float32 whatever the activations are, at full precision (`full_float32`).
     It takes 4·columns bytes, with the Hessian 4·columns² bytes, on its device.
 
     Args:
-        columns: Inputs of the layer.
-        hessian: Whether to keep the second moments of all pairs of columns.
-        device: Where the sums are; None is that of the first activations.
-        dtype: Of the sums, torch.float32 or torch.float64.
-        layer: The layer's name for messages.
+        columns: inputs of the layer.
+        hessian: whether to keep the second moments of all pairs of columns.
+        device: where the sums are; None is that of the first activations.
+        dtype: of the sums, torch.float32 or torch.float64.
+        layer: the layer's name for messages.
 
     Attributes:
-        tokens: How many tokens were added.
+        tokens: how many tokens were added.
 
     Raises:
         TypeError: columns is no integer.
-        ValueError: Less than one column, another dtype, or an unknown device.
+        ValueError: less than one column, another dtype, or an unknown device.
 
     Example:
         >>> statistics = InputStatistics(2, hessian=True)
@@ -55,7 +55,6 @@ class InputStatistics:
         dtype: torch.dtype = torch.float32,
         layer: str = "",
     ) -> None:
-        """Starts with no tokens."""
         check_dtype(dtype)
         self.columns = natural("columns", columns, least=1)
         self.has_hessian = hessian
@@ -75,8 +74,8 @@ class InputStatistics:
             activations: floating (..., columns), any leading dimensions, each place a token.
 
         Raises:
-            TypeError: They are no tensor.
-            ValueError: The last dimension is not the layer's number of inputs.
+            TypeError: they are no tensor.
+            ValueError: the last dimension is not the layer's number of inputs.
         """
         if not isinstance(activations, torch.Tensor):
             raise TypeError(
@@ -112,7 +111,7 @@ class InputStatistics:
         """Mean of x² over the tokens, (columns,).
 
         Raises:
-            ValueError: There were no tokens, or some were not finite (NaN, infinity, or squares
+            ValueError: there were no tokens, or some were not finite (NaN, infinity, or squares
                 beyond the range of the sums).
         """
         moments = self._checked()
@@ -123,7 +122,7 @@ class InputStatistics:
         """Root of the mean squares, (columns,).
 
         Raises:
-            ValueError: As ``mean_squares``.
+            ValueError: as `mean_squares`.
         """
         return self.mean_squares.sqrt()
 
@@ -132,7 +131,7 @@ class InputStatistics:
         """Mean of x xᵀ over the tokens, (columns, columns); the statistics' own tensor.
 
         Raises:
-            ValueError: As ``mean_squares``, or they were made without ``hessian=True``.
+            ValueError: as `mean_squares`, or they were made without `hessian=True`.
         """
         if not self.has_hessian:
             raise ValueError(
@@ -160,8 +159,8 @@ def check_statistics(statistics: object, weight: torch.Tensor, layer: str = "") 
     """The statistics, if they are those of a weight's inputs.
 
     Raises:
-        TypeError: They are missing, or something else.
-        ValueError: They are of another number of inputs.
+        TypeError: they are missing, or something else.
+        ValueError: they are of another number of inputs.
     """
     if not isinstance(statistics, InputStatistics):
         got = None if statistics is None else type(statistics).__name__

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from farms_fast.arguments import natural
-from farms_fast.extras import optional_import
+from farms_fast.core.arguments import natural
+from farms_fast.core.optional import optional_import
 
 __all__ = ["TEXTS", "calibration_tokens", "check_source", "text_tokens"]
 
@@ -45,24 +45,24 @@ def calibration_tokens(
 
     A text file and WikiText-2 (its training split, paragraphs joined by blank lines) are one text;
     the samples start at different tokens of it and may overlap. A sample of C4 comes from a
-    document of its own, drawn at random among those with more than ``seqlen`` tokens.
+    document of its own, drawn at random among those with more than `seqlen` tokens.
 
     Args:
-        tokenizer: Called with a text, gives ``input_ids``, as tokenizers of transformers do.
-        source: "wikitext2", "c4" (both through ``datasets``), or the path of a UTF-8 text file.
-        samples: How many.
-        seqlen: Tokens of each.
-        seed: Of the random places. The caller's random state is neither used nor changed.
+        tokenizer: called with a text, gives `input_ids`, as tokenizers of transformers do.
+        source: "wikitext2", "c4" (both through `datasets`), or the path of a UTF-8 text file.
+        samples: how many.
+        seqlen: tokens of each.
+        seed: of the random places. The caller's random state is neither used nor changed.
 
     Returns:
         int64 (samples, seqlen).
 
     Raises:
-        TypeError: An argument of another kind.
-        FileNotFoundError: The file does not exist.
-        ImportError: ``datasets`` is needed and not installed.
-        OSError: The data set or the file cannot be read.
-        ValueError: The text is empty or too short for as many samples (the message has both
+        TypeError: an argument of another kind.
+        FileNotFoundError: the file does not exist.
+        ImportError: `datasets` is needed and not installed.
+        OSError: the data set or the file cannot be read.
+        ValueError: the text is empty or too short for as many samples (the message has both
             counts), or is not UTF-8.
 
     Example:
@@ -97,7 +97,7 @@ def text_tokens(tokenizer: Any, source: str | os.PathLike[str]) -> Tensor:
     """All tokens of a text, for `perplexity`.
 
     Args:
-        tokenizer: As in `calibration_tokens`.
+        tokenizer: as in `calibration_tokens`.
         source: "wikitext2" (its test split), "c4" (the first 1100 documents of its validation
             split), or the path of a UTF-8 text file.
 
@@ -105,11 +105,11 @@ def text_tokens(tokenizer: Any, source: str | os.PathLike[str]) -> Tensor:
         int64 (tokens,).
 
     Raises:
-        TypeError: An argument of another kind.
-        FileNotFoundError: The file does not exist.
-        ImportError: ``datasets`` is needed and not installed.
-        OSError: The data set or the file cannot be read.
-        ValueError: The text has fewer than two tokens, or is not UTF-8.
+        TypeError: an argument of another kind.
+        FileNotFoundError: the file does not exist.
+        ImportError: `datasets` is needed and not installed.
+        OSError: the data set or the file cannot be read.
+        ValueError: the text has fewer than two tokens, or is not UTF-8.
     """
     _check_tokenizer(tokenizer)
     texts = _texts(source, "test", "text")
@@ -129,12 +129,12 @@ def check_source(source: str | os.PathLike[str], argument: str = "source") -> Pa
     """The path of a text file; for a data set's name nothing is looked at.
 
     Args:
-        source: As in `calibration_tokens`.
-        argument: What gave it, for the message.
+        source: as in `calibration_tokens`.
+        argument: what gave it, for the message.
 
     Raises:
-        TypeError: It is no name and no path.
-        FileNotFoundError: It is neither the name of a data set nor the path of a file.
+        TypeError: it is no name and no path.
+        FileNotFoundError: it is neither the name of a data set nor the path of a file.
     """
     if not isinstance(source, (str, os.PathLike)):
         raise TypeError(

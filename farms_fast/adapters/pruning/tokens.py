@@ -14,8 +14,8 @@ def check_tokens(model: nn.Module, tokens: object) -> Tensor:
     """Calibration tokens as int64 (samples, seqlen) on the CPU.
 
     Raises:
-        TypeError: They are no tensor of integers.
-        ValueError: Not two-dimensional, empty, too long for the model's positions, or an id that
+        TypeError: they are no tensor of integers.
+        ValueError: not two-dimensional, empty, too long for the model's positions, or an id that
             the model's vocabulary does not have.
     """
     if isinstance(tokens, Tensor) and (
@@ -34,8 +34,8 @@ def token_ids(model: nn.Module, tokens: object, argument: str) -> Tensor:
     """Tokens as int64 on the CPU, all of them in the model's vocabulary.
 
     Raises:
-        TypeError: They are no tensor of integers.
-        ValueError: An id that the vocabulary does not have.
+        TypeError: they are no tensor of integers.
+        ValueError: an id that the vocabulary does not have.
     """
     if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int64, torch.int32):
         got = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__

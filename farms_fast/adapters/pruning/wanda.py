@@ -20,14 +20,14 @@ def wanda_scores(weight: torch.Tensor, statistics: InputStatistics) -> torch.Ten
 
     Args:
         weight: floating (out, in).
-        statistics: Of the layer's inputs, on the weight's device or another.
+        statistics: of the layer's inputs, on the weight's device or another.
 
     Returns:
         (out, in) in the dtype of the statistics.
 
     Raises:
-        TypeError: The weight is no tensor, or statistics are missing.
-        ValueError: The weight is no finite floating matrix, or statistics of another number of
+        TypeError: the weight is no tensor, or statistics are missing.
+        ValueError: the weight is no finite floating matrix, or statistics of another number of
             inputs, of none, or of NaN (they say which).
 
     Example:
@@ -58,21 +58,21 @@ def wanda_prune_(
 
     Args:
         weight: floating (out, in), any strides; written in place.
-        ratio: Share of the weights that are zero afterwards: round(ratio * (out * in)) in total and
+        ratio: share of the weights that are zero afterwards: round(ratio * (out * in)) in total and
             the same number in every row to within one, zeros that were there before counted. A
             row with more zeros than its number stays as it is, so that the total can only be
-            higher. None with ``n_m``.
-        statistics: Of the layer's inputs.
+            higher. None with `n_m`.
+        statistics: of the layer's inputs.
         n_m: (n, m): n weights are kept of every m consecutive ones of a row, instead of a ratio.
-        layer: The layer's name for messages.
+        layer: the layer's name for messages.
 
     Returns:
         bool (out, in), true where the weight is zero now.
 
     Raises:
         TypeError: weight is no tensor, or statistics are missing.
-        ValueError: As :func:`~farms_fast.adapters.pruning.magnitude.magnitude_prune_` and
-            :func:`wanda_scores`.
+        ValueError: as `magnitude_prune_` and
+            `wanda_scores`.
 
     Example:
         >>> statistics = InputStatistics(2)
