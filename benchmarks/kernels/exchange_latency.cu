@@ -7,13 +7,14 @@
 #include "csrc/cuda/eigvalsh/cluster_exchange.cuh"
 #include "csrc/cuda/eigvalsh/cluster_launch.h"
 #include "csrc/cuda/eigvalsh/householder.cuh"
+#include "csrc/cuda/hopper.h"
 #include "csrc/cuda/warp.cuh"
 
 namespace farms_fast {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kRounds = 512;  // of a chain; even
+constexpr int kRounds = 512;  // of a chain
 constexpr int kValues = 64;   // doubles that a block sends to each other one in an exchange
 
 enum Measured { kFma, kRsqrt, kShuffle, kWarpSum, kShared, kRemote, kBlockBarrier, kClusterBarrier, kExchange, kCount };
@@ -63,6 +64,7 @@ __global__ void __launch_bounds__(kThreads) latency_kernel(double a, double b, l
   measure(cycles + kWarpSum, [&](int) { x = warp_sum(x); });
   measure(cycles + kShared, [&](int) { at = *const_cast<volatile int*>(shared.next + at); });
 #if __CUDA_ARCH__ >= 900
+  at = static_cast<int>(cluster_address(shared.next + at, (rank + 1) % blocks));
   measure(cycles + kRemote, [&](int) {
     asm volatile("ld.shared::cluster.s32 %0, [%0];\n" : "+r"(at) : : "memory");
     at = static_cast<int>(cluster_address(shared.next + at % 32, (rank + 1) % blocks));
@@ -71,8 +73,8 @@ __global__ void __launch_bounds__(kThreads) latency_kernel(double a, double b, l
   measure(cycles + kBlockBarrier, [&](int) { __syncthreads(); });
   measure(cycles + kClusterBarrier, [&](int) { cluster_sync(); });
   cluster_sync();
-  // As in cluster_reduction.cuh: a barrier for every second round, since a fast block may be one round ahead. The round
-  // that measure() warms up with is number 0, so the others are one further on.
+  // As in cluster_reduction.cuh: two barriers in turn, since a fast block may be one round ahead. It is never two: what
+  // a block waits for in a round, its neighbours send after they have gone through the round before.
   int round = 0;
   measure(cycles + kExchange, [&](int) {
     const int parity = round & 1;

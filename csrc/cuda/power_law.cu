@@ -7,6 +7,11 @@
 // are opened. Candidates run in four levels of falling stride, so that the first ones leave a D near
 // the best to compare the rest with. Timing decides how much work is skipped, never what is chosen:
 // the best D only falls, and a candidate is dropped only on a gap strictly above it.
+//
+// Shapes, in all kernels: evals, logs, excess, distances, owner (total,); offsets (n_spectra + 1,);
+// states, dropped and each of the outputs (n_spectra,). One launch needs all of the one before it;
+// inside of a launch nobody waits for another block, and best_bits and best_index change by atomic
+// minima alone, so the order of warps does not matter.
 
 #include "csrc/power_law.h"
 
@@ -31,7 +36,7 @@ using power_law::WarpDistanceSearch;
 constexpr int kFitThreads = 256;
 constexpr int kWarpsPerBlock = kFitThreads / kWarpSize;
 
-// At stride 1 a warp looks at this many neighbours: most are settled by 32 samples.
+// At stride 1 a warp looks at this many neighbours: 32 samples rule most of them out.
 constexpr int kNeighbours = 8;
 constexpr int64_t kStrides[] = {4096, 256, 16, 1};
 
@@ -104,7 +109,7 @@ __device__ double modal_left_edge(const LogHistogram& histogram) {
   return histogram.edge(fullest);
 }
 
-// A warp for each spectrum: what enters the fit, and which candidates.
+// grid: (a warp for each spectrum). What enters the fit, and which candidates.
 __global__ void __launch_bounds__(kFitThreads)
     prepare_kernel(const double* __restrict__ evals, const int64_t* __restrict__ offsets, int64_t total,
                    int64_t n_spectra, FitSettings settings, SpectrumState* __restrict__ states,
@@ -147,6 +152,7 @@ __global__ void __launch_bounds__(kFitThreads)
   dropped[s] = (given.end - given.begin) - size;
 }
 
+// grid: (a thread for each value). Logarithms, and the spectrum that each value belongs to.
 __global__ void __launch_bounds__(kFitThreads)
     logs_kernel(const double* __restrict__ evals, const int64_t* __restrict__ offsets, int64_t total, int64_t n_spectra,
                 double* __restrict__ logs, int32_t* __restrict__ owner) {
@@ -182,7 +188,8 @@ __device__ void evaluate_candidate(int64_t candidate, SpectrumState* state, cons
   if (lane_id() == 0) distances[candidate] = distance;
 }
 
-// Candidates at multiples of `stride` that are no multiples of `done_stride`, `group` to a warp.
+// grid: (a warp for each `group` multiples of `stride`). Candidates there that are no multiples of
+// `done_stride`.
 __global__ void __launch_bounds__(kFitThreads)
     search_kernel(int64_t total, int64_t stride, int64_t done_stride, int group, const int32_t* __restrict__ owner,
                   const double* __restrict__ logs, const double* __restrict__ excess, SpectrumState* states,
@@ -204,7 +211,7 @@ __global__ void __launch_bounds__(kFitThreads)
   }
 }
 
-// The one candidate of each spectrum under the median rule.
+// grid: (a warp for each spectrum). The one candidate of each under the median rule.
 __global__ void __launch_bounds__(kFitThreads)
     median_kernel(int64_t n_spectra, const double* __restrict__ logs, const double* __restrict__ excess,
                   SpectrumState* states, double* __restrict__ distances) {
@@ -217,7 +224,7 @@ __global__ void __launch_bounds__(kFitThreads)
   }
 }
 
-// Lowest index among the candidates that reach the best D.
+// grid: (a thread for each value). Lowest index among the candidates that reach the best D.
 __global__ void __launch_bounds__(kFitThreads)
     select_kernel(int64_t total, const int32_t* __restrict__ owner, const double* __restrict__ distances,
                   SpectrumState* states) {
@@ -232,6 +239,7 @@ __global__ void __launch_bounds__(kFitThreads)
   }
 }
 
+// grid: (a thread for each spectrum).
 __global__ void __launch_bounds__(kFitThreads)
     finish_kernel(const double* __restrict__ evals, int64_t n_spectra, const SpectrumState* __restrict__ states,
                   const double* __restrict__ excess, FitOutputs outputs) {

@@ -8,7 +8,7 @@
 //
 // The host does not know where spectra begin. The array is therefore cut into slots as long as a chunk; a chunk belongs
 // to the slot that its top lies in. A long spectrum has one top in each slot that it reaches from above. Two long
-// spectra may share a slot, never three, and each of them covers the slot's first or its last place.
+// spectra may share a slot, never three, and each of them covers the slot's first or its last value.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -135,7 +135,7 @@ __device__ __forceinline__ void scan_depths(ScanShared& shared, int64_t top, int
   }
 }
 
-// A block for each spectrum of one chunk.
+// grid: any number of blocks, which take the spectra in turn; those of one chunk are scanned.
 __global__ void __launch_bounds__(kScanThreads)
     scan_short_kernel(int64_t n_spectra, const SpectrumState* __restrict__ states, double* __restrict__ logs,
                       double* __restrict__ excess) {
@@ -148,10 +148,10 @@ __global__ void __launch_bounds__(kScanThreads)
   }
 }
 
-// The chunk whose top lies in a slot, of the long spectrum that covers the slot's last place (which = 0) or its first
+// The chunk whose top lies in a slot, of the long spectrum that covers the slot's last value (which = 0) or its first
 // (which = 1).
 struct SlotChunk {
-  bool found = false;
+  bool exists = false;
   int64_t top = 0;    // of the spectrum
   int64_t begin = 0;  // depths
   int64_t end = 0;
@@ -169,7 +169,7 @@ struct SlotChunk {
     const int64_t chunk = top > last ? (top - last + kScanChunk - 1) / kScanChunk : 0;
     begin = chunk * kScanChunk;
     end = min(begin + kScanChunk, size);
-    found = begin < size && top - begin >= first;
+    exists = begin < size && top - begin >= first;
   }
 };
 
@@ -181,6 +181,8 @@ __device__ __forceinline__ int64_t summary_at(int64_t slot, int64_t spectrum, in
 
 enum class ScanPass { smallest_log, sum, store };
 
+// grid: (slots). summaries: (2 slots,), each written in one pass and read by others in the next: passes
+// are launches, and no block waits for another.
 template <ScanPass Pass>
 __global__ void __launch_bounds__(kScanThreads)
     scan_long_kernel(int64_t total, const int32_t* __restrict__ owner, const SpectrumState* __restrict__ states,
@@ -190,7 +192,7 @@ __global__ void __launch_bounds__(kScanThreads)
   const int64_t slot = blockIdx.x;
   for (int which = 0; which < 2; ++which) {
     const SlotChunk chunk(slot, which, total, owner, states);
-    if (!chunk.found) continue;
+    if (!chunk.exists) continue;
     ChunkSummary* const mine = summaries + summary_at(slot, chunk.spectrum, total, owner);
     if constexpr (Pass == ScanPass::smallest_log) {
       double smallest = INFINITY;

@@ -36,7 +36,7 @@ class WarpDistanceSearch {
         continue;
       }
       if (largest_ > best_so_far()) return largest_;
-      // The most promising interval first: whatever it yields settles others.
+      // The most promising interval first: what it yields may rule others out.
       const int chosen = __ffs(__ballot_sync(kAllLanes, bound_[depth] == widest)) - 1;
       if (lane_ == chosen) bound_[depth] = -1.0;
       const int64_t left = left_[depth] + chosen * step_[depth];

@@ -1,4 +1,7 @@
 // The reduction of a matrix to tridiagonal form in the registers of one block.
+//
+// A step has two barriers of the block: the first warp makes w and the next reflector between the one that ends a pass
+// and the one that begins the next. The last step leaves after the first of them, in all threads alike.
 #pragma once
 
 #include "csrc/cuda/eigvalsh/householder.cuh"

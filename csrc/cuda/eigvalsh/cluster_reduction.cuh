@@ -1,4 +1,11 @@
 // The reduction of a matrix to tridiagonal form in the registers of a cluster's blocks.
+//
+// A step, for every block: wait for the pieces of all blocks (one warp of each scheduler, at an arrival barrier of its
+// own shared memory); make w and the next reflector; barrier of the block; pass over the registers; barrier of the
+// block; send this block's pieces for the next step to all. Each block sends a step's pieces before it waits for those
+// of the next step, and all blocks of a cluster run at the same time, so what a block waits for comes: it has been
+// sent, or its sender is at work on it. Nobody is two steps ahead of another, since a step needs everybody's pieces of
+// it; hence two sets of buffers and barriers, by the parity of the step.
 #pragma once
 
 #include "csrc/cuda/eigvalsh/cluster_exchange.cuh"
@@ -43,6 +50,7 @@ struct ClusterReduction : RegisterMatrix<Config> {
     double product[Config::column_groups][rows];  // A u of this block's rows, by groups of columns
     double column[rows];
   };
+  // What comes to each block for a step, its own pieces included: the barrier counts to it.
   static constexpr int bytes_of_step =
       sizeof(double2) * all_rows + sizeof(double) * Config::cluster_blocks * chunks * kSums;
 
@@ -96,6 +104,7 @@ struct ClusterReduction : RegisterMatrix<Config> {
                                                         double* diagonal, double* off_diagonal) {
     const double tau = divisor > 0.0 ? fast_reciprocal(divisor) : 0.0;
     wait_arrival(arrived, pivot / 2 & 1);
+    // For the step after the next one. Nobody sends for it before it has this block's pieces of the next.
     if (threadIdx.x == 0) expect_bytes(arrived, bytes_of_step);
     double sum[kSums];
     add_up(shared.sums[pivot & 1], sum);

@@ -30,6 +30,7 @@ struct NarrowInCluster {
   static constexpr bool cluster = true;
   static constexpr int max_warps = 8;
 };
+
 // The 64 rows and 32 columns of the band from a step's first diagonal element on. See wide_index; a step further down
 // the tiles of a column have changed places with those 32 rows below them.
 template <class Config>
@@ -317,7 +318,7 @@ __global__ void __launch_bounds__(Config::max_warps * 32, 1) narrow_kernel(doubl
   if constexpr (Config::cluster) cluster_sync();
 }
 
-// grid: (blocks of rows of the band, matrices).
+// grid: (blocks of rows of the band, matrices). gram: (batch, order, order). band: (batch, wide_count(order)).
 __global__ void extract_kernel(const double* __restrict__ gram, int order, double* __restrict__ band) {
   const int64_t at = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
   const int row = static_cast<int>(at / kWideColumn), offset = static_cast<int>(at % kWideColumn);

@@ -16,7 +16,7 @@ constexpr int kScaleThreads = 512;
 template <typename Real>
 constexpr int kNeutralExponent = sizeof(Real) == 8 ? 128 : 32;
 
-// grid: one block a matrix. Complex matrices are read as twice as many reals.
+// grid: (matrices). Shapes as in scale.h; complex matrices are read as twice as many reals.
 template <typename Real>
 __global__ void __launch_bounds__(kScaleThreads)
     scale_gram_kernel(Real* __restrict__ gram, int64_t reals_per_matrix, int* __restrict__ exponents) {
