@@ -24,7 +24,8 @@ TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 # What a sanitizer says begins so; a report has one line with one of these words, and its details.
 PREFIX = "========="
 REPORT = re.compile(
-    PREFIX + r"\s+(?:Error|Warning|Invalid|Uninitialized|Barrier|Program hit|Race reported)"
+    PREFIX
+    + r"\s+(?:Error:|Warning: Race|Invalid|Uninitialized|Misaligned|Barrier error|Program hit)"
 )
 
 
@@ -60,7 +61,9 @@ def print_reports(lines: Iterable[str], verbose: bool = False) -> int:
         elif REPORT.match(line):
             reports += 1
             total += 1
-        if verbose or (line.startswith(PREFIX) and total):
+        elif not line.startswith(PREFIX):
+            print(line.rstrip(), flush=True)
+        if line.startswith(PREFIX) and (total or verbose):
             details.append(line.rstrip())
     if not finished:
         print(f"{name:<44} did not end")
