@@ -21,7 +21,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from farms_fast.spectra.power_law import PowerLawFit, PowerLawFits, fit_power_laws
+from farms_fast.spectra.power_law import (
+    PowerLawFit,
+    PowerLawFits,
+    fit_power_laws,
+    packed_offsets,
+)
 from farms_fast.spectra.windows import WindowGrid
 
 # Values in one call of the fit where the caller does not say; it works on 48 bytes for each.
@@ -47,8 +52,7 @@ class FitRule:
 
     def fit(self, packed: Tensor, lengths: Sequence[int]) -> PowerLawFits:
         """Fits packed ascending spectra of the given lengths."""
-        offsets = torch.tensor([0, *np.cumsum(lengths).tolist()], dtype=torch.int64, device="cpu")
-        return self.fit_at(packed, offsets.to(packed.device, non_blocking=True))
+        return self.fit_at(packed, packed_offsets(lengths, packed.device))
 
     def fit_at(self, packed: Tensor, offsets: Tensor) -> PowerLawFits:
         """Fits packed ascending spectra that begin and end at offsets on the same device."""
@@ -141,18 +145,18 @@ def fit_layers(
 def _fit_rows(parts: Sequence[Tensor], rule: FitRule, values_per_call: int) -> PowerLawFits:
     """Fits of every row of every part, as many in one call as it takes; on the host."""
     calls: list[list[Tensor]] = [[]]
-    room = values_per_call
+    free_values = values_per_call
     for part in parts:
         begin, length = 0, part.shape[1]
         while begin < len(part):
-            rows = min(len(part) - begin, room // length)
+            rows = min(len(part) - begin, free_values // length)
             if rows < 1 and calls[-1]:
                 calls.append([])
-                room = values_per_call
+                free_values = values_per_call
                 continue
             rows = max(rows, 1)
             calls[-1].append(part[begin : begin + rows])
-            room -= rows * length
+            free_values -= rows * length
             begin += rows
     reals: list[Tensor] = []
     integers: list[Tensor] = []

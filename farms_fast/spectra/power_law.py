@@ -16,7 +16,9 @@ and the Kolmogorov-Smirnov distance
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
@@ -31,6 +33,7 @@ __all__ = [
     "PowerLawFits",
     "fit_power_law",
     "fit_power_laws",
+    "packed_offsets",
     "sort_spectra",
     "xmin_rule",
 ]
@@ -202,6 +205,17 @@ def fit_power_law(
         ordered = values.contiguous() if ascending else torch.sort(values).values
         offsets = torch.tensor([0, ordered.numel()], device=ordered.device)
         return fit_power_laws(ordered, offsets, xmin, xmin_pos, bins, compat=compat)[0]
+
+
+def packed_offsets(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Where packed spectra of these lengths begin, and the last one ends; int64, on the device.
+
+    Example:
+        >>> packed_offsets([4, 2], torch.device("cpu"))
+        tensor([0, 4, 6])
+    """
+    offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int64, device="cpu")
+    return offsets.to(device, non_blocking=True)
 
 
 def sort_spectra(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
