@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from itertools import accumulate
 
 import torch
@@ -119,16 +119,13 @@ class PowerLawFits:
 
     def __getitem__(self, index: int) -> PowerLawFit:
         """Fit of one spectrum; waits for the device."""
-        return PowerLawFit(
-            alpha=float(self.alpha[index]),
-            D=float(self.D[index]),
-            xmin=float(self.xmin[index]),
-            n_tail=int(self.n_tail[index]),
-            n=int(self.n[index]),
-            dropped=int(self.dropped[index]),
-            status=STATUSES[int(self.status[index])],
-            xmin_rule=self.xmin_rule,
-        )
+        return self.part(slice(index, index + 1)).to_list()[0]
+
+    def part(self, spectra: slice) -> PowerLawFits:
+        """The fits of some of the spectra."""
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        del tensors["xmin_rule"]
+        return replace(self, **{name: tensor[spectra] for name, tensor in tensors.items()})
 
     def to_list(self) -> list[PowerLawFit]:
         """All fits on the host; waits for the device once."""
@@ -310,9 +307,8 @@ def _xmin_pos(xmin_pos: float) -> float:
     try:
         position = float(xmin_pos)
     except (TypeError, ValueError):
-        raise TypeError(
-            f"xmin_pos: expected a number above 1, got {type(xmin_pos).__name__}"
-        ) from None
+        got = type(xmin_pos).__name__
+        raise TypeError(f"xmin_pos: expected a number above 1, got {got}") from None
     if not (math.isfinite(position) and position > 1):
         raise ValueError(f"xmin_pos: expected a finite number above 1, got {xmin_pos!r}")
     return position
