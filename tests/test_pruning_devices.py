@@ -15,7 +15,7 @@ from farms_fast.adapters.pruning import sequential
 from farms_fast.adapters.pruning.blocks import find_blocks
 from farms_fast.adapters.pruning.calibration import BlockRunner
 from farms_fast.adapters.pruning.evaluation import perplexity
-from farms_fast.adapters.pruning.placement import place_model
+from farms_fast.adapters.pruning.modules import place_model
 from farms_fast.adapters.pruning.sequential import prune_model
 from tests.language_models import VOCABULARY, small_model, some_tokens
 from tests.shortages import MOST, Full, alike, equal, weights
