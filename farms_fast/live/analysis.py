@@ -27,7 +27,8 @@ from farms_fast.live.weights import LiveWeights
 from farms_fast.spectra.bootstrap import FitRule
 from farms_fast.spectra.power_law import xmin_rule
 from farms_fast.spectra.windows import FixedAspectSampling, Sampling
-from farms_fast.weights.layers import Change, LayerSpec, layers_from_module, module_tensor
+from farms_fast.weights.layers import LayerSpec, layers_from_module, module_tensor
+from farms_fast.weights.stacks import WeightTransform
 
 _DEFAULT_SAMPLING = FixedAspectSampling()
 
@@ -99,7 +100,7 @@ class LiveAnalysis:
         exclude: str | Sequence[str] | None = None,
         min_evals: int = 0,
         evals_threshold: float = 0.0,
-        change: Change | None = None,
+        change: WeightTransform | None = None,
     ) -> None:
         check_module("model", model)
         rule = FitRule(xmin_rule(xmin), xmin_pos, bins, getattr(sampling, "compat", None))
