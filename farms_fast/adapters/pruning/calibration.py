@@ -32,7 +32,7 @@ from farms_fast.adapters.pruning.placement import (
     move_module,
 )
 from farms_fast.adapters.pruning.shortage import is_out_of_memory, no_room, release, whole
-from farms_fast.core.arguments import natural
+from farms_fast.core.arguments import check_int
 from farms_fast.engine.machine import machine_of
 
 __all__ = ["BlockRunner"]
@@ -100,7 +100,7 @@ class BlockRunner:
         if memory is None:
             budget = machine_of(self._where).memory // 2
         else:
-            budget = natural("memory", memory, least=1)
+            budget = check_int("memory", memory, least=1)
         self.batch_size, self.use = plan_memory(
             self._blocks, self._probe(), tokens, self._where, budget, batch_size, statistics
         )

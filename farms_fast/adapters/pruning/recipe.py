@@ -10,7 +10,7 @@ from farms_fast.adapters.pruning.masks import check_pattern
 from farms_fast.adapters.pruning.pruners import pruner
 from farms_fast.adapters.pruning.sparsegpt import check_damping
 from farms_fast.adapters.pruning.sparsities import Allocation, is_number
-from farms_fast.core.arguments import natural
+from farms_fast.core.arguments import check_int
 
 __all__ = ["to_recipe"]
 
@@ -78,7 +78,7 @@ def to_recipe(
         <BLANKLINE>
     """
     pruner(method)
-    natural("block", block, least=1)
+    check_int("block", block, least=1)
     check_damping(damping)
     given = ratios.ratios if isinstance(ratios, Allocation) else ratios
     for argument, value in (("ratios", given), ("n_m", {} if n_m is None else n_m)):

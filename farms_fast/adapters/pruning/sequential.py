@@ -23,7 +23,7 @@ from farms_fast.adapters.pruning.sparsities import Allocation
 from farms_fast.adapters.pruning.statistics import InputStatistics
 from farms_fast.adapters.pruning.tokens import check_tokens
 from farms_fast.adapters.pruning.wanda import wanda_scores
-from farms_fast.core.arguments import natural
+from farms_fast.core.arguments import check_int
 from farms_fast.core.progress import Progress, reporter
 from farms_fast.weights.layers import Skipped
 
@@ -278,7 +278,7 @@ def owl_statistics(
 def _check_room(memory: int | None, batch_size: int | None) -> None:
     for argument, value in (("memory", memory), ("batch_size", batch_size)):
         if value is not None:
-            natural(argument, value, least=1)
+            check_int(argument, value, least=1)
 
 
 def _targets(

@@ -23,7 +23,7 @@ from farms_fast.adapters.pruning.statistics import (
     check_statistics,
     full_float32,
 )
-from farms_fast.core.arguments import natural
+from farms_fast.core.arguments import check_int
 
 __all__ = ["check_damping", "inverse_factor", "sparsegpt_prune_"]
 
@@ -147,7 +147,7 @@ def sparsegpt_prune_(
     hessian = check_statistics(statistics, weight, layer).hessian
     check_damping(damping)
     cols = weight.shape[1]
-    width = natural("block", block, least=1)
+    width = check_int("block", block, least=1)
     if n_m is not None:
         width = -(-width // n_m[1]) * n_m[1]
     hessian = hessian.to(weight.device, torch.promote_types(hessian.dtype, weight.dtype))

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from farms_fast.adapters.pruning.patterns import kept_of_groups
-from farms_fast.core.arguments import natural
+from farms_fast.core.arguments import check_int
 from farms_fast.core.text import printable
 
 __all__ = [
@@ -183,7 +183,7 @@ class Allocation:
             >>> allocation.n_m(8)
             {'0.0': (5, 8), '1.0': (4, 8), '2.0': (3, 8)}
         """
-        size = natural("m", m, least=1)
+        size = check_int("m", m, least=1)
         units = self._units()
         counts = [sum(self.params[name] for name in unit) for unit in units]
         kept = kept_of_groups([self.ratios[unit[0]] for unit in units], counts, size)
@@ -306,7 +306,7 @@ def weight_counts(argument: str, given: object) -> dict[str, int]:
     wrong = [name for name in given if not isinstance(name, str)]
     if wrong:
         raise TypeError(f"{argument}: expected names, got {wrong[0]!r} for one")
-    return {name: natural(f"{argument}[{name!r}]", n, least=1) for name, n in given.items()}
+    return {name: check_int(f"{argument}[{name!r}]", n, least=1) for name, n in given.items()}
 
 
 def check_sparsity(sparsity: object) -> None:

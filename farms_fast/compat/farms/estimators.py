@@ -35,7 +35,7 @@ from farms_fast.compat.farms.spectra import (
     workspace,
 )
 from farms_fast.compat.farms.tails import TailRule, positive
-from farms_fast.core.arguments import check_module, natural
+from farms_fast.core.arguments import check_int, check_module
 
 __all__ = ["net_esd_estimator", "net_esd_estimator_farms", "whole_layers"]
 
@@ -223,16 +223,16 @@ def net_esd_estimator_farms(
         [2.75, 2.83]
     """
     rule = TailRule.published(fix_fingers, xmin_pos, bins, EVALS_THRESH, filter_zeros)
-    least = natural("eigs_num_thresh", eigs_num_thresh)
+    least = check_int("eigs_num_thresh", eigs_num_thresh)
     if variant not in ("llm", "cv"):
         raise ValueError(f"variant: expected 'llm' or 'cv', got {variant!r}")
     lay = _Laying(
-        natural("num_row_samples", num_row_samples, least=1),
+        check_int("num_row_samples", num_row_samples, least=1),
         positive("Q_ratio", Q_ratio),
         None
         if sampling_ops_per_dim is None
-        else natural("sampling_ops_per_dim", sampling_ops_per_dim, least=1),
-        natural("step_size", step_size, least=1) if sampling_ops_per_dim is None else 1,
+        else check_int("sampling_ops_per_dim", sampling_ops_per_dim, least=1),
+        check_int("step_size", step_size, least=1) if sampling_ops_per_dim is None else 1,
         clamped=variant == "llm",
     )
     scale = positive("conv_norm", conv_norm)

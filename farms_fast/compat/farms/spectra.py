@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from farms_fast.compat.farms.published_windows import PublishedWindows
 from farms_fast.compat.farms.tails import TailRule
-from farms_fast.core.arguments import check_module, natural
+from farms_fast.core.arguments import check_int, check_module
 from farms_fast.core.arrays import FLOATING
 from farms_fast.core.packing import pack
 from farms_fast.engine.streams import beside, side_by_side
@@ -192,7 +192,7 @@ def alpha_hat(alpha: float, spectral_norm: float) -> float:
 
 def workspace(memory: int | None) -> int:
     """Bytes for `fitted_spectra`, 0 for its default; an error unless None or a positive integer."""
-    return 0 if memory is None else natural("memory", memory, least=1)
+    return 0 if memory is None else check_int("memory", memory, least=1)
 
 
 def _batches(layers: Sequence[WindowedLayer]) -> list[list[int]]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 
-from farms_fast.core.arguments import is_real, natural
+from farms_fast.core.arguments import check_int, is_real
 
 __all__ = ["LAYER_TYPES", "Options", "checked_options", "refuse_unsupported"]
 
@@ -122,9 +122,9 @@ def checked_options(**given: object) -> Options:
     values = dict(given)
     flags = ("pool", "conv2d_norm", "randomize", "mp_fit", "detX", "ERG", "ww2x", "glorot_fix")
     flag = {name: _flag(name, values[name]) for name in flags}
-    min_evals = natural("min_evals", 0 if values["min_evals"] is None else values["min_evals"])
-    max_evals = natural("max_evals", 0 if values["max_evals"] is None else values["max_evals"])
-    longest = natural("max_N", values["max_N"], least=1)
+    min_evals = check_int("min_evals", 0 if values["min_evals"] is None else values["min_evals"])
+    max_evals = check_int("max_evals", 0 if values["max_evals"] is None else values["max_evals"])
+    longest = check_int("max_N", values["max_N"], least=1)
     if min_evals and max_evals and min_evals >= max_evals:
         raise ValueError(f"min_evals: expected less than max_evals={max_evals}, got {min_evals}")
     if longest < max(min_evals, max_evals):
@@ -152,7 +152,7 @@ def checked_options(**given: object) -> Options:
         min_evals=min_evals,
         max_evals=max_evals,
         max_N=longest,
-        start_ids=natural("start_ids", values["start_ids"]),
+        start_ids=check_int("start_ids", values["start_ids"]),
         pool=flag["pool"] and not flag["ww2x"],
         conv2d_norm=flag["conv2d_norm"],
         randomize=flag["randomize"],
@@ -163,14 +163,14 @@ def checked_options(**given: object) -> Options:
         fix_fingers=fingers,
         xmin_max=None if xmin_max is None else _real("xmin_max", xmin_max),
         max_fingers=(
-            None if fingers_most is None else natural("max_fingers", fingers_most, least=1)
+            None if fingers_most is None else check_int("max_fingers", fingers_most, least=1)
         ),
         finger_thresh=_real("finger_thresh", values["finger_thresh"]),
         clip=clip,
         force_xmax=force,
         tolerance=tolerance,
         peft=_peft(values["peft"]),
-        seed=natural("seed", values["seed"]),
+        seed=check_int("seed", values["seed"]),
     )
 
 
