@@ -33,7 +33,7 @@ from farms_fast.spectra.power_law import fit_power_law
 from farms_fast.testing import reference
 from farms_fast.views.curves import SURVIVAL_TOLERANCE, spectrum_curves, thin
 from farms_fast.views.html.payload import RECORD_FIELDS, curves_of, packed, report_payload
-from farms_fast.views.positions import OTHER
+from farms_fast.views.positions import OTHER, layer_positions
 from tests.support.analyses import HOSTILE, a_layer, an_analysis
 
 # The file of the npm package echarts 6.1.0 that is shipped, unchanged.
