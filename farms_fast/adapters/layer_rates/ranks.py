@@ -52,7 +52,7 @@ def compute_once(ranks: Ranks, compute: Callable[[], T]) -> T:
         return compute()
     answer: list[object] = [None, ""]
     failure: Exception | None = None
-    if ranks.leads:
+    if ranks.is_main:
         try:
             answer[0] = compute()
         except Exception as error:  # the other ranks wait for an answer
@@ -84,7 +84,7 @@ class PendingAnalysis:
     @staticmethod
     def start(live: LiveAnalysis, ranks: Ranks) -> PendingAnalysis:
         """Starts an analysis of a snapshot of the weights, on the first rank only."""
-        if not ranks.leads:
+        if not ranks.is_main:
             return PendingAnalysis()
         try:
             return PendingAnalysis(live.start(overlap=True))

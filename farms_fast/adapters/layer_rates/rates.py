@@ -45,10 +45,11 @@ from farms_fast.adapters.layer_rates.tuned_layers import (
     require_layers,
     tuned_layers,
 )
-from farms_fast.core.arguments import check_module, natural
+from farms_fast.core.arguments import check_int, check_module
 from farms_fast.live import LayerAlpha, LiveAnalysis
 from farms_fast.spectra.windows import FixedAspectSampling, Sampling
-from farms_fast.weights.layers import Change, layers_from_module
+from farms_fast.weights.layers import layers_from_module
+from farms_fast.weights.stacks import WeightTransform
 
 __all__ = ["DEFAULT_SAMPLING", "LayerRates", "RateWarning"]
 
@@ -146,12 +147,12 @@ class LayerRates(ABC):
         memory: int | None = None,
         process_group: ProcessGroup = "default",
         log: Logs = None,
-        change: Change | None = None,
+        change: WeightTransform | None = None,
     ) -> None:
         check_module("model", model)
         self.model = plain_model(model)
         self._parameter_check = ParameterCheck(self.model)
-        self.every = natural("every", every, least=1)
+        self.every = check_int("every", every, least=1)
         if unit not in ("epoch", "step"):
             raise ValueError(f"unit: expected 'epoch' or 'step', got {unit!r}")
         self.unit = unit
@@ -395,7 +396,7 @@ class LayerRates(ABC):
     @property
     def _is_main(self) -> bool:
         """Whether this process computes, warns and logs."""
-        return ranks_of(self.process_group).leads
+        return ranks_of(self.process_group).is_main
 
     def _log_initial(self) -> None:
         table, self._pending_log = self._pending_log, None
