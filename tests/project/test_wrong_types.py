@@ -186,7 +186,7 @@ def test_a_run_and_a_timeout_of_another_type() -> None:
     with ResultsStore("run.sqlite") as store:
         store.run({"xmin": "median"})
         with pytest.raises(ValueError, match=r"^run: expected one of 1, got \[1\]"):
-            store.load(wrong)
+            store.read(wrong)
         with pytest.raises(TypeError, match=r"^settings: expected a mapping .*, got list"):
             store.run(wrong)
     with pytest.raises(TypeError, match=r"^timeout: expected a number, got \[1\]"):
