@@ -15,7 +15,7 @@ from farms_fast.core import ops
 from farms_fast.spectra.windows import FixedAspectSampling, window_table
 from farms_fast.testing import reference
 from tests.native.test_ops import DTYPES
-from tests.support.matrix_zoo import error_bound
+from tests.support.bounds import assert_spectrum_of
 
 EPS = float(np.finfo(np.float64).eps)
 
@@ -57,8 +57,7 @@ def assert_grams(stack: torch.Tensor, table: torch.Tensor, device: torch.device)
 
 def assert_eigenvalues(found: np.ndarray, windows: list[np.ndarray]) -> None:
     for evals, window in zip(found, windows, strict=True):
-        expected = reference.eigenvalues(window)
-        assert np.abs(evals - expected).max() <= error_bound(expected)
+        assert_spectrum_of(window, evals)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -249,10 +248,7 @@ def test_float32_errs_by_its_own_rounding(device: torch.device) -> None:
     stack = torch.randn(entries, 301, 290)
     found = ops.window_eigvalsh([stack.to(device)], table, 200, torch.float32).cpu().numpy()
     assert found.dtype == np.float32
-    eps = float(np.finfo(np.float32).eps)
-    for evals, window in zip(found[:12], windows_of(stack, table[:12]), strict=True):
-        expected = reference.eigenvalues(window)
-        assert np.abs(evals - expected).max() <= 8 * 200 * eps * expected[-1]
+    assert_eigenvalues(found[:12], windows_of(stack, table[:12]))
 
 
 def test_windows_wider_than_the_rest_of_a_panel(device: torch.device) -> None:

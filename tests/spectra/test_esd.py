@@ -12,7 +12,8 @@ import torch
 import farms_fast
 from farms_fast import FixedAspectSampling, FullMatrix, esd
 from farms_fast.testing import reference
-from tests.support.matrix_zoo import ZOO, error_bound
+from tests.support.bounds import error_bound
+from tests.support.matrix_zoo import ZOO
 from tests.support.purity import left_as_it_was
 
 SAMPLING = FixedAspectSampling(rows=6, q=1.5, per_dim=3)
