@@ -104,7 +104,7 @@ class PruningRun:
         from farms_fast.adapters.pruning.owl import outlier_ratio, owl_sparsity
         from farms_fast.adapters.pruning.pruners import pruner
         from farms_fast.adapters.pruning.sparsities import check_sparsity
-        from farms_fast.adapters.pruning.texts import check_source
+        from farms_fast.adapters.pruning.tokens import check_source
         from farms_fast.core.arguments import natural
         from farms_fast.spectra.power_law import xmin_rule
 
@@ -160,7 +160,7 @@ class PruningRun:
         )
 
     def _epsilon(self) -> float:
-        from farms_fast.adapters.pruning.presets import EPSILON_PRESETS, epsilon_preset
+        from farms_fast.adapters.pruning.allocation import EPSILON_PRESETS, epsilon_preset
 
         assert self.sparsity is not None
         if self._preset:
@@ -176,7 +176,7 @@ class PruningRun:
     @property
     def _preset(self) -> bool:
         """Whether epsilon is the paper's for some model."""
-        from farms_fast.adapters.pruning.presets import EPSILON_PRESETS
+        from farms_fast.adapters.pruning.allocation import EPSILON_PRESETS
 
         return self.epsilon.lower() in EPSILON_PRESETS
 
@@ -199,12 +199,15 @@ class PruningRun:
 
         from farms_fast.adapters.pruning.blocks import find_blocks
         from farms_fast.adapters.pruning.evaluation import check_causal, perplexity
-        from farms_fast.adapters.pruning.placement import place_model
+        from farms_fast.adapters.pruning.modules import place_model
         from farms_fast.adapters.pruning.recipe import to_recipe
         from farms_fast.adapters.pruning.saving import save_pruned
         from farms_fast.adapters.pruning.sequential import prune_model
-        from farms_fast.adapters.pruning.texts import calibration_tokens, text_tokens
-        from farms_fast.adapters.pruning.tokens import longest_sequence
+        from farms_fast.adapters.pruning.tokens import (
+            calibration_tokens,
+            longest_sequence,
+            text_tokens,
+        )
         from farms_fast.core.arguments import default_device, resolve_device
 
         clock = _Clock()

@@ -1,35 +1,50 @@
-"""Things in their order, as many together as one limit allows."""
+"""Consecutive or similar things, as many together as one limit allows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import TypeVar
 
 T = TypeVar("T")
 
 
-def pack(items: Iterable[T], size: Callable[[T], int], most: int) -> list[list[T]]:
-    """Parts of consecutive items, each as long as its sizes sum to no more than the limit.
+def split_by_budget(items: Iterable[T], size: Callable[[T], int], budget: int) -> list[list[T]]:
+    """Parts of consecutive items, each as long as the budget allows.
 
     Args:
-        items: what to share out.
+        items: what to split.
         size: of an item, 0 or more.
-        most: what the sizes of one part sum to at most; an item beyond it is a part of its own.
+        budget: what the sizes of one part sum to at most; an item beyond it is a part of its own.
 
     Returns:
         The parts in the order of the items, none of them empty.
 
     Example:
-        >>> pack([3, 4, 9, 2, 5, 1], lambda item: item, most=8)
+        >>> split_by_budget([3, 4, 9, 2, 5, 1], lambda item: item, budget=8)
         [[3, 4], [9], [2, 5, 1]]
     """
     parts: list[list[T]] = []
-    held = 0
+    used = 0
     for item in items:
-        taken = size(item)
-        held += taken
-        if not parts or held > most:
+        own = size(item)
+        used += own
+        if not parts or used > budget:
             parts.append([])
-            held = taken
+            used = own
         parts[-1].append(item)
     return parts
+
+
+def group_by_budget(
+    items: Iterable[T], key: Callable[[T], Hashable], size: Callable[[T], int], budget: int
+) -> list[list[T]]:
+    """Items of equal keys together, each group in parts as of `split_by_budget`.
+
+    Example:
+        >>> group_by_budget([1, 2, 3, 5, 8], lambda item: item % 2, lambda item: item, budget=8)
+        [[1, 3], [5], [2], [8]]
+    """
+    groups: dict[Hashable, list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return [part for group in groups.values() for part in split_by_budget(group, size, budget)]

@@ -14,14 +14,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from farms_fast.spectra.power_law import PowerLawFit, PowerLawFits, fit_power_laws
+from farms_fast.spectra.power_law import (
+    PowerLawFit,
+    PowerLawFits,
+    fit_power_laws,
+    packed_offsets,
+)
 from farms_fast.spectra.windows import WindowGrid
 
 # Values in one call of the fit where the caller does not say; it works on 48 bytes for each.
@@ -47,8 +52,7 @@ class FitRule:
 
     def fit(self, packed: Tensor, lengths: Sequence[int]) -> PowerLawFits:
         """Fits packed ascending spectra of the given lengths."""
-        offsets = torch.tensor([0, *np.cumsum(lengths).tolist()], dtype=torch.int64, device="cpu")
-        return self.fit_at(packed, offsets.to(packed.device, non_blocking=True))
+        return self.fit_at(packed, packed_offsets(lengths, packed.device))
 
     def fit_at(self, packed: Tensor, offsets: Tensor) -> PowerLawFits:
         """Fits packed ascending spectra that begin and end at offsets on the same device."""
@@ -121,65 +125,49 @@ def fit_layers(
     groups: list[_Group] = []
     for layers in alike.values():
         # So that one resample of all of them fits into a call.
-        most = max(1, values_per_call // spectra[layers[0]].numel())
-        for begin in range(0, len(layers), most):
-            groups.append(_Group(layers[begin : begin + most], spectra))
+        count = max(1, values_per_call // spectra[layers[0]].numel())
+        for begin in range(0, len(layers), count):
+            groups.append(_Group(layers[begin : begin + count], spectra))
     if not groups:
         return []
     fits = _fit_rows([part for group in groups for part in group.parts()], rule, values_per_call)
-    found: dict[int, LayerFits] = {}
+    by_layer: dict[int, LayerFits] = {}
     end = 0
     for group in groups:
         first = group.layers[0]
         counts = resampled_counts(entries[first], grids[first], bootstrap)
         mine = slice(end, end := end + group.spectra)
-        results = group.results(_of(fits, mine), counts, rule, values_per_call)
-        found.update(zip(group.layers, results, strict=True))
-    return [found[layer] for layer in range(len(spectra))]
+        results = group.results(fits.part(mine), counts, rule, values_per_call)
+        by_layer.update(zip(group.layers, results, strict=True))
+    return [by_layer[layer] for layer in range(len(spectra))]
 
 
 def _fit_rows(parts: Sequence[Tensor], rule: FitRule, values_per_call: int) -> PowerLawFits:
     """Fits of every row of every part, as many in one call as it takes; on the host."""
     calls: list[list[Tensor]] = [[]]
-    room = values_per_call
+    free_values = values_per_call
     for part in parts:
         begin, length = 0, part.shape[1]
         while begin < len(part):
-            rows = min(len(part) - begin, room // length)
+            rows = min(len(part) - begin, free_values // length)
             if rows < 1 and calls[-1]:
                 calls.append([])
-                room = values_per_call
+                free_values = values_per_call
                 continue
             rows = max(rows, 1)
             calls[-1].append(part[begin : begin + rows])
-            room -= rows * length
+            free_values -= rows * length
             begin += rows
     reals: list[Tensor] = []
     integers: list[Tensor] = []
     for call in calls:
-        lengths = [length for part in call for length in part.shape[1:] * part.shape[0]]
-        if lengths:
-            fits = rule.fit(torch.cat([part.flatten() for part in call]), lengths)
-            reals.append(torch.stack((fits.alpha, fits.D, fits.xmin)).cpu())
-            counts = fits.n_tail, fits.n, fits.dropped, fits.status
-            integers.append(torch.stack(counts).cpu())
+        lengths = [part.shape[1] for part in call for _ in range(len(part))]
+        fits = rule.fit(torch.cat([part.flatten() for part in call]), lengths)
+        reals.append(torch.stack((fits.alpha, fits.D, fits.xmin)).cpu())
+        integers.append(torch.stack((fits.n_tail, fits.n, fits.dropped, fits.status)).cpu())
     alpha, distance, xmin = torch.cat(reals, dim=1)
     n_tail, n, dropped, status = torch.cat(integers, dim=1)
     return PowerLawFits(alpha, distance, xmin, n_tail, n, dropped, status, rule.xmin)
-
-
-def _of(fits: PowerLawFits, rows: slice) -> PowerLawFits:
-    """Some of the fits; an object for each of thousands of windows takes longer than to fit it."""
-    return replace(
-        fits,
-        alpha=fits.alpha[rows],
-        D=fits.D[rows],
-        xmin=fits.xmin[rows],
-        n_tail=fits.n_tail[rows],
-        n=fits.n[rows],
-        dropped=fits.dropped[rows],
-        status=fits.status[rows],
-    )
 
 
 class _Group:
@@ -228,7 +216,7 @@ class _Group:
     ) -> list[LayerFits]:
         """From the fits of the parts, in their order, and resamples; one entry a layer."""
         layers, windows, _ = self._windows.shape
-        pooled = _of(fits, slice(layers)).to_list()
+        pooled = fits.part(slice(layers)).to_list()
         several = windows > 1
         even, odd, single = np.split(fits.alpha[layers:].numpy().copy(), [layers, 2 * layers])
         pooled_evals = self._values.cpu().numpy()
@@ -259,8 +247,8 @@ class _Group:
                 .flatten()
                 .repeat_interleave(repeats.flatten(), output_size=repeats.numel())
             )
-            found = rule.fit(packed, [values] * (len(part) * layers)).alpha
-            alphas = torch.cat([alphas, found.view(len(part), layers).cpu()])
+            fitted = rule.fit(packed, [values] * (len(part) * layers)).alpha
+            alphas = torch.cat([alphas, fitted.view(len(part), layers).cpu()])
             # Before the next resamples are made beside them.
             del packed, repeats
         return alphas.T.numpy()
@@ -288,14 +276,12 @@ def resampled_counts(entries: int, grid: WindowGrid, resamples: int) -> NDArray[
         return np.zeros((0, entries * grid.count), dtype=np.int64)
     generator = np.random.default_rng(_SEED)
     by_entry = _block_counts(generator, entries, 1, resamples)
-    by_row = _block_counts(
-        generator, len(grid.row_starts), _overlapping(grid.row_starts, grid.rows), resamples
-    )
-    by_column = _block_counts(
-        generator,
-        len(grid.column_starts),
-        _overlapping(grid.column_starts, grid.columns),
-        resamples,
+    by_row, by_column = (
+        _block_counts(generator, len(starts), _overlapping(starts, extent), resamples)
+        for starts, extent in (
+            (grid.row_starts, grid.rows),
+            (grid.column_starts, grid.columns),
+        )
     )
     counts = np.einsum("be,br,bc->berc", by_entry, by_row, by_column)
     return np.asarray(counts.reshape(resamples, entries * grid.count))

@@ -19,26 +19,10 @@ if TYPE_CHECKING:
 __all__ = ["METRIC_NAMES", "spectrum_metrics"]
 
 METRIC_NAMES: tuple[str, ...] = (
-    "alpha",
-    "D",
-    "sigma",
-    "xmin",
-    "xmax",
-    "num_pl_spikes",
-    "norm",
-    "log_norm",
-    "spectral_norm",
-    "log_spectral_norm",
-    "alpha_weighted",
-    "log_alpha_norm",
-    "stable_rank",
-    "matrix_rank",
-    "entropy",
-    "mp_softrank",
-    "Q",
-    "M",
-    "N",
-    "num_evals",
+    *("alpha", "D", "sigma", "xmin", "xmax", "num_pl_spikes"),
+    *("norm", "log_norm", "spectral_norm", "log_spectral_norm", "alpha_weighted"),
+    *("log_alpha_norm", "stable_rank", "matrix_rank", "entropy", "mp_softrank"),
+    *("Q", "M", "N", "num_evals"),
 )
 """The keys of `spectrum_metrics`, in order."""
 
@@ -72,42 +56,41 @@ def spectrum_metrics(
     With lambda the eigenvalues of the Gram matrices (squared singular values) of all windows
     together, lambda_max the largest, n their number and log the decimal logarithm:
 
-    ==================  ==============================================================  ============
-    name                formula                                                         source
-    ==================  ==============================================================  ============
-    alpha, D, xmin      of the fit                                                      [1]_, [2]_
-    sigma               (alpha - 1) / sqrt(num_pl_spikes)                               [1]_
-    xmax                lambda_max                                                      [2]_
-    num_pl_spikes       number of eigenvalues in the tail, >= xmin                      [2]_
-    norm                sum lambda = squared Frobenius norm                             [2]_
-    log_norm            log norm                                                        [2]_
-    spectral_norm       lambda_max                                                      [2]_
-    log_spectral_norm   log lambda_max                                                  [2]_
-    alpha_weighted      alpha * log lambda_max                                          [3]_
-    log_alpha_norm      log sum lambda^alpha                                            [3]_
-    stable_rank         sum lambda / lambda_max                                         [2]_
-    matrix_rank         number of lambda > 8 * M * eps * lambda_max                     see below
-    entropy             -sum p ln p / ln matrix_rank, p = lambda / sum lambda           [2]_
-    mp_softrank         lambda_plus / lambda_max,                                       [4]_
-                        lambda_plus = mean(lambda) * (1 + 1 / sqrt(Q))^2
-    M, N, Q             min(rows, cols), max(rows, cols), N / M                         [2]_
-    num_evals           n                                                               [2]_
-    ==================  ==============================================================  ============
+    ==================  ============================================================  =========
+    name                formula                                                       source
+    ==================  ============================================================  =========
+    alpha, D, xmin      of the fit                                                    [1], [2]
+    sigma               (alpha - 1) / sqrt(num_pl_spikes)                             [1]
+    xmax                lambda_max                                                    [2]
+    num_pl_spikes       number of eigenvalues in the tail, >= xmin                    [2]
+    norm                sum lambda = squared Frobenius norm                           [2]
+    spectral_norm       lambda_max                                                    [2]
+    alpha_weighted      alpha * log lambda_max                                        [3]
+    log_alpha_norm      log sum lambda^alpha                                          [3]
+    stable_rank         sum lambda / lambda_max                                       [2]
+    matrix_rank         number of lambda > 8 * M * eps * lambda_max                   see below
+    entropy             -sum p ln p / ln matrix_rank, p = lambda / sum lambda         [2]
+    mp_softrank         mean(lambda) * (1 + 1 / sqrt(Q))^2 / lambda_max               [4]
+    M, N, Q             min(rows, cols), max(rows, cols), N / M                       [2]
+    num_evals           n                                                             [2]
+    ==================  ============================================================  =========
+
+    `log_norm` and `log_spectral_norm` are the logarithms of norm and spectral_norm. The sources:
+    [1] Clauset, Shalizi, Newman, SIAM Review 51 (2009), eqs. 3.1 and 3.2; [2] WeightWatcher,
+    columns of `details` (https://weightwatcher.ai); [3] Martin, Peng, Mahoney, Nature
+    Communications 12 (2021); [4] Martin, Mahoney, JMLR 22 (2021), section 3.
 
     Where the values differ from WeightWatcher's, and why:
 
-    * matrix_rank. WeightWatcher takes singular values and keeps those above
-      `sigma_max * N * eps`, as `numpy.linalg.matrix_rank` does. Eigenvalues of a Gram matrix
-      are known to `8 * M * eps * lambda_max`, so a threshold at `(N * eps)**2 * lambda_max`
-      would count rounding noise; the accuracy itself is the threshold. The two agree unless a
-      singular value lies below about `1e-6 * sigma_max` and is not zero.
-    * entropy. WeightWatcher adds 1e-10 to every p and to the rank against a logarithm of zero (6e-5
-      in half precision). Nothing is added here: the value lies in [0, 1], and it is 0 when the rank
-      is 1.
-    * mp_softrank. lambda_plus is the Marchenko-Pastur edge for entries whose variance is the mean
-      square of the entries. WeightWatcher starts from that variance and then moves it to fit the
-      density by brute force. The value is not clipped: above 1 it says that the spectrum ends
-      before the edge.
+    * matrix_rank. WeightWatcher takes singular values and keeps those above `sigma_max * N * eps`.
+      Eigenvalues of a Gram matrix are known to `8 * M * eps * lambda_max`, so a threshold at
+      `(N * eps)**2 * lambda_max` would count rounding noise; the accuracy itself is the threshold.
+      The two agree unless a singular value lies below about `1e-6 * sigma_max` and is not zero.
+    * entropy. WeightWatcher adds 1e-10 to every p and to the rank against a logarithm of zero.
+      Nothing is added here: the value lies in [0, 1], and it is 0 when the rank is 1.
+    * mp_softrank. The Marchenko-Pastur edge is that of entries whose variance is the mean square of
+      the entries. WeightWatcher moves that variance to fit the density. The value is not clipped:
+      above 1 it says that the spectrum ends before the edge.
 
     For one matrix, give its own eigenvalues. For the pooled spectrum of several windows, sums and
     counts run over the pool: norm, stable_rank and matrix_rank grow with the number of windows.
@@ -146,15 +129,6 @@ def spectrum_metrics(
         (4.0, 4, 1.0)
         >>> metrics["sigma"]
         0.5
-
-    References:
-        .. [1] Clauset, Shalizi, Newman, "Power-law distributions in empirical data", SIAM Review 51
-           (2009), eqs. 3.1 and 3.2.
-        .. [2] WeightWatcher, columns of ``details`` (https://weightwatcher.ai).
-        .. [3] Martin, Peng, Mahoney, "Predicting trends in the quality of state-of-the-art neural
-           networks without access to training or testing data", Nature Communications 12 (2021).
-        .. [4] Martin, Mahoney, "Implicit self-regularization in deep neural networks", JMLR 22
-           (2021), section 3.
     """
     values = np.asarray(evals, dtype=np.float64)
     if values.ndim != 1:

@@ -16,7 +16,9 @@ and the Kolmogorov-Smirnov distance
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 
 import torch
 
@@ -31,6 +33,7 @@ __all__ = [
     "PowerLawFits",
     "fit_power_law",
     "fit_power_laws",
+    "packed_offsets",
     "sort_spectra",
     "xmin_rule",
 ]
@@ -116,16 +119,13 @@ class PowerLawFits:
 
     def __getitem__(self, index: int) -> PowerLawFit:
         """Fit of one spectrum; waits for the device."""
-        return PowerLawFit(
-            alpha=float(self.alpha[index]),
-            D=float(self.D[index]),
-            xmin=float(self.xmin[index]),
-            n_tail=int(self.n_tail[index]),
-            n=int(self.n[index]),
-            dropped=int(self.dropped[index]),
-            status=STATUSES[int(self.status[index])],
-            xmin_rule=self.xmin_rule,
-        )
+        return self.part(slice(index, index + 1)).to_list()[0]
+
+    def part(self, spectra: slice) -> PowerLawFits:
+        """The fits of some of the spectra."""
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        del tensors["xmin_rule"]
+        return replace(self, **{name: tensor[spectra] for name, tensor in tensors.items()})
 
     def to_list(self) -> list[PowerLawFit]:
         """All fits on the host; waits for the device once."""
@@ -202,6 +202,17 @@ def fit_power_law(
         ordered = values.contiguous() if ascending else torch.sort(values).values
         offsets = torch.tensor([0, ordered.numel()], device=ordered.device)
         return fit_power_laws(ordered, offsets, xmin, xmin_pos, bins, compat=compat)[0]
+
+
+def packed_offsets(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Where packed spectra of these lengths begin, and the last one ends; int64, on the device.
+
+    Example:
+        >>> packed_offsets([4, 2], torch.device("cpu"))
+        tensor([0, 4, 6])
+    """
+    offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int64, device="cpu")
+    return offsets.to(device, non_blocking=True)
 
 
 def sort_spectra(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
@@ -296,9 +307,8 @@ def _xmin_pos(xmin_pos: float) -> float:
     try:
         position = float(xmin_pos)
     except (TypeError, ValueError):
-        raise TypeError(
-            f"xmin_pos: expected a number above 1, got {type(xmin_pos).__name__}"
-        ) from None
+        got = type(xmin_pos).__name__
+        raise TypeError(f"xmin_pos: expected a number above 1, got {got}") from None
     if not (math.isfinite(position) and position > 1):
         raise ValueError(f"xmin_pos: expected a finite number above 1, got {xmin_pos!r}")
     return position

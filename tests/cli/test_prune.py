@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from farms_fast.adapters.pruning.evaluation import perplexity
-from farms_fast.adapters.pruning.texts import text_tokens
+from farms_fast.adapters.pruning.tokens import text_tokens
 from farms_fast.spectra.windows import FixedAspectSampling, FullMatrix
 from tests.support.language_models import bert_config, small_model, small_tokenizer, write_words
 from tests.support.pruning_commands import CALIBRATION, WINDOWS, run, save_checkpoint, settings_of

@@ -112,7 +112,10 @@ def _unread(*arguments: object, **options: object) -> None:
 def test_weights_and_patterns_are_looked_at_first(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module, name in (("analysis", "analyze"), ("adapters.pruning.evaluation", "perplexity")):
+    for module, name in (
+        ("run_analysis", "analyze"),
+        ("adapters.pruning.evaluation", "perplexity"),
+    ):
         monkeypatch.setattr(f"farms_fast.{module}.{name}", _unread)
     result = run(model, *FARMS, "--n-m", "2:5", "--evaluate", text, "--out", tmp_path / "out")
     assert "n-m: groups of 5 do not divide the 32 inputs of layer 'model.layers.0" in result.stderr
@@ -243,7 +246,7 @@ def test_every_stage_gets_the_memory_that_the_model_leaves(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import farms_fast.adapters.pruning.evaluation as evaluation
-    import farms_fast.adapters.pruning.placement as placement
+    import farms_fast.adapters.pruning.modules as modules
     import farms_fast.adapters.pruning.sequential as sequential
     import farms_fast.run_analysis as analysis
 
@@ -264,7 +267,7 @@ def test_every_stage_gets_the_memory_that_the_model_leaves(
         given.append(memory)
         return 5 * 10**8
 
-    monkeypatch.setattr(placement, "place_model", place)
+    monkeypatch.setattr(modules, "place_model", place)
     for module, name in ((analysis, "analyze"), (evaluation, "perplexity")):
         spy(module, name)
     for name in ("prune_model", "owl_statistics"):

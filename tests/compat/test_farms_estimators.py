@@ -25,6 +25,7 @@ from farms_fast.compat.farms.published_windows import (
     sampled_windows,
     stepped_windows,
 )
+from farms_fast.engine import solve
 from tests.support import published_farms as published
 from tests.support.purity import left_as_it_was
 
@@ -302,13 +303,13 @@ def test_dtypes_and_devices(device: torch.device, dtype: torch.dtype) -> None:
 def test_one_call_solves_what_belongs_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows of one order meet in one call, whatever layers they come from."""
     calls = []
-    right = spectra.window_eigenvalues
+    right = solve.window_eigenvalues
 
     def counted(stacks: Any, table: Any, *rest: Any) -> Any:
         calls.append((len(stacks), len(table)))
         return right(stacks, table, *rest)
 
-    monkeypatch.setattr(spectra, "window_eigenvalues", counted)
+    monkeypatch.setattr(solve, "window_eigenvalues", counted)
     net = nn.Sequential(*(nn.Linear(40, rows) for rows in (40, 60, 80)))
     settings = {"num_row_samples": 20, "Q_ratio": 1.0, "sampling_ops_per_dim": 3}
     found = net_esd_estimator_farms(net, **settings)

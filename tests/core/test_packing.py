@@ -7,13 +7,13 @@ from itertools import chain, pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from farms_fast.core.packing import pack
+from farms_fast.core.packing import split_by_budget
 
 
 @given(st.lists(st.integers(0, 12)), st.integers(0, 20))
 def test_parts_are_full_but_never_over_full(sizes: list[int], most: int) -> None:
     items = list(enumerate(sizes))
-    parts = pack(items, lambda item: item[1], most)
+    parts = split_by_budget(items, lambda item: item[1], most)
     assert list(chain.from_iterable(parts)) == items
     held = [sum(size for _, size in part) for part in parts]
     assert all(part for part in parts)
@@ -25,4 +25,4 @@ def test_parts_are_full_but_never_over_full(sizes: list[int], most: int) -> None
 
 
 def test_an_item_beyond_the_limit_is_alone() -> None:
-    assert pack([9, 1, 9, 9, 1, 1], int, 8) == [[9], [1], [9], [9], [1, 1]]
+    assert split_by_budget([9, 1, 9, 9, 1, 1], int, 8) == [[9], [1], [9], [9], [1, 1]]

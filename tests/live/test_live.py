@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 from farms_fast import FixedAspectSampling, FullMatrix, LayerRecord, analyze
-from farms_fast.engine.plan import Batch
-from farms_fast.engine.stages import solve_windows
+from farms_fast.engine.solve import SolveTask
 from farms_fast.live import LayerAlpha, LiveAnalysis, passes
 from farms_fast.spectra.bootstrap import FitRule
 from farms_fast.spectra.power_law import PowerLawFits
@@ -499,15 +498,18 @@ def test_without_memory_for_a_copy_it_goes_on_without_one(monkeypatch: pytest.Mo
 class LittleMemory:
     """A solver that runs out of memory beyond so many windows."""
 
-    def __init__(self, windows: int) -> None:
+    def __init__(self, windows: int, monkeypatch: pytest.MonkeyPatch) -> None:
         self.windows = windows
         self.calls: list[int] = []
+        solve = SolveTask.solve
 
-    def __call__(self, stacks: Any, table: torch.Tensor, batch: Batch, settings: Any) -> Any:
-        self.calls.append(len(table))
-        if len(table) > self.windows:
-            raise torch.OutOfMemoryError("no room")
-        return solve_windows(stacks, table, batch, settings)
+        def limited(task: SolveTask, *given: Any) -> torch.Tensor:
+            self.calls.append(len(task.table))
+            if len(task.table) > self.windows:
+                raise torch.OutOfMemoryError("no room")
+            return solve(task, *given)
+
+        monkeypatch.setattr(SolveTask, "solve", limited)
 
 
 def test_without_memory_it_goes_on_in_smaller_parts(
@@ -517,8 +519,7 @@ def test_without_memory_it_goes_on_in_smaller_parts(
     sampling = FixedAspectSampling(rows=4, per_dim=2)
     live = LiveAnalysis(model, sampling)
     wanted = live()
-    little = LittleMemory(8)
-    monkeypatch.setattr(passes, "solve_windows", little)
+    little = LittleMemory(8, monkeypatch)
     assert live() == wanted
     # Batches of their own, then halves; 4 windows a layer but the last.
     assert little.calls == [20, 20, 8, 12, 4, 8, 1]
@@ -578,11 +579,13 @@ def test_training_goes_on_beside_an_overlapping_start(monkeypatch: pytest.Monkey
     live = LiveAnalysis(model, SAMPLING)
     wanted = live()
 
+    solve = SolveTask.solve
+
     def slowly(*given: Any) -> torch.Tensor:
         torch.cuda._sleep(200_000_000)  # cycles, a tenth of a second
-        return solve_windows(*given)
+        return solve(*given)
 
-    monkeypatch.setattr(passes, "solve_windows", slowly)
+    monkeypatch.setattr(SolveTask, "solve", slowly)
     pending = live.start(overlap=True)
     with torch.no_grad():
         model[4].weight.zero_()

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from farms_fast import Analysis, FixedAspectSampling, FullMatrix, analyze
-from farms_fast.engine.stages import BatchStages
+from farms_fast.engine.stages import BatchStages, LoadedBatch, SolvedBatch
 from farms_fast.results.store import ResultsStore
 
 SAMPLING = FixedAspectSampling(rows=8, per_dim=3)
@@ -35,8 +35,8 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     solve = BatchStages.solve
 
-    def counting(self: BatchStages, loaded: object) -> object:
-        names.extend(state.layer.spec.name for state in loaded.layers if state.stack is not None)
+    def counting(self: BatchStages, loaded: LoadedBatch) -> SolvedBatch:
+        names.extend(state.layer.spec.name for state in loaded.unsolved)
         return solve(self, loaded)
 
     monkeypatch.setattr(BatchStages, "solve", counting)

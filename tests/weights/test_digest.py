@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,9 +16,26 @@ from safetensors.torch import save_file
 from torch import nn
 
 from farms_fast.weights import digest as digests
-from farms_fast.weights.digest import layer_digest, layer_digest_of, tensor_digest
+from farms_fast.weights.digest import layer_digest_of, tensor_digest
+from farms_fast.weights.formats import dequantise
+from farms_fast.weights.formats.complex_weights import (
+    ComplexPairs,
+    FactorisedTensor,
+    RealAndImaginary,
+    TensorTrainCore,
+)
+from farms_fast.weights.formats.lora import ApplyLoraUpdates, LoraUpdate
 from farms_fast.weights.layers import LayerSpec
-from farms_fast.weights.sources import open_source
+from farms_fast.weights.recipes import (
+    AsStored,
+    Computed,
+    HeadRows,
+    Recipe,
+    Rows,
+    TrailingPositions,
+    recipe_id,
+)
+from farms_fast.weights.sources import Source, open_source
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64]
 
@@ -110,9 +129,13 @@ def test_tensor_without_plain_data_is_an_error(tensor: torch.Tensor) -> None:
 # --- layers ---
 
 
-def specs(model: object) -> tuple[object, list[LayerSpec]]:
+def specs(model: object) -> tuple[Source, list[LayerSpec]]:
     source = open_source(model)  # type: ignore[arg-type]
     return source, source.layers()[0]
+
+
+def layer_digest(source: Source, spec: LayerSpec) -> str:
+    return layer_digest_of(spec, [source.load(name) for name in spec.tensors])
 
 
 def test_layer_has_one_digest_wherever_it_is(tmp_path: Path) -> None:
@@ -194,6 +217,70 @@ def test_number_of_tensors_has_to_be_the_layers() -> None:
         layer_digest_of(layer, [torch.ones(4, 3)] * 2)
 
 
+# --- recipes ---
+
+LAYOUT = dequantise.ScaleLayout((4, 1), (1, 8))
+IDS = {
+    Rows(0, 768): '{"count":768,"recipe":"rows/1","start":0,"step":1,"transposed":false}',
+    Rows(1, 8, 2, True): '{"count":8,"recipe":"rows/1","start":1,"step":2,"transposed":true}',
+    HeadRows("k", 2, 4): '{"groups":2,"queries":4,"recipe":"head-rows/1","role":"k"}',
+    TrailingPositions(): '{"groups":1,"recipe":"trailing-positions/1","transposed":false}',
+    AsStored(): '{"recipe":"as-stored/1"}',
+    RealAndImaginary(): '{"recipe":"real-and-imaginary/1"}',
+    ComplexPairs(joint=True): '{"joint":true,"recipe":"complex-pairs/1"}',
+    FactorisedTensor("cp", ((1,), (3, 1), (4, 1))): (
+        '{"joint":false,"kind":"cp","pairs":false,"recipe":"factorised-tensor/1",'
+        '"shapes":[[1],[3,1],[4,1]]}'
+    ),
+    TensorTrainCore(): '{"pairs":false,"recipe":"tensor-train-core/1"}',
+    dequantise.Scaled(): '{"layout":null,"recipe":"scaled/1"}',
+    dequantise.Scaled(LAYOUT): '{"layout":{"blocks":[1,8],"view":[4,1]},"recipe":"scaled/1"}',
+    dequantise.BitsAndBytesInt8(): '{"recipe":"bitsandbytes-int8/1"}',
+    dequantise.GroupQuantised(4, 128, awq=False, zero_offset=1): (
+        '{"awq":false,"bits":4,"group_size":128,"recipe":"group-quantised/1","zero_offset":1}'
+    ),
+    dequantise.Packed(8, LAYOUT): (
+        '{"bits":8,"layout":{"blocks":[1,8],"view":[4,1]},"recipe":"packed/1"}'
+    ),
+    dequantise.Mxfp4(): '{"recipe":"mxfp4/1"}',
+    ApplyLoraUpdates(dequantise.Mxfp4(), 2, (LoraUpdate(0.5), LoraUpdate(2.0, dora=True))): (
+        '{"base":{"recipe":"mxfp4/1"},"base_tensors":2,"recipe":"lora/1","updates":['
+        '{"dora":false,"scaling":0.5,"transposed":false},'
+        '{"dora":true,"scaling":2.0,"transposed":false}]}'
+    ),
+    Computed(dequantise.Scaled(), Rows(0, 4)): (
+        '{"recipe":"computed/1","stack":{"count":4,"recipe":"rows/1","start":0,"step":1,'
+        '"transposed":false},"weight":{"layout":null,"recipe":"scaled/1"}}'
+    ),
+}
+
+
+@pytest.mark.parametrize("recipe", IDS)
+def test_recipe_ids_never_change(recipe: Recipe) -> None:
+    """Another id computes every layer of a store anew: give the recipe's name a new number then."""
+    assert recipe_id(recipe) == IDS[recipe]
+
+
+def test_every_recipe_has_a_name_of_its_own() -> None:
+    names = [recipe.recipe_name for recipe in Recipe.__subclasses__()]
+    assert len(set(names)) == len(names)
+    assert {recipe.recipe_name for recipe in IDS} == set(names)
+
+
+def test_renamed_recipe_keeps_its_digests() -> None:
+    class Lines(Rows, name=Rows.recipe_name):
+        pass
+
+    tensor = torch.randn(12, 4)
+    layers = [plain_layer(recipe(4, 4)) for recipe in (Rows, Lines)]
+    assert repr(layers[0].to_stack) != repr(layers[1].to_stack)
+    assert layer_digest_of(layers[0], [tensor]) == layer_digest_of(layers[1], [tensor])
+
+
+def plain_layer(to_stack: Callable[..., torch.Tensor]) -> LayerSpec:
+    return LayerSpec("fc", "linear", ("fc",), (1, 4, 3), torch.float32, to_stack)
+
+
 def test_making_that_is_a_plain_function_is_known_by_its_name() -> None:
     def as_stack(weight: torch.Tensor) -> torch.Tensor:
         return weight.unsqueeze(0)
@@ -201,14 +288,20 @@ def test_making_that_is_a_plain_function_is_known_by_its_name() -> None:
     def another(weight: torch.Tensor) -> torch.Tensor:
         return weight.unsqueeze(0)
 
-    found = [
-        layer_digest_of(
-            LayerSpec("fc", "linear", ("fc",), (1, 4, 3), torch.float32, how), [torch.ones(4, 3)]
-        )
-        for how in (as_stack, another)
-    ]
-    assert found[0] != found[1]
+    ways = (as_stack, another, Computed(as_stack, AsStored()), Computed(another, AsStored()))
+    found = {layer_digest_of(plain_layer(way), [torch.ones(4, 3)]) for way in ways}
+    assert len(found) == len(ways)
+    assert recipe_id(as_stack) == (
+        f'{{"function":"{__name__}.test_making_that_is_a_plain_function_is_known_by_its_name'
+        '.<locals>.as_stack"}'
+    )
+
+
+def test_callable_that_cannot_be_told_from_others_is_an_error() -> None:
+    way = functools.partial(torch.unsqueeze, dim=0)
+    with pytest.raises(TypeError, match="to_stack: expected a Recipe or a plain function"):
+        layer_digest_of(plain_layer(way), [torch.ones(4, 3)])
 
 
 KNOWN_TENSOR = "f3e71a1d64fbe45ded039c6b1abb985880f86d4f"
-KNOWN_LAYER = "8c0a566ecc00e623118c916d8f1ae47b5860eae8"
+KNOWN_LAYER = "37e4f2a9d63f1b6bc4fb45dd14ebe1c890d8c49e"

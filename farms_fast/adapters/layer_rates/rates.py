@@ -44,7 +44,8 @@ from farms_fast.adapters.layer_rates.tuned_layers import (
 from farms_fast.core.arguments import check_module, natural
 from farms_fast.live import LayerAlpha, LiveAnalysis
 from farms_fast.spectra.windows import FixedAspectSampling, Sampling
-from farms_fast.weights.layers import Change, layers_from_module
+from farms_fast.weights.layers import layers_from_module
+from farms_fast.weights.stacks import WeightTransform
 
 __all__ = ["LayerRates", "RateWarning"]
 
@@ -143,7 +144,7 @@ class LayerRates(ABC):
         memory: int | None = None,
         process_group: ProcessGroup = "default",
         log: Logs = None,
-        change: Change | None = None,
+        change: WeightTransform | None = None,
     ) -> None:
         check_module("model", model)
         self.model = plain_model(model)

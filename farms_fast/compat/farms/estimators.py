@@ -8,36 +8,33 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from statistics import fmean
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
+from farms_fast.compat.arguments import choice, positive
 from farms_fast.compat.farms.published_windows import (
-    PublishedWindows,
     block_windows,
     sampled_windows,
     stepped_windows,
-    whole,
+    whole_matrix,
 )
 from farms_fast.compat.farms.spectra import (
     FittedSpectrum,
-    Weight,
     WindowedLayer,
-    alpha_hat,
     fitted_spectra,
     kernel_positions,
     warn_of_missing_fit,
     weights_of,
-    workspace,
 )
-from farms_fast.compat.farms.tails import TailRule, positive
+from farms_fast.compat.farms.tails import TailRule
 from farms_fast.core.arguments import check_module, natural
 
-__all__ = ["net_esd_estimator", "net_esd_estimator_farms", "whole_layers"]
+__all__ = ["net_esd_estimator", "net_esd_estimator_farms", "results_of", "whole_layers"]
 
 Results = dict[str, list[Any]]
 
@@ -112,21 +109,12 @@ def net_esd_estimator(
         [2.82, 2.9]
     """
     rule = TailRule.published(fix_fingers, xmin_pos, bins, EVALS_THRESH, filter_zeros)
-    budget = workspace(memory)
-    layers = whole_layers(net, conv_norm)
-    keys = ("alpha", "spectral_norm", "D", "longname", "eigs", "norm", "alphahat")
-    results: Results = {key: [] for key in keys}
-    for layer, spectra in zip(layers, fitted_spectra(layers, rule, budget), strict=True):
-        warn_of_missing_fit(layer.name, spectra, stacklevel=2)
-        one = spectra[0]
-        results["alpha"].append(one.alpha)
-        results["spectral_norm"].append(one.spectral_norm)
-        results["D"].append(one.D)
-        results["longname"].append(layer.name)
-        results["eigs"].append(one.evals.astype(np.float32))
-        results["norm"].append(one.norm)
-        results["alphahat"].append(alpha_hat(one.alpha, one.spectral_norm))
-    return results
+
+    def row(spectra: Sequence[FittedSpectrum]) -> dict[str, Any]:
+        return {"eigs": spectra[0].evals.astype(np.float32), "alphahat": spectra[0].alpha_hat}
+
+    columns = ("alpha", "spectral_norm", "D", "longname", "eigs", "norm", "alphahat")
+    return results_of(whole_layers(net, conv_norm), rule, memory, columns, row)
 
 
 def net_esd_estimator_farms(
@@ -223,38 +211,77 @@ def net_esd_estimator_farms(
         [2.75, 2.83]
     """
     rule = TailRule.published(fix_fingers, xmin_pos, bins, EVALS_THRESH, filter_zeros)
-    least = natural("eigs_num_thresh", eigs_num_thresh)
-    if variant not in ("llm", "cv"):
-        raise ValueError(f"variant: expected 'llm' or 'cv', got {variant!r}")
-    lay = _Laying(
-        natural("num_row_samples", num_row_samples, least=1),
-        positive("Q_ratio", Q_ratio),
-        None
-        if sampling_ops_per_dim is None
-        else natural("sampling_ops_per_dim", sampling_ops_per_dim, least=1),
-        natural("step_size", step_size, least=1) if sampling_ops_per_dim is None else 1,
-        clamped=variant == "llm",
-    )
+    min_evals = natural("eigs_num_thresh", eigs_num_thresh)
+    choice("variant", variant, ("llm", "cv"))
+    rows, q = natural("num_row_samples", num_row_samples, least=1), positive("Q_ratio", Q_ratio)
+    if sampling_ops_per_dim is None:
+        step = natural("step_size", step_size, least=1)
+        windows = partial(stepped_windows, window_rows=rows, q=q, step=step)
+    else:
+        per_dim = natural("sampling_ops_per_dim", sampling_ops_per_dim, least=1)
+        clamped = variant == "llm"
+        windows = partial(sampled_windows, window_rows=rows, q=q, per_dim=per_dim, clamped=clamped)
     scale = positive("conv_norm", conv_norm)
-    waived, budget = _waived(net, waived_layers), workspace(memory)
+    waived = _waived(net, waived_layers)
     layers = []
-    for weight in weights_of(net):
-        if weight.name in waived:
+    for name, weight in weights_of(net):
+        if name in waived:
             continue
-        layer = lay.layer(weight, scale) if use_sliding_window else _whole_layer(weight, scale)
-        if layer.windows.by_row or layer.count >= least:
+        if not use_sliding_window:
+            layer = _whole_layer(name, weight, scale)
+        elif weight.ndim == 2:
+            layer = WindowedLayer(name, weight.unsqueeze(0), windows(*weight.shape))
+        else:
+            layer = _layer_of_blocks(name, weight, q, scale)
+        if layer.windows.by_row or layer.count >= min_evals:
             layers.append(layer)
-    keys = ["alpha", "spectral_norm", "D", "longname", "eigs", "norm"]
-    keys += ["alpha_hat", "stable_rank", "norm_stable_rank"]
+
+    def row(spectra: Sequence[FittedSpectrum]) -> dict[str, Any]:
+        eigs = np.concatenate([one.entered for one in spectra]).astype(np.float32)
+        return {"eigs": eigs, "eigs_num": len(eigs)}
+
+    columns = ["alpha", "spectral_norm", "D", "longname", "eigs", "norm"]
+    columns += ["alpha_hat", "stable_rank", "norm_stable_rank"]
     if variant == "cv":
-        keys.insert(5, "eigs_num")
-    results: Results = {key: [] for key in keys}
+        columns.insert(5, "eigs_num")
+    return results_of(layers, rule, memory, columns, row)
+
+
+def results_of(
+    layers: Sequence[WindowedLayer],
+    rule: TailRule,
+    memory: int | None,
+    columns: Sequence[str],
+    row: Callable[[Sequence[FittedSpectrum]], dict[str, Any]],
+) -> Results:
+    """Solves and fits all layers, and lists what the columns ask for.
+
+    Args:
+        layers: one entry each.
+        rule: of every fit.
+        memory: bytes of workspace at most, None for the default.
+        columns: keys of the result, in this order.
+        row: columns of one function alone, from the spectra of a layer. The others are means over
+            the spectra, those of alpha and D over the spectra that have a fit.
+    """
+    budget = 0 if memory is None else natural("memory", memory, least=1)
+    results: Results = {column: [] for column in columns}
     for layer, spectra in zip(layers, fitted_spectra(layers, rule, budget), strict=True):
-        warn_of_missing_fit(layer.name, spectra, stacklevel=2)
-        for key, value in _farms_row(layer.name, spectra).items():
-            if key in results:
-                results[key].append(value)
+        # The line that called the published function.
+        warn_of_missing_fit(layer.name, spectra, stacklevel=3)
+        values = {"longname": layer.name, **row(spectra)}
+        for column in columns:
+            if column not in values:
+                values[column] = _mean(column, spectra)
+            results[column].append(values[column])
     return results
+
+
+def _mean(column: str, spectra: Sequence[FittedSpectrum]) -> float:
+    values = [getattr(one, column) for one in spectra]
+    if column in ("alpha", "D", "alpha_hat"):
+        values = [value for value in values if not math.isnan(value)] or [math.nan]
+    return fmean(values)
 
 
 def whole_layers(net: nn.Module, conv_norm: float) -> list[WindowedLayer]:
@@ -269,43 +296,24 @@ def whole_layers(net: nn.Module, conv_norm: float) -> list[WindowedLayer]:
         ValueError: as for `net_esd_estimator`.
     """
     scale = positive("conv_norm", conv_norm)
-    return [_whole_layer(weight, scale) for weight in weights_of(net)]
+    return [_whole_layer(name, weight, scale) for name, weight in weights_of(net)]
 
 
-def _whole_layer(weight: Weight, conv_norm: float) -> WindowedLayer:
-    stack = kernel_positions(weight.tensor)
-    scale = conv_norm if weight.tensor.ndim == 4 else 1.0
-    return WindowedLayer(weight.name, stack, whole(*stack.shape[1:]), scale)
+def _whole_layer(name: str, weight: Tensor, conv_norm: float) -> WindowedLayer:
+    stack = kernel_positions(weight)
+    scale = conv_norm if weight.ndim == 4 else 1.0
+    return WindowedLayer(name, stack, whole_matrix(*stack.shape[1:]), scale)
 
 
-@dataclass(frozen=True)
-class _Laying:
-    """How windows are laid over a weight; see `sampled_windows` and `stepped_windows`."""
-
-    rows: int
-    q: float
-    per_dim: int | None
-    step: int
-    clamped: bool
-
-    def layer(self, weight: Weight, conv_norm: float) -> WindowedLayer:
-        tensor = weight.tensor
-        if tensor.ndim == 2:
-            return WindowedLayer(weight.name, tensor.unsqueeze(0), self._windows(*tensor.shape))
-        outputs, inputs, height, width = tensor.shape
-        # So published: whichever two dimensions are larger are taken for the channels.
-        kernel_is_matrix = outputs + inputs < height + width
-        stack = tensor.flatten(0, 1) if kernel_is_matrix else kernel_positions(tensor)
-        if stack.shape[1] < stack.shape[2]:
-            stack = stack.mT
-        _, rows, columns = stack.shape
-        blocks = block_windows(rows, columns, self.q)
-        return WindowedLayer(weight.name, stack, blocks, conv_norm)
-
-    def _windows(self, rows: int, columns: int) -> PublishedWindows:
-        if self.per_dim is None:
-            return stepped_windows(rows, columns, self.rows, self.q, self.step)
-        return sampled_windows(rows, columns, self.rows, self.q, self.per_dim, clamped=self.clamped)
+def _layer_of_blocks(name: str, weight: Tensor, q: float, conv_norm: float) -> WindowedLayer:
+    outputs, inputs, height, width = weight.shape
+    # So published: whichever two dimensions are larger are taken for the channels.
+    kernel_is_matrix = outputs + inputs < height + width
+    stack = weight.flatten(0, 1) if kernel_is_matrix else kernel_positions(weight)
+    if stack.shape[1] < stack.shape[2]:
+        stack = stack.mT
+    _, rows, columns = stack.shape
+    return WindowedLayer(name, stack, block_windows(rows, columns, q), conv_norm)
 
 
 def _waived(net: nn.Module, names: Collection[str]) -> set[str]:
@@ -323,30 +331,3 @@ def _waived(net: nn.Module, names: Collection[str]) -> set[str]:
                 f"waived_layers: expected names of modules, such as {choices}; got {name!r}"
             )
     return set(names)
-
-
-def _farms_row(name: str, spectra: Sequence[FittedSpectrum]) -> dict[str, Any]:
-    """A layer's entries, means over its spectra, under every key that a variant has."""
-    eigs = np.concatenate([one.entered for one in spectra]).astype(np.float32)
-    return {
-        "alpha": _mean_of_fits([one.alpha for one in spectra]),
-        "spectral_norm": _mean([one.spectral_norm for one in spectra]),
-        "D": _mean_of_fits([one.D for one in spectra]),
-        "longname": name,
-        "eigs": eigs,
-        "eigs_num": len(eigs),
-        "norm": _mean([one.norm for one in spectra]),
-        "alpha_hat": _mean_of_fits([alpha_hat(one.alpha, one.spectral_norm) for one in spectra]),
-        "stable_rank": _mean([one.stable_rank for one in spectra]),
-        "norm_stable_rank": _mean([one.norm_stable_rank for one in spectra]),
-    }
-
-
-def _mean(values: Sequence[float]) -> float:
-    return fmean(values)
-
-
-def _mean_of_fits(values: Sequence[float]) -> float:
-    """Over the spectra that have a fit."""
-    fitted = [value for value in values if not math.isnan(value)]
-    return _mean(fitted) if fitted else math.nan

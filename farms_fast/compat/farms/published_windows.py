@@ -14,7 +14,13 @@ from numpy.typing import NDArray
 
 from farms_fast.spectra.windows import FixedAspectSampling
 
-__all__ = ["PublishedWindows", "block_windows", "sampled_windows", "stepped_windows", "whole"]
+__all__ = [
+    "PublishedWindows",
+    "block_windows",
+    "sampled_windows",
+    "stepped_windows",
+    "whole_matrix",
+]
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,7 @@ class PublishedWindows:
         """Spectra of the stack."""
         return len(self.row_starts) if self.by_row else 1
 
-    def table(self, weight: int, entries: int) -> NDArray[np.int64]:
+    def table(self, weight: int = 0, entries: int = 1) -> NDArray[np.int64]:
         """Rows of the ops' window table, ordered by spectrum.
 
         Args:
@@ -73,7 +79,7 @@ class PublishedWindows:
         return table.reshape(-1, 6)
 
 
-def whole(rows: int, columns: int) -> PublishedWindows:
+def whole_matrix(rows: int, columns: int) -> PublishedWindows:
     """One window, the matrix itself."""
     return PublishedWindows(rows, columns, (0,), (0,))
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, chain, cycle, groupby
 
 import numpy as np
 import torch
@@ -16,25 +15,22 @@ from torch import Tensor, nn
 
 from farms_fast.compat.farms.published_windows import PublishedWindows
 from farms_fast.compat.farms.tails import TailRule
-from farms_fast.core.arguments import check_module, natural
+from farms_fast.core.arguments import check_module
 from farms_fast.core.arrays import FLOATING
-from farms_fast.core.packing import pack
-from farms_fast.engine.streams import beside, side_by_side
-from farms_fast.spectra.esd import window_eigenvalues
-from farms_fast.spectra.power_law import STATUSES, sort_spectra
+from farms_fast.core.packing import group_by_budget
+from farms_fast.engine.solve import SolveTask, fit_pools, make_pools, solve_side_by_side
+from farms_fast.engine.streams import STREAMS, make_streams
+from farms_fast.spectra.power_law import STATUSES
 from farms_fast.weights.layers import module_tensor, sparse_layout
 
 __all__ = [
     "FitWarning",
     "FittedSpectrum",
-    "Weight",
     "WindowedLayer",
-    "alpha_hat",
     "fitted_spectra",
     "kernel_positions",
     "warn_of_missing_fit",
     "weights_of",
-    "workspace",
 ]
 
 # Eigenvalues that are held on the device at once, unless one layer has more.
@@ -43,14 +39,6 @@ _VALUES_PER_BATCH = 2**24
 
 class FitWarning(UserWarning):
     """A layer has no power-law fit; the message says which and why."""
-
-
-@dataclass(frozen=True)
-class Weight:
-    """The weight of a Linear or Conv2d module, with the module's name."""
-
-    name: str
-    tensor: Tensor
 
 
 @dataclass(frozen=True)
@@ -99,6 +87,12 @@ class FittedSpectrum:
         """The largest eigenvalue."""
         return float(self.evals[-1]) if self.evals.size else math.nan
 
+    @property
+    def alpha_hat(self) -> float:
+        """Alpha times log10 of the largest eigenvalue; NaN for a zero matrix."""
+        largest = self.spectral_norm
+        return self.alpha * math.log10(largest) if largest > 0 else math.nan
+
     @cached_property
     def norm(self) -> float:
         """The sum of all eigenvalues."""
@@ -115,8 +109,8 @@ class FittedSpectrum:
         return self.norm / self.evals.size if self.evals.size else math.nan
 
 
-def weights_of(net: nn.Module) -> Iterable[Weight]:
-    """The weights of every Linear and Conv2d, subclasses included, in the order of named_modules.
+def weights_of(net: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Name and weight of every Linear and Conv2d, subclasses included, as named_modules has them.
 
     Raises:
         TypeError: not a module, or a weight that is not dense and real floating.
@@ -135,7 +129,7 @@ def weights_of(net: nn.Module) -> Iterable[Weight]:
             raise TypeError(f"net: expected {path} dense and real floating, got {kind}")
         if tensor.device.type not in ("cpu", "cuda"):
             raise ValueError(f"net: expected {path} on cpu or cuda, got {tensor.device}")
-        yield Weight(name, tensor)
+        yield name, tensor
 
 
 def kernel_positions(weight: Tensor) -> Tensor:
@@ -161,115 +155,61 @@ def fitted_spectra(
     Returns:
         The spectra of each layer, in the order given.
     """
-    found: list[list[FittedSpectrum]] = [[] for _ in layers]
-    for batches in _together(_batches(layers), layers):
-        for index, spectrum in _solved(batches, layers, rule, memory):
-            found[index].append(spectrum)
+    spectra: list[list[FittedSpectrum]] = [[] for _ in layers]
+    batches = group_by_budget(
+        [index for index, layer in enumerate(layers) if layer.count],
+        key=lambda i: (layers[i].stack.device, layers[i].stack.dtype, layers[i].windows.order),
+        size=lambda i: layers[i].count,
+        budget=_VALUES_PER_BATCH,
+    )
+    for together in group_by_budget(
+        batches,
+        key=lambda batch: layers[batch[0]].stack.device,
+        size=lambda batch: sum(layers[i].count for i in batch),
+        budget=_VALUES_PER_BATCH,
+    ):
+        solved = _solved([[layers[i] for i in batch] for batch in together], rule, memory)
+        for index in (i for batch in together for i in batch):
+            count = layers[index].windows.spectra
+            spectra[index] = [next(solved) for _ in range(count)]
     empty = np.empty(0)
-    return [one or [FittedSpectrum(empty, empty, math.nan, math.nan, "too_few")] for one in found]
-
-
-def warn_of_missing_fit(name: str, spectra: Sequence[FittedSpectrum], stacklevel: int) -> None:
-    """A `FitWarning` where a layer, or a block of it, has no fit."""
-    missing = [one.status for one in spectra if one.status != "ok"]
-    if not missing:
-        return
-    of = f" in {len(missing)} of {len(spectra)} blocks" if len(spectra) > 1 else ""
-    kinds = ", ".join(dict.fromkeys(missing))
-    text = f"layer {name!r}: no power-law fit{of} ({kinds})"
-    warnings.warn(text, FitWarning, stacklevel=stacklevel + 1)
-
-
-def alpha_hat(alpha: float, spectral_norm: float) -> float:
-    """Alpha times log10 of the largest eigenvalue; NaN for a zero matrix.
-
-    Example:
-        >>> alpha_hat(3.0, 100.0)
-        6.0
-    """
-    return alpha * math.log10(spectral_norm) if spectral_norm > 0 else math.nan
-
-
-def workspace(memory: int | None) -> int:
-    """Bytes for `fitted_spectra`, 0 for its default; an error unless None or a positive integer."""
-    return 0 if memory is None else natural("memory", memory, least=1)
-
-
-def _batches(layers: Sequence[WindowedLayer]) -> list[list[int]]:
-    """Layers of one device, dtype and order, in parts of bounded size."""
-    buckets: dict[tuple[torch.device, torch.dtype, int], list[int]] = {}
-    for index, layer in enumerate(layers):
-        if layer.count:
-            key = (layer.stack.device, layer.stack.dtype, layer.windows.order)
-            buckets.setdefault(key, []).append(index)
-    parts = [
-        pack(bucket, lambda index: layers[index].count, _VALUES_PER_BATCH)
-        for bucket in buckets.values()
-    ]
-    return list(chain.from_iterable(parts))
-
-
-def _together(
-    batches: Sequence[Sequence[int]], layers: Sequence[WindowedLayer]
-) -> list[list[Sequence[int]]]:
-    """Batches of one device, as many at a time as may be held."""
-    parts = [
-        pack(own, lambda batch: sum(layers[index].count for index in batch), _VALUES_PER_BATCH)
-        for _, own in groupby(batches, key=lambda batch: layers[batch[0]].stack.device)
-    ]
-    return list(chain.from_iterable(parts))
+    return [own or [FittedSpectrum(empty, empty, math.nan, math.nan, "too_few")] for own in spectra]
 
 
 def _solved(
-    batches: Sequence[Sequence[int]], layers: Sequence[WindowedLayer], rule: TailRule, memory: int
-) -> Iterator[tuple[int, FittedSpectrum]]:
-    """Every spectrum of the batches' layers, with the layer's index."""
-    device = layers[batches[0][0]].stack.device
-    streams = []
-    if device.type == "cuda":
-        streams = beside(torch.cuda.current_stream(device))
-    pooled: list[Tensor] = []
-    with side_by_side(streams) as lanes:
-        for batch, lane in zip(batches, cycle(lanes)):
-            with lane:
-                pooled += _pooled(batch, layers, memory)
-    owners, lengths = [], []
-    for index, spectra in zip(chain.from_iterable(batches), pooled, strict=True):
-        owners += [index] * len(spectra)
-        lengths += [spectra.shape[1]] * len(spectra)
-    offsets = torch.tensor([0, *accumulate(lengths)], device="cpu").to(device, non_blocking=True)
-    evals = sort_spectra(torch.cat([spectra.flatten() for spectra in pooled]), offsets)
-    # The one place where the host waits for the device.
-    fits = rule.fit(evals, offsets).tolist()
-    values = evals.cpu().numpy()
-    end = 0
-    for index, length, (alpha, distance, code) in zip(owners, lengths, fits, strict=True):
-        own = values[end : end + length]
-        end += length
-        yield index, _one(own, alpha, distance, STATUSES[int(code)], rule)
-
-
-def _pooled(batch: Sequence[int], layers: Sequence[WindowedLayer], memory: int) -> list[Tensor]:
-    """The spectra of a batch's layers, (spectra, values) each, not sorted."""
-    chosen = [layers[index] for index in batch]
-    tables = [x.windows.table(at, len(x.stack)) for at, x in enumerate(chosen)]
-    evals = window_eigenvalues(
-        [layer.stack for layer in chosen],
-        torch.from_numpy(np.concatenate(tables)),
-        chosen[0].windows.order,
-        torch.float64,
-        None,
-        memory,
-    )
-    parts = evals.split([len(table) for table in tables])
-    return [
-        part.reshape(layer.windows.spectra, -1) * layer.scale
-        for layer, part in zip(chosen, parts, strict=True)
+    batches: Sequence[Sequence[WindowedLayer]], rule: TailRule, memory: int
+) -> Iterator[FittedSpectrum]:
+    """Every spectrum of every layer of batches of one device."""
+    layers = [layer for batch in batches for layer in batch]
+    device = layers[0].stack.device
+    tasks = [
+        SolveTask.of([(x.windows, len(x.stack)) for x in batch], memory, number % STREAMS)
+        for number, batch in enumerate(batches)
     ]
+    current = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    streams = make_streams(device, current)
+    evals = solve_side_by_side(tasks, [layer.stack for layer in layers], streams)
+    parts = [
+        part for task, own in zip(tasks, evals, strict=True) for part in own.split(task.windows)
+    ]
+    scaled = [part.flatten() * x.scale for x, part in zip(layers, parts, strict=True)]
+    lengths = [
+        len(part) // layer.windows.spectra
+        for layer, part in zip(layers, scaled, strict=True)
+        for _ in range(layer.windows.spectra)
+    ]
+    ((spectra, fits),) = fit_pools(torch.cat(scaled), make_pools(lengths, device), rule)
+    # The one place where the host waits for the device.
+    results = torch.stack([fits.alpha, fits.D, fits.status.to(torch.float64)], dim=1).tolist()
+    values = spectra.cpu().numpy()
+    for own, (alpha, distance, code) in zip(
+        np.split(values, np.cumsum(lengths)[:-1]), results, strict=True
+    ):
+        yield _fitted(own, alpha, distance, STATUSES[int(code)], rule.threshold)
 
 
-def _one(
-    evals: NDArray[np.float64], alpha: float, distance: float, status: str, rule: TailRule
+def _fitted(
+    evals: NDArray[np.float64], alpha: float, distance: float, status: str, threshold: float | None
 ) -> FittedSpectrum:
     if not np.isfinite(evals[-1]):
         status = "nonfinite"
@@ -277,6 +217,17 @@ def _one(
         alpha, distance = 0.0, 1.0
     elif status != "ok":
         alpha, distance = math.nan, math.nan
-    above = evals > (-math.inf if rule.threshold is None else rule.threshold)
+    above = evals > (-math.inf if threshold is None else threshold)
     entered = evals[above] if above.any() else evals
     return FittedSpectrum(evals, entered, alpha, distance, status)
+
+
+def warn_of_missing_fit(name: str, spectra: Sequence[FittedSpectrum], stacklevel: int) -> None:
+    """A `FitWarning` where a layer, or a block of it, has no fit."""
+    missing = [one.status for one in spectra if one.status != "ok"]
+    if not missing:
+        return
+    blocks = f" in {len(missing)} of {len(spectra)} blocks" if len(spectra) > 1 else ""
+    kinds = ", ".join(dict.fromkeys(missing))
+    text = f"layer {name!r}: no power-law fit{blocks} ({kinds})"
+    warnings.warn(text, FitWarning, stacklevel=stacklevel + 1)

@@ -29,29 +29,21 @@ def columns_of(
     layer: WeightLayer, spectra: LayerSpectra, fit: TailFit, options: Options
 ) -> dict[str, object]:
     """One row of the table; a layer whose weights are not finite has NaN where numbers would be."""
-    row: dict[str, object] = {
-        "layer_id": layer.layer_id,
-        "name": layer.name,
-        "longname": layer.longname,
-        "layer_type": layer.layer_type,
-        "N": layer.N,
-        "M": layer.M,
-        "rf": layer.rf,
-        "Q": layer.N / layer.M,
-        **layer.extra,
-    }
-    known = spectra.evals.size > 0
+    names = ("layer_id", "name", "longname", "layer_type", "N", "M", "rf")
+    row: dict[str, object] = {name: getattr(layer, name) for name in names}
+    row |= {"Q": layer.N / layer.M, **layer.extra}
+    evals, known = spectra.evals, spectra.evals.size > 0
     # What the formulas divide by may be 0, and they say infinity or NaN then.
     with np.errstate(all="ignore"):
         row |= _spectrum_columns(layer, spectra.per_matrix, options.tolerance, known)
         row |= _fit_columns(fit, options)
         if options.mp_fit:
-            row |= _mp_columns(fit_marchenko_pastur(spectra.evals, layer.N, layer.M))
+            row |= _mp_columns(fit_marchenko_pastur(evals, layer.N, layer.M))
         if options.randomize:
             row |= _random_columns(layer, spectra, known)
         if options.detX:
-            row |= _detx_columns(spectra.evals, fit.num_pl_spikes, known)
-        row |= _norm_columns(spectra.evals, fit.alpha, layer.N, known)
+            row |= _detx_columns(evals, fit.num_pl_spikes, known)
+        row |= _norm_columns(evals, fit.alpha, layer.N, known)
     return row
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from torch import Tensor
@@ -29,18 +29,15 @@ def find_layers(model: object, base_model: object, options: Options) -> WeightLa
         ValueError: a filter that matches nothing, weights that cannot be read, or a base model
             whose matrices have other shapes.
     """
-    found = layers_of(model, options)
+    own = layers_of(model, options)
+    layers = own.layers
     if base_model is not None:
-        return WeightLayers(
-            _differences(found.layers, layers_of(base_model, options, "base_model").layers),
-            found.skipped,
-        )
-    if options.peft:
-        return WeightLayers(_adapters(found.layers, options.peft == "with_base"), found.skipped)
-    if not options.pool:
-        sliced = [part for layer in found.layers for part in _slices(layer, options)]
-        return WeightLayers(sliced, found.skipped)
-    return found
+        layers = _differences(layers, layers_of(base_model, options, "base_model").layers)
+    elif options.peft:
+        layers = _adapters(layers, options.peft == "with_base")
+    elif not options.pool:
+        layers = [part for layer in layers for part in _slices(layer, options)]
+    return WeightLayers(layers, own.skipped)
 
 
 def _slices(layer: WeightLayer, options: Options) -> list[WeightLayer]:
@@ -143,17 +140,7 @@ def _product(a: WeightLayer, b: WeightLayer) -> WeightLayer:
         left, right = b.load(), a.load()
         return (left.mT if turn_b else left) @ (right.mT if turn_a else right)
 
-    return dataclasses.replace(
-        a,
-        name=a.name.replace("lora_A", "lora_BA"),
-        longname=a.longname.replace("lora_A", "lora_BA"),
-        N=max(rows, columns),
-        M=min(rows, columns),
-        shape=(1, 1, rows, columns),
-        load=load,
-        components=inner,
-        extra={"peft": True},
-    )
+    return _made_of(a, ("lora_A", "lora_BA"), (rows, columns), load, inner)
 
 
 def _sum(b: WeightLayer, product: WeightLayer, base: WeightLayer, turned: bool) -> WeightLayer:
@@ -169,14 +156,25 @@ def _sum(b: WeightLayer, product: WeightLayer, base: WeightLayer, turned: bool) 
         change = product.load()
         return base.load()[:1] + (change.mT if turned else change)
 
+    return _made_of(b, ("lora_B", "lora_W_plus_AB"), expected, load, product.components)
+
+
+def _made_of(
+    layer: WeightLayer,
+    renamed: tuple[str, str],
+    shape: tuple[int, int],
+    load: Callable[[], Tensor],
+    components: int,
+) -> WeightLayer:
+    """A layer of one matrix that an adapter's layer stands for."""
     return dataclasses.replace(
-        b,
-        name=b.name.replace("lora_B", "lora_W_plus_AB"),
-        longname=b.longname.replace("lora_B", "lora_W_plus_AB"),
-        N=max(expected),
-        M=min(expected),
-        shape=(1, 1, *expected),
+        layer,
+        name=layer.name.replace(*renamed),
+        longname=layer.longname.replace(*renamed),
+        N=max(shape),
+        M=min(shape),
+        shape=(1, 1, *shape),
         load=load,
-        components=product.components,
+        components=components,
         extra={"peft": True},
     )

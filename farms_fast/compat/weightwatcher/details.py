@@ -131,36 +131,13 @@ def weightwatcher(
         ValueError: vectors: WeightWatcher's option vectors=True is not supported: eigenvectors \
 are not computed
     """
+    # Every option of the signature, by its name.
+    given = {**locals()}
+    given.pop("unsupported")
+    refuse_unsupported(unsupported, [name for name in given if name != "model"])
     with optional_import("pandas", extra="pandas", needed_for="weightwatcher"):
         import pandas as pd
-    given = {
-        "layers": layers,
-        "min_evals": min_evals,
-        "max_evals": max_evals,
-        "max_N": max_N,
-        "glorot_fix": glorot_fix,
-        "randomize": randomize,
-        "mp_fit": mp_fit,
-        "conv2d_norm": conv2d_norm,
-        "ww2x": ww2x,
-        "pool": pool,
-        "fix_fingers": fix_fingers,
-        "xmin_max": xmin_max,
-        "max_fingers": max_fingers,
-        "finger_thresh": finger_thresh,
-        "fit": fit,
-        "detX": detX,
-        "ERG": ERG,
-        "svd_method": svd_method,
-        "tolerance": tolerance,
-        "start_ids": start_ids,
-        "pl_package": pl_package,
-        "xmax": xmax,
-        "peft": peft,
-        "seed": seed,
-    }
-    refuse_unsupported(unsupported, [*given, "base_model", "device"])
-    options = checked_options(**given)
+    options = checked_options(given)
     if options.peft and base_model is not None:
         raise ValueError(
             "peft: expected False with a base_model, which WeightWatcher ignores it for"

@@ -14,7 +14,7 @@ from torch import Tensor
 from farms_fast.compat.weightwatcher.options import Options
 from farms_fast.compat.weightwatcher.spectra import LayerSpectra
 from farms_fast.compat.weightwatcher.truncated_power_law import fit_truncated_power_law
-from farms_fast.spectra.power_law import fit_power_laws
+from farms_fast.spectra.bootstrap import FitRule
 
 __all__ = ["TailFit", "fit_tails"]
 
@@ -59,6 +59,16 @@ class TailFit:
     raw_alpha: float = -1.0
     status: str = "failed"
 
+    @classmethod
+    def of(cls, alpha: float, xmin: float, D: float, sigma: float, Lambda: float = -1.0) -> TailFit:
+        """A fit that succeeded."""
+        return cls(alpha, xmin, None, D, sigma, Lambda=Lambda, status="success")
+
+    @property
+    def failed(self) -> bool:
+        """Whether there is no fit."""
+        return self.status == "failed"
+
     @property
     def warning(self) -> str:
         """WeightWatcher's verdict on alpha; a failed fit's -1 counts as below 2."""
@@ -71,17 +81,18 @@ def fit_tails(spectra: Sequence[LayerSpectra], options: Options) -> list[TailFit
     """Fits the tail of every layer; a layer that cannot be fitted has a fit that failed."""
     clipped = [_clipped(one.evals, options.clip) for one in spectra]
     if options.fit == "truncated_power_law" or options.fix_fingers == "xmin_peak":
-        fits = [_fit_alone(evals, options) for evals in clipped]
+        fits = [_fit_in_range(evals, options) for evals in clipped]
+    elif options.force_xmax:
+        fits = [_fit_to_xmax(evals) for evals in clipped]
     elif options.fix_fingers == "clip_xmax":
         fits = _fit_without_fingers(spectra, options)
     else:
+        # A zero is dropped by the fit, and the order stays.
         packed = [
-            _above_threshold(one.packed[: evals.size])
+            torch.where((own := one.packed[: evals.size]) > _THRESHOLD, own, 0.0)
             for one, evals in zip(spectra, clipped, strict=True)
         ]
         fits = _fit_power_laws(packed, small_rule=options.pl_package == "ww")
-        if options.force_xmax:
-            fits = [_fit_to_xmax(evals) for evals in clipped]
     return [
         _completed(fit, evals, options.pl_package) for fit, evals in zip(fits, clipped, strict=True)
     ]
@@ -89,13 +100,11 @@ def fit_tails(spectra: Sequence[LayerSpectra], options: Options) -> list[TailFit
 
 def _clipped(evals: FloatArray, clip: int) -> FloatArray:
     """All but so many of the largest; nothing where that would be more than half of them."""
-    if clip == 0:
-        return evals
-    return evals[:0] if clip > evals.size / 2 else evals[:-clip]
+    return evals[:0] if clip > evals.size / 2 else evals[: evals.size - clip]
 
 
 def _completed(fit: TailFit, evals: FloatArray, package: str) -> TailFit:
-    if fit.status != "success":
+    if fit.failed:
         return fit
     xmax = fit.xmax
     if xmax is None and package == "ww":
@@ -103,28 +112,21 @@ def _completed(fit: TailFit, evals: FloatArray, package: str) -> TailFit:
     return replace(fit, xmax=xmax, num_pl_spikes=int(np.count_nonzero(evals >= fit.xmin)))
 
 
-def _above_threshold(evals: Tensor) -> Tensor:
-    # A zero is dropped by the fit, and the order stays.
-    return torch.where(evals > _THRESHOLD, evals, 0.0)
-
-
 def _fit_power_laws(packed: Sequence[Tensor], small_rule: bool) -> list[TailFit]:
     """The rule of least D for all spectra in one call."""
     if not packed:
         return []
-    offsets = np.concatenate([[0], np.cumsum([spectrum.numel() for spectrum in packed])])
-    values = torch.cat(list(packed))
-    fits = fit_power_laws(values, torch.from_numpy(offsets).to(values.device), "ks").to_list()
-    found: list[TailFit] = []
-    for spectrum, fit in zip(packed, fits, strict=True):
+    results = FitRule("ks").fit(torch.cat(list(packed)), [len(spectrum) for spectrum in packed])
+    fits: list[TailFit] = []
+    for spectrum, fit in zip(packed, results.to_list(), strict=True):
         if small_rule and fit.n < _SMALL:
             small = spectrum.cpu().numpy()
-            found.append(_fit_few(small[small > 0]))
+            fits.append(_fit_few(small[small > 0]))
         elif fit.status == "ok":
-            found.append(TailFit(fit.alpha, fit.xmin, None, fit.D, fit.sigma, status="success"))
+            fits.append(TailFit.of(fit.alpha, fit.xmin, fit.D, fit.sigma))
         else:
-            found.append(TailFit())
-    return found
+            fits.append(TailFit())
+    return fits
 
 
 def _fit_few(values: FloatArray) -> TailFit:
@@ -138,7 +140,7 @@ def _fit_few(values: FloatArray) -> TailFit:
         return TailFit()
     logs = np.log(values)
     unknown = -1 / math.sqrt(size)
-    best = TailFit(0.0, float(values[0]), None, 1.0, unknown, status="success")
+    best = TailFit.of(0.0, float(values[0]), 1.0, unknown)
     for start in range(max(size - _SMALL_TAIL, 0) + 1):
         n = size - start
         excess = float(np.sum(logs[start:]) - n * logs[start])
@@ -149,11 +151,11 @@ def _fit_few(values: FloatArray) -> TailFit:
         distance = float(np.max(np.abs(law - np.arange(n) / n)))
         if distance < best.D:
             sigma = (alpha - 1) / math.sqrt(n) if size >= _SMALL_TAIL else unknown
-            best = TailFit(alpha, float(values[start]), None, distance, sigma, status="success")
+            best = TailFit.of(alpha, float(values[start]), distance, sigma)
     return best
 
 
-def _fit_alone(evals: FloatArray, options: Options) -> TailFit:
+def _fit_in_range(evals: FloatArray, options: Options) -> TailFit:
     """A truncated power law, or a power law whose xmin has to lie near the peak."""
     values = evals[evals > _THRESHOLD]
     if values.size < 2:
@@ -169,9 +171,7 @@ def _fit_alone(evals: FloatArray, options: Options) -> TailFit:
         fit = fit_truncated_power_law(values, (low, high))
         if fit.status != "ok":
             return TailFit()
-        return TailFit(
-            fit.alpha, fit.xmin, None, fit.D, math.nan, Lambda=fit.Lambda, status="success"
-        )
+        return TailFit.of(fit.alpha, fit.xmin, fit.D, math.nan, fit.Lambda)
     return _scanned(values, low, high, to_largest=False)
 
 
@@ -202,58 +202,55 @@ def _scanned(values: FloatArray, low: float, high: float, to_largest: bool) -> T
             law /= law[-1]
         known = np.concatenate([[True], np.diff(tail) > 0])
         distance = float(np.max(np.abs(law - np.arange(n) / n)[known]))
-        if best.status == "failed" or distance < best.D:
+        if best.failed or distance < best.D:
             sigma = (alpha - 1) / math.sqrt(n)
-            best = TailFit(alpha, float(values[start]), None, distance, sigma, status="success")
+            best = TailFit.of(alpha, float(values[start]), distance, sigma)
     return best
 
 
 def _fit_without_fingers(spectra: Sequence[LayerSpectra], options: Options) -> list[TailFit]:
     """Clips the largest eigenvalues one after the other until alpha has dropped far enough."""
     variants: list[Tensor] = []
-    most: list[int] = []
+    limits: list[int] = []
     for one in spectra:
-        size = one.evals.size
         limit = options.max_fingers
         # A limit below half of the eigenvalues is replaced by the default.
-        limit = _MAX_FINGERS if limit is None or limit < size / 2 else limit
-        most.append(limit)
+        limits.append(_MAX_FINGERS if limit is None or limit < one.evals.size / 2 else limit)
         values = one.packed[int(np.count_nonzero(one.evals <= _THRESHOLD)) :]
-        variants.append(values)
-        # Three more are fitted after the last that is looked at; an error there is one of the fit.
-        variants.extend(
-            values[: max(0, values.numel() - clip)] for clip in range(2, max(limit, 2) + 3)
-        )
+        clips = _clips(limits[-1])
+        variants += [values, *(values[: max(0, len(values) - clip)] for clip in clips)]
     fits = iter(_fit_power_laws(variants, small_rule=options.pl_package == "ww"))
-    found: list[TailFit] = []
-    for one, limit in zip(spectra, most, strict=True):
+    chosen: list[TailFit] = []
+    for one, limit in zip(spectra, limits, strict=True):
         raw = next(fits)
-        after = {clip: next(fits) for clip in range(2, max(limit, 2) + 3)}
-        if options.pl_package == "powerlaw":
-            # It has NaN where the rule of "ww" fails, and NaN stops nothing.
-            nan = TailFit(alpha=math.nan, status="success")
-            after = {k: fit if fit.status == "success" else nan for k, fit in after.items()}
-        else:
-            # A clipped fit's largest value is that of what was fitted.
-            after = {
-                clip: replace(fit, xmax=float(one.evals[-1 - clip]))
-                if clip < one.evals.size
-                else fit
-                for clip, fit in after.items()
-            }
-        found.append(_unclipped_unless_better(raw, after, limit, options.finger_thresh))
-    return found
+        after: dict[int, TailFit] = {}
+        for clip in _clips(limit):
+            fit = next(fits)
+            if options.pl_package == "powerlaw":
+                # It has NaN where the rule of "ww" fails, and NaN stops nothing.
+                fit = TailFit(alpha=math.nan, status="success") if fit.failed else fit
+            elif clip < one.evals.size:
+                # A clipped fit's largest value is that of what was fitted.
+                fit = replace(fit, xmax=float(one.evals[-1 - clip]))
+            after[clip] = fit
+        chosen.append(_unclipped_unless_better(raw, after, limit, options.finger_thresh))
+    return chosen
+
+
+def _clips(limit: int) -> range:
+    # Three more are fitted after the last that is looked at; an error there is one of the fit.
+    return range(2, max(limit, 2) + 3)
 
 
 def _unclipped_unless_better(
     raw: TailFit, after: dict[int, TailFit], limit: int, threshold: float
 ) -> TailFit:
-    if raw.status == "failed" or limit <= 2:
+    if raw.failed or limit <= 2:
         return TailFit()
     best, fingers, last = raw, 0, 0
     for clip in range(2, limit):
         last, fit = clip, after[clip]
-        if fit.status == "failed":
+        if fit.failed:
             return TailFit()
         if fit.alpha + threshold < raw.alpha:
             best, fingers = fit, clip - 1
@@ -261,7 +258,7 @@ def _unclipped_unless_better(
         if fit.alpha <= _LEAST_ALPHA:
             break
     for clip in range(last + 1, last + 4):
-        if after[clip].status == "failed":
+        if after[clip].failed:
             return TailFit()
         if abs(after[clip].alpha - after[last].alpha) > threshold:
             break

@@ -12,6 +12,8 @@ import os
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import cast
 
 import numpy as np
 import torch
@@ -20,6 +22,8 @@ from torch import Tensor, nn
 from farms_fast.compat.weightwatcher.options import LAYER_TYPES, Options
 from farms_fast.weights.module_tensors import ON_META
 from farms_fast.weights.sources import MappingSource, PickleSource, SafetensorsSource, open_source
+
+_Source = MappingSource | SafetensorsSource | PickleSource
 
 __all__ = ["WeightLayer", "WeightLayers", "layers_of"]
 
@@ -115,10 +119,10 @@ def layers_of(model: object, options: Options, argument: str = "model") -> Weigh
         if not weights:
             raise ValueError(f"{told} {ON_META}")
         warnings.warn(f"{told} {ON_META}", stacklevel=4)
-    kept = _filtered(weights, options.layers)
+    chosen = _filtered(weights, options.layers)
     layers: list[WeightLayer] = []
     for weight in weights:
-        if weight.layer_id not in kept:
+        if weight.layer_id not in chosen:
             skipped[weight.longname] = "left out by layers"
             continue
         layer = _layer(weight, options.conv2d_norm)
@@ -167,24 +171,14 @@ def _module_weights(model: nn.Module, start_ids: int) -> tuple[list[_Weight], di
         if reason := _unusable(layer_type, weight):
             skipped[longname] = reason
             continue
-        weights.append(
-            _Weight(
-                layer_id,
-                longname.rpartition(".")[2],
-                longname,
-                layer_type,
-                tuple(weight.shape),
-                lambda module=module: _as_float(module.weight),  # type: ignore[misc]
-            )
-        )
+        name, shape = longname.rpartition(".")[2], tuple(weight.shape)
+        load = partial(_module_weight, module)
+        weights.append(_Weight(layer_id, name, longname, layer_type, shape, load))
     return weights, skipped
 
 
 def _named_weights(
-    source: MappingSource | SafetensorsSource | PickleSource,
-    names: Sequence[str],
-    start_id: int,
-    arrays: Collection[str] = (),
+    source: _Source, names: Sequence[str], start_id: int, arrays: Collection[str] = ()
 ) -> tuple[list[_Weight], dict[str, str]]:
     weights: list[_Weight] = []
     skipped: dict[str, str] = {}
@@ -205,16 +199,8 @@ def _named_weights(
         elif not layer_type:
             skipped[name] = f"no matrix: shape {tuple(header.shape)}"
         else:
-            weights.append(
-                _Weight(
-                    layer_id,
-                    name,
-                    name,
-                    layer_type,
-                    tuple(header.shape),
-                    lambda full=full: _as_stored(source.load(full), full in arrays),  # type: ignore[misc]
-                )
-            )
+            load = partial(_stored_weight, source, full, full in arrays)
+            weights.append(_Weight(layer_id, name, name, layer_type, tuple(header.shape), load))
     return weights, skipped
 
 
@@ -240,25 +226,23 @@ def _unusable(layer_type: str, weight: Tensor) -> str:
     return ""
 
 
-def _as_float(weight: Tensor) -> Tensor:
+def _module_weight(module: nn.Module) -> Tensor:
     # WeightWatcher computes in float64 on weights that have been float32.
-    return weight.detach().float()
+    return cast(Tensor, module.weight).detach().float()
 
 
-def _as_stored(weight: Tensor, is_array: bool) -> Tensor:
+def _stored_weight(source: _Source, name: str, is_array: bool) -> Tensor:
+    weight = source.load(name)
     # WeightWatcher leaves NumPy arrays as they are.
-    if is_array and weight.dtype == torch.float64:
-        return weight
-    return _as_float(weight)
+    return weight if is_array and weight.dtype == torch.float64 else weight.detach().float()
 
 
 def _filtered(weights: Sequence[_Weight], chosen: Iterable[int | str]) -> set[int]:
     """Ids of the weights that the filters leave; of names, ids and types the first kind decides."""
     every = {weight.layer_id for weight in weights}
     ids = [entry for entry in chosen if isinstance(entry, int)]
-    words = [entry for entry in chosen if isinstance(entry, str)]
-    types = [word for word in words if word in LAYER_TYPES]
-    names = [word for word in words if word not in LAYER_TYPES]
+    types = [entry for entry in chosen if entry in LAYER_TYPES]
+    names = [entry for entry in chosen if isinstance(entry, str) and entry not in LAYER_TYPES]
     if names:
         dropped = [name.removeprefix("-") for name in names if name.startswith("-")]
         if dropped and len(dropped) != len(names):
@@ -266,19 +250,14 @@ def _filtered(weights: Sequence[_Weight], chosen: Iterable[int | str]) -> set[in
                 f"layers: expected names to keep or names to drop (-name), got both: {names}"
             )
         wanted = dropped or names
-        by_name: dict[str, set[int]] = {}
-        for weight in weights:
-            by_name.setdefault(weight.name, set()).add(weight.layer_id)
-        unknown = [name for name in wanted if name not in by_name]
-        if unknown:
-            known = ", ".join(repr(name) for name in list(by_name)[:20])
-            more = ", ..." if len(by_name) > 20 else ""
-            raise ValueError(f"layers: expected some of {known}{more}; got {unknown[0]!r}")
-        matched = {layer_id for name in wanted for layer_id in by_name[name]}
+        known = list(dict.fromkeys(weight.name for weight in weights))
+        if unknown := [name for name in wanted if name not in known]:
+            some = ", ".join(map(repr, known[:20])) + (", ..." if len(known) > 20 else "")
+            raise ValueError(f"layers: expected some of {some}; got {unknown[0]!r}")
+        matched = {weight.layer_id for weight in weights if weight.name in wanted}
         return every - matched if dropped else matched
     if ids:
-        unknown_ids = [entry for entry in ids if abs(entry) not in every]
-        if unknown_ids:
+        if unknown_ids := [entry for entry in ids if abs(entry) not in every]:
             raise ValueError(
                 f"layers: expected ids of layers with weights, some of {sorted(every)}; "
                 f"got {unknown_ids[0]}"
@@ -316,19 +295,8 @@ def _layer(weight: _Weight, conv2d_norm: bool) -> WeightLayer:
         def load() -> Tensor:
             return weight.load().reshape(shape)
 
-    return WeightLayer(
-        weight.layer_id,
-        weight.name,
-        weight.longname,
-        weight.layer_type,
-        N,
-        M,
-        rf,
-        shape,
-        load,
-        components=M * rf,
-        scale=scale,
-    )
+    told = weight.layer_id, weight.name, weight.longname, weight.layer_type
+    return WeightLayer(*told, N, M, rf, shape, load, components=M * rf, scale=scale)
 
 
 def _out_of_range(layer: WeightLayer, options: Options) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
+from typing import Any
 
-from farms_fast.core.arguments import is_real, natural
+from farms_fast.compat.arguments import choice, finite
+from farms_fast.core.arguments import natural
 
 __all__ = ["LAYER_TYPES", "Options", "checked_options", "refuse_unsupported"]
 
@@ -20,9 +21,7 @@ _FITS = {
     "truncated_power_law": "truncated_power_law",
     "E_TPL": "truncated_power_law",
 }
-_PACKAGES = ("ww", "powerlaw")
-_FIX_FINGERS = ("xmin_peak", "clip_xmax")
-_SVD_METHODS = ("fast", "accurate")
+_FLAGS = ("pool", "conv2d_norm", "randomize", "mp_fit", "detX", "ERG", "ww2x", "glorot_fix")
 _DEFAULT_TOLERANCE = 1e-6
 
 _NO_PLOTS = "nothing is drawn; farms_fast.analyze(...)[name].plot_esd() draws"
@@ -46,30 +45,15 @@ _UNSUPPORTED: dict[str, tuple[tuple[object, ...], str]] = {
 
 @dataclass(frozen=True)
 class Options:
-    """Options that have been checked and brought to one form.
+    """Options of `weightwatcher`, checked and brought to one form; see there for most of them.
 
     Attributes:
-        layers: layer ids, names and types to keep, or to drop where they begin with a minus.
-        min_evals: fewest eigenvalues of a layer, 0 for any.
-        max_evals: most eigenvalues, 0 for any.
-        max_N: longest side of a matrix.
-        start_ids: id of the first layer.
-        pool: the matrices of a convolution give one spectrum.
-        conv2d_norm: convolutions are scaled.
-        randomize: spectra of shuffled weights too.
-        mp_fit: fit the Marchenko-Pastur law.
-        detX: where the product of the eigenvalues becomes 1.
+        min_evals: 0 for any, as `max_evals`.
         fit: "power_law" or "truncated_power_law".
-        pl_package: "ww" or "powerlaw", whose rules the fit follows.
         fix_fingers: "", "xmin_peak" or "clip_xmax".
-        xmin_max: upper end of the range of xmin under "xmin_peak".
-        max_fingers: eigenvalues to clip at most under "clip_xmax".
-        finger_thresh: how much alpha has to drop under "clip_xmax".
         clip: how many of the largest eigenvalues the fit leaves out.
         force_xmax: the fitted law ends at the largest eigenvalue.
-        tolerance: eigenvalues below it count as weak rank loss.
         peft: "", "only" (the adapters) or "with_base".
-        seed: of the shuffles.
     """
 
     layers: tuple[int | str, ...]
@@ -112,87 +96,61 @@ def refuse_unsupported(given: Mapping[str, object], supported: Sequence[str]) ->
             )
 
 
-def checked_options(**given: object) -> Options:
+def checked_options(given: Mapping[str, Any]) -> Options:
     """The options, each checked.
 
     Raises:
         TypeError: an option of another kind.
         ValueError: a value out of range, unknown, or at odds with another.
     """
-    values = dict(given)
-    flags = ("pool", "conv2d_norm", "randomize", "mp_fit", "detX", "ERG", "ww2x", "glorot_fix")
-    flag = {name: _flag(name, values[name]) for name in flags}
-    min_evals = natural("min_evals", 0 if values["min_evals"] is None else values["min_evals"])
-    max_evals = natural("max_evals", 0 if values["max_evals"] is None else values["max_evals"])
-    longest = natural("max_N", values["max_N"], least=1)
+    for name in _FLAGS:
+        if not isinstance(given[name], bool):
+            raise TypeError(f"{name}: expected True or False, got {given[name]!r}")
+    min_evals, max_evals = (
+        natural(name, 0 if given[name] is None else given[name])
+        for name in ("min_evals", "max_evals")
+    )
+    max_N = natural("max_N", given["max_N"], least=1)
     if min_evals and max_evals and min_evals >= max_evals:
         raise ValueError(f"min_evals: expected less than max_evals={max_evals}, got {min_evals}")
-    if longest < max(min_evals, max_evals):
+    if max_N < max(min_evals, max_evals):
         raise ValueError(
-            f"max_N: expected at least min_evals={min_evals} and max_evals={max_evals}, "
-            f"got {longest}"
+            f"max_N: expected at least min_evals={min_evals} and max_evals={max_evals}, got {max_N}"
         )
-    _choice("svd_method", values["svd_method"], _SVD_METHODS)
-    package = _choice("pl_package", values["pl_package"], _PACKAGES)
-    fit = _choice("fit", values["fit"], tuple(_FITS))
-    fingers = values["fix_fingers"]
+    choice("svd_method", given["svd_method"], ("fast", "accurate"))
+    package = choice("pl_package", given["pl_package"], ("ww", "powerlaw"))
+    fit = choice("fit", given["fit"], tuple(_FITS))
+    fingers = given["fix_fingers"]
     if fingers is None or fingers is False:
         fingers = ""
     else:
-        fingers = _choice("fix_fingers", fingers, (False, *_FIX_FINGERS))
-    clip, force = _xmax(values["xmax"])
-    _consistent(fit, package, fingers, clip, force)
-    if fit == "E_TPL":
-        fingers = "xmin_peak"
-    fingers_most = values["max_fingers"]
-    tolerance = _real("tolerance", values["tolerance"] or _DEFAULT_TOLERANCE)
-    xmin_max = values["xmin_max"]
+        choice("fix_fingers", fingers, (False, "xmin_peak", "clip_xmax"))
+    clip, force = _xmax(given["xmax"])
+    _check_consistent(fit, package, fingers, clip, force)
+    xmin_max, max_fingers = given["xmin_max"], given["max_fingers"]
     return Options(
-        layers=_layers(values["layers"]),
+        layers=_layers(given["layers"]),
         min_evals=min_evals,
         max_evals=max_evals,
-        max_N=longest,
-        start_ids=natural("start_ids", values["start_ids"]),
-        pool=flag["pool"] and not flag["ww2x"],
-        conv2d_norm=flag["conv2d_norm"],
-        randomize=flag["randomize"],
-        mp_fit=flag["mp_fit"],
-        detX=flag["detX"] or flag["ERG"],
+        max_N=max_N,
+        start_ids=natural("start_ids", given["start_ids"]),
+        pool=given["pool"] and not given["ww2x"],
+        conv2d_norm=given["conv2d_norm"],
+        randomize=given["randomize"],
+        mp_fit=given["mp_fit"],
+        detX=given["detX"] or given["ERG"],
         fit=_FITS[fit],
         pl_package=package,
-        fix_fingers=fingers,
-        xmin_max=None if xmin_max is None else _real("xmin_max", xmin_max),
-        max_fingers=(
-            None if fingers_most is None else natural("max_fingers", fingers_most, least=1)
-        ),
-        finger_thresh=_real("finger_thresh", values["finger_thresh"]),
+        fix_fingers="xmin_peak" if fit == "E_TPL" else fingers,
+        xmin_max=None if xmin_max is None else finite("xmin_max", xmin_max),
+        max_fingers=None if max_fingers is None else natural("max_fingers", max_fingers, least=1),
+        finger_thresh=finite("finger_thresh", given["finger_thresh"]),
         clip=clip,
         force_xmax=force,
-        tolerance=tolerance,
-        peft=_peft(values["peft"]),
-        seed=natural("seed", values["seed"]),
+        tolerance=finite("tolerance", given["tolerance"] or _DEFAULT_TOLERANCE),
+        peft=_peft(given["peft"]),
+        seed=natural("seed", given["seed"]),
     )
-
-
-def _flag(name: str, value: object) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name}: expected True or False, got {value!r}")
-    return value
-
-
-def _choice(name: str, value: object, choices: tuple[object, ...]) -> str:
-    if not isinstance(value, str) or value not in choices:
-        known = ", ".join(repr(choice) for choice in choices)
-        raise ValueError(f"{name}: expected one of {known}; got {value!r}")
-    return value
-
-
-def _real(name: str, value: object) -> float:
-    if not is_real(value):
-        raise TypeError(f"{name}: expected a number, got {value!r}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name}: expected a finite number, got {value!r}")
-    return float(value)
 
 
 def _xmax(value: object) -> tuple[int, bool]:
@@ -206,7 +164,7 @@ def _xmax(value: object) -> tuple[int, bool]:
     raise ValueError(f"xmax: expected None, 'force' or an integer other than 0, got {value!r}")
 
 
-def _consistent(fit: str, package: str, fingers: str, clip: int, force: bool) -> None:
+def _check_consistent(fit: str, package: str, fingers: str, clip: int, force: bool) -> None:
     if package == "ww":
         for name, value, wrong in (
             ("fit", fit, _FITS[fit] != "power_law"),
@@ -236,14 +194,10 @@ def _layers(value: object) -> tuple[int | str, ...]:
         raise TypeError(
             f"layers: expected a list of ids, names or types, got {type(value).__name__}"
         ) from None
-    chosen: list[int | str] = []
     for entry in listed:
-        if isinstance(entry, str):
-            chosen.append(entry)
-        elif isinstance(entry, Integral) and not isinstance(entry, bool):
-            chosen.append(int(entry))
-        else:
+        if not isinstance(entry, (str, Integral)) or isinstance(entry, bool):
             raise TypeError(f"layers: expected ids, names or types, got {entry!r}")
+    chosen = [entry if isinstance(entry, str) else int(entry) for entry in listed]
     ids = [entry for entry in chosen if isinstance(entry, int)]
     if ids and min(ids) < 0 < max(ids):
         raise ValueError(f"layers: expected ids to keep or negative ids to drop, got both: {ids}")
@@ -251,10 +205,8 @@ def _layers(value: object) -> tuple[int | str, ...]:
 
 
 def _peft(value: object) -> str:
-    if value is False or value is None:
-        return ""
-    if value is True:
-        return "only"
-    if value == "with_base":
-        return "with_base"
-    raise ValueError(f"peft: expected False, True or 'with_base', got {value!r}")
+    if value is None or isinstance(value, bool):
+        return "only" if value else ""
+    if value != "with_base":
+        raise ValueError(f"peft: expected False, True or 'with_base', got {value!r}")
+    return "with_base"

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from farms_fast.compat.weightwatcher.layers import WeightLayer
-from farms_fast.core.packing import pack
-from farms_fast.spectra.esd import window_eigenvalues
-from farms_fast.spectra.windows import FullMatrix, window_table
+from farms_fast.core.packing import group_by_budget
+from farms_fast.engine.solve import SolveTask, make_pools
+from farms_fast.spectra.windows import FullMatrix
 
 __all__ = ["LayerSpectra", "layer_spectra", "shuffled"]
 
@@ -65,9 +65,19 @@ def layer_spectra(
         shuffle: solve every layer with its elements shuffled as well.
         seed: of the shuffles; a layer's depend on it, its id, its slice and the device alone.
     """
+
+    def weight_bytes(index: int) -> int:
+        layer = layers[index]
+        return 4 * math.prod(layer.shape) * (1 + shuffle * _draws(layer))
+
+    batches = group_by_budget(
+        range(len(layers)), lambda index: layers[index].order, weight_bytes, _WEIGHT_BYTES
+    )
     spectra: dict[int, LayerSpectra] = {}
-    for batch in _batches(layers, shuffle):
-        spectra.update(_solved(layers, batch, device, shuffle, seed))
+    # As near to the layers' order as it goes.
+    for batch in sorted(batches):
+        solved = _solved([layers[index] for index in batch], device, seed if shuffle else None)
+        spectra.update(zip(batch, solved, strict=True))
     return [spectra[index] for index in range(len(layers))]
 
 
@@ -111,62 +121,40 @@ def _draws(layer: WeightLayer) -> int:
     return _REPLICAS if layer.components < _FEW else 1
 
 
-def _batches(layers: Sequence[WeightLayer], shuffle: bool) -> list[list[int]]:
-    """Layers of one order, in parts of bounded size; as near to the layers' order as that goes."""
-    buckets: dict[int, list[int]] = {}
-    for index, layer in enumerate(layers):
-        buckets.setdefault(layer.order, []).append(index)
-
-    def weight_bytes(index: int) -> int:
-        layer = layers[index]
-        return 4 * math.prod(layer.shape) * (1 + shuffle * _draws(layer))
-
-    return sorted(
-        batch for bucket in buckets.values() for batch in pack(bucket, weight_bytes, _WEIGHT_BYTES)
-    )
-
-
 def _solved(
-    layers: Sequence[WeightLayer],
-    batch: Sequence[int],
-    device: torch.device,
-    shuffle: bool,
-    seed: int,
-) -> dict[int, LayerSpectra]:
-    order = layers[batch[0]].order
-    weights = [layers[index].load().to(device) for index in batch]
-    random = _replicas(weights, [layers[index] for index in batch], seed) if shuffle else []
-    stacks: list[Tensor] = []
-    for number, weight in enumerate(weights):
-        shape = weight.shape[2:]
-        stacks.append(weight.reshape(-1, *shape))
-        if shuffle:
-            stacks.append(random[number].reshape(-1, *shape))
+    layers: Sequence[WeightLayer], device: torch.device, seed: int | None
+) -> list[LayerSpectra]:
+    """The spectra of layers of one order; of shuffled weights too unless the seed is None."""
+    weights = [layer.load().to(device) for layer in layers]
+    replicas = [] if seed is None else _replicas(weights, layers, seed)
     # Of the product of two adapters no more are wanted than its rank, and nothing asks for the
     # smallest of a shuffled matrix.
-    kept = [
-        count
-        for index in batch
-        for count in (min(order, layers[index].components), 0)[: 1 + shuffle]
+    exact = [min(layer.order, layer.components) for layer in layers] + [0] * len(replicas)
+    solved = _eigenvalues([*weights, *replicas], exact)
+    evals = _counting(solved[: len(layers)], layers)
+    random_evals = [own.new_empty(0) for own in evals]
+    if replicas:
+        random_evals = _counting(solved[len(layers) :], layers)
+    # Of each layer all eigenvalues, those of the shuffled weights, and those of the first replica.
+    parts = [
+        part
+        for own, random in zip(evals, random_evals, strict=True)
+        for part in (own, random, random[: len(own)])
     ]
-    evals = iter(_eigenvalues(stacks, order, kept))
-    solved: dict[int, LayerSpectra] = {}
-    for index in batch:
-        layer = layers[index]
-        own = _largest(next(evals), layer)
-        randomized = _largest(next(evals), layer) if shuffle else own.new_empty(0)
-        if not bool(own.isfinite().all()):
-            own, randomized = own[:, :0], randomized[:0]
-        packed = own.flatten().sort().values
-        once = own.shape[0]
-        solved[index] = LayerSpectra(
-            packed.cpu().numpy(),
-            packed,
-            own.cpu().numpy(),
-            randomized.flatten().sort().values.cpu().numpy(),
-            randomized[:once].flatten().sort().values.cpu().numpy(),
-        )
-    return solved
+    lengths = [part.numel() for part in parts]
+    (pool,) = make_pools(lengths, device)
+    sorted_evals = pool.sort(torch.cat([part.flatten() for part in parts]))
+    packed, on_host = sorted_evals.split(lengths)[::3], sorted_evals.cpu().numpy()
+    values = np.split(on_host, np.cumsum(lengths)[:-1])
+    spectra = []
+    for number, own in enumerate(evals):
+        pooled, random, once = values[3 * number : 3 * number + 3]
+        per_matrix, on_device = own.cpu().numpy(), packed[number]
+        if not np.isfinite(pooled[-1:]).all():
+            pooled, random, once = pooled[:0], random[:0], once[:0]
+            per_matrix, on_device = per_matrix[:, :0], on_device[:0]
+        spectra.append(LayerSpectra(pooled, on_device, per_matrix, random, once))
+    return spectra
 
 
 def _replicas(weights: Sequence[Tensor], layers: Sequence[WeightLayer], seed: int) -> list[Tensor]:
@@ -192,36 +180,39 @@ def _replicas(weights: Sequence[Tensor], layers: Sequence[WeightLayer], seed: in
     ]
 
 
-def _eigenvalues(stacks: list[Tensor], order: int, kept: Sequence[int]) -> list[Tensor]:
-    """(S, order) of every stack, the largest `kept` of them right even where they almost vanish."""
-    tables = [
-        window_table(FullMatrix().grid(*stack.shape[1:]), entries=len(stack), weight=number)
-        for number, stack in enumerate(stacks)
-    ]
+def _eigenvalues(weights: Sequence[Tensor], exact: Sequence[int]) -> list[Tensor]:
+    """(S, order) of all matrices of each weight.
+
+    Args:
+        weights: (..., R, C) each, of one order.
+        exact: how many of each weight's largest eigenvalues are right even where they almost
+            vanish.
+    """
+    stacks = [weight.flatten(0, -3) for weight in weights]
     if len({stack.dtype for stack in stacks}) > 1:
         stacks = [stack.double() for stack in stacks]
-    evals = window_eigenvalues(stacks, torch.cat(tables), order, torch.float64, None, 0)
-    found = []
-    parts = evals.split([len(table) for table in tables])
-    for stack, part, count in zip(stacks, parts, kept, strict=True):
+    task = SolveTask.of([(FullMatrix().grid(*stack.shape[1:]), len(stack)) for stack in stacks])
+    evals = list(task.solve(stacks).split(task.windows))
+    for number, (stack, part, count) in enumerate(zip(stacks, evals, exact, strict=True)):
         if count == 0:
-            found.append(part)
             continue
         # A Gram matrix knows its eigenvalues to this; below it, only singular values can tell 0
         # from small, as ranks ask for.
-        vague = (part[:, -count] <= 8 * order * _EPS * part[:, -1]) & (part[:, -1] > 0)
+        vague = (part[:, -count] <= 8 * task.order * _EPS * part[:, -1]) & (part[:, -1] > 0)
         if bool(vague.any()):
             driver = "gesvd" if stack.device.type == "cuda" else None
-            exact = torch.linalg.svdvals(stack[vague].double(), driver=driver)
-            part = part.clone()
-            part[vague] = exact.square().flip(-1)
-        found.append(part)
-    return found
+            singular = torch.linalg.svdvals(stack[vague].double(), driver=driver)
+            evals[number] = part.clone()
+            evals[number][vague] = singular.square().flip(-1)
+    return evals
 
 
-def _largest(evals: Tensor, layer: WeightLayer) -> Tensor:
-    """(draws * P, c), ascending: the eigenvalues that count, scaled."""
-    rows = evals.reshape(-1, layer.shape[1] * layer.order)
-    if layer.shape[1] > 1:
-        rows = rows.sort(dim=-1).values
-    return rows[:, -layer.components :] * layer.scale
+def _counting(evals: Sequence[Tensor], layers: Sequence[WeightLayer]) -> list[Tensor]:
+    """(draws * P, c) of each layer, ascending: the eigenvalues that count, scaled."""
+    counting = []
+    for layer, part in zip(layers, evals, strict=True):
+        rows = part.reshape(-1, layer.shape[1] * layer.order)
+        if layer.shape[1] > 1:
+            rows = rows.sort(dim=-1).values
+        counting.append(rows[:, -layer.components :] * layer.scale)
+    return counting

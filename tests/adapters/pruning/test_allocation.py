@@ -13,10 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import farms_fast
-from farms_fast.adapters.pruning.allocation import allocate_sparsity, uniform_sparsity
-from farms_fast.adapters.pruning.block_names import group_by_block
+from farms_fast.adapters.pruning.allocation import (
+    EPSILON_PRESETS,
+    allocate_sparsity,
+    epsilon_preset,
+    group_by_block,
+    uniform_sparsity,
+)
 from farms_fast.adapters.pruning.owl import outlier_ratio, owl_sparsity
-from farms_fast.adapters.pruning.presets import EPSILON_PRESETS, epsilon_preset
 from farms_fast.adapters.pruning.sparsities import Allocation
 from farms_fast.results.analysis import Analysis
 from farms_fast.results.record import LayerRecord

@@ -30,10 +30,10 @@ from farms_fast.adapters.pruning import (
     to_recipe,
     uniform_sparsity,
 )
-from farms_fast.adapters.pruning.block_names import group_by_block
+from farms_fast.adapters.pruning.allocation import group_by_block
+from farms_fast.adapters.pruning.pruners import wanda_prune_, wanda_scores
 from farms_fast.adapters.pruning.saving import report_as_dict
 from farms_fast.adapters.pruning.sparsegpt import inverse_factor, sparsegpt_prune_
-from farms_fast.adapters.pruning.wanda import wanda_prune_, wanda_scores
 from tests.support.language_models import small_model, some_tokens
 
 Call = tuple[Callable[..., Any], dict[str, Any]]

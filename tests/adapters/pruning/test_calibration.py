@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from farms_fast.adapters.pruning import sequential
 from farms_fast.adapters.pruning.blocks import find_blocks
 from farms_fast.adapters.pruning.calibration import BlockRunner
+from farms_fast.adapters.pruning.pruners import wanda_scores
 from farms_fast.adapters.pruning.sequential import owl_statistics, prune_model
 from farms_fast.adapters.pruning.statistics import InputStatistics
 from farms_fast.adapters.pruning.tokens import check_tokens
-from farms_fast.adapters.pruning.wanda import wanda_scores
 from tests.support.language_models import FAMILIES, POSITIONS, VOCABULARY, small_model, some_tokens
 
 Calls = dict[str, list[tuple[Any, ...]]]

@@ -15,7 +15,7 @@ from farms_fast.adapters.pruning import sequential
 from farms_fast.adapters.pruning.blocks import find_blocks
 from farms_fast.adapters.pruning.calibration import BlockRunner
 from farms_fast.adapters.pruning.evaluation import perplexity
-from farms_fast.adapters.pruning.placement import place_model
+from farms_fast.adapters.pruning.modules import place_model
 from farms_fast.adapters.pruning.sequential import prune_model
 from tests.support.fake_oom import MOST, Full, alike, equal, weights
 from tests.support.language_models import VOCABULARY, small_model, some_tokens

@@ -12,9 +12,9 @@ from farms_fast.adapters.pruning import sequential
 from farms_fast.adapters.pruning.blocks import find_blocks
 from farms_fast.adapters.pruning.calibration import BlockRunner
 from farms_fast.adapters.pruning.evaluation import perplexity
-from farms_fast.adapters.pruning.placement import move_module, place_model
+from farms_fast.adapters.pruning.modules import move_module, place_model
+from farms_fast.adapters.pruning.oom import is_out_of_memory
 from farms_fast.adapters.pruning.sequential import owl_statistics, prune_model
-from farms_fast.adapters.pruning.shortage import is_out_of_memory
 from farms_fast.adapters.pruning.statistics import InputStatistics
 from tests.support.fake_oom import MOST, Full, alike, equal, weights
 from tests.support.language_models import VOCABULARY, small_model, some_tokens

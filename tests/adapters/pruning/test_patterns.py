@@ -15,8 +15,8 @@ import farms_fast
 from farms_fast.adapters.pruning.allocation import allocate_sparsity, uniform_sparsity
 from farms_fast.adapters.pruning.blocks import find_blocks
 from farms_fast.adapters.pruning.owl import owl_sparsity
-from farms_fast.adapters.pruning.patterns import kept_of_groups
 from farms_fast.adapters.pruning.sequential import prune_model
+from farms_fast.adapters.pruning.sparsities import kept_of_groups
 from farms_fast.results.analysis import Analysis
 from farms_fast.results.record import LayerRecord
 from tests.support.language_models import small_model

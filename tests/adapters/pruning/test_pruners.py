@@ -13,17 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from farms_fast.adapters.pruning.magnitude import magnitude_prune_
 from farms_fast.adapters.pruning.masks import (
     lowest,
     lowest_in_groups,
     lowest_in_rows,
-    share_out,
+    split_in_proportion,
 )
-from farms_fast.adapters.pruning.pruners import PRUNERS, pruner
+from farms_fast.adapters.pruning.pruners import PRUNERS, magnitude_prune_, pruner, wanda_prune_
 from farms_fast.adapters.pruning.sparsegpt import inverse_factor, sparsegpt_prune_
 from farms_fast.adapters.pruning.statistics import InputStatistics, full_float32
-from farms_fast.adapters.pruning.wanda import wanda_prune_
 from tests.conftest import DEVICES
 from tests.support.purity import left_as_it_was
 
@@ -142,7 +140,7 @@ class TestMasks:
     @given(st.lists(st.integers(0, 10**12), min_size=1, max_size=20), st.floats(0, 1))
     def test_shares_fit_and_add_up(self, room: list[int], part: float) -> None:
         total = int(part * sum(room))
-        shares = share_out(total, room)
+        shares = split_in_proportion(total, room)
         assert sum(shares) == total
         assert all(0 <= share <= size for share, size in zip(shares, room, strict=True))
 

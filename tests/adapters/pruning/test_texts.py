@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from farms_fast.adapters.pruning.texts import calibration_tokens, text_tokens
+from farms_fast.adapters.pruning.tokens import calibration_tokens, text_tokens
 
 
 def letters(text: str, **options: object) -> dict[str, list[int]]:

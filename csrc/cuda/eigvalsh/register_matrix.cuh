@@ -1,114 +1,117 @@
 // A symmetric matrix in the registers of a block, or of the blocks of a cluster, in the layout in which the tensor
-// cores leave a product, and what is done to it there. The rows go to the blocks in turn, eight at a time, a block's to
-// its groups of ColumnGroups warps in turn, sixteen at a time and Strips times; to each warp of a group every
-// ColumnGroups-th eight columns. Lane l, with g
-// = l / 4 and t = l % 4, holds of a strip's c-th eight columns the elements [g][2t], [g][2t + 1], [g'][2t], [g'][2t +
-// 1], g' being a row of the block's next eight. The first columns may live in shared memory instead, where registers
-// are short: the reduction is done with them first.
+// cores leave a product, and what is done to it there.
+//
+// Rows: eights of them go to the blocks of a cluster in turn. A block's go to its groups of warps, sixteen at a time (a
+// strip) and `strips` times; the `column_groups` warps of a group have the same rows. Columns: eights of them (tiles)
+// go to the warps of a group in turn. For two blocks and four warps, groups of two, one strip and two tiles:
+//
+//   column:      0..7    8..15   16..23  24..31
+//   rows  0..7   warp 0  warp 1  warp 0  warp 1   block 0   upper half of strip 0
+//   rows  8..15  warp 0  warp 1  warp 0  warp 1   block 1   upper half of strip 0
+//   rows 16..23  warp 0  warp 1  warp 0  warp 1   block 0   lower half of strip 0
+//   rows 24..31  warp 0  warp 1  warp 0  warp 1   block 1   lower half of strip 0
+//   rows 32..39  warp 2  warp 3  warp 2  warp 3   block 0   upper half of strip 0
+//
+// In the 16 x 8 elements of a strip and a tile a lane holds those of D in mma.cuh, the lower half being 8 * blocks rows
+// below the upper one. The first `spilled_tiles` of a warp's tiles live in shared memory, where registers are short:
+// the reduction is done with them first.
 #pragma once
 
 #include "csrc/cuda/eigvalsh/load.cuh"
+#include "csrc/cuda/eigvalsh/matrix_config.cuh"
 #include "csrc/cuda/mma.cuh"
 #include "csrc/gram.h"
 
 namespace farms_fast {
 namespace one_stage {
 
-constexpr int kDepth = 16;          // elements of the vectors per slab
-constexpr int kPitch = kDepth + 4;  // doubles per vector in shared memory: a warp's fragment loads then touch 32 banks
-
 // Products to unroll. Without tensor cores one is many instructions, and unrolling them takes minutes to compile.
 #if __CUDA_ARCH__ >= 800
-constexpr int kUnroll = kDepth / 4;
+constexpr int kGramUnroll = kSlabDepth / 4;
 #else
-constexpr int kUnroll = 1;
+constexpr int kGramUnroll = 1;
 #endif
 
-__device__ __forceinline__ double warp_sum(double value) {
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(~0u, value, offset);
-  return value;
-}
-
-// Tiles: eights of columns of a warp, of which the first Spilled are in shared memory.
-template <int Warps, int Strips, int Tiles, int Spilled, int ColumnGroups = 1, int Blocks = 1>
-struct Fragments {
-  static constexpr int threads = 32 * Warps;
-  static constexpr int rows = 16 * Strips * Warps / ColumnGroups;  // of this block
-  static constexpr int all_rows = rows * Blocks;
-  static constexpr int lower = 8 * Blocks;  // from a lane's upper row to its lower one
-  static_assert(all_rows >= 8 * Tiles * ColumnGroups, "a row for each column");
+template <class Config>
+struct RegisterMatrix : MatrixShape<Config> {
+  using MatrixShape<Config>::threads;
+  using MatrixShape<Config>::rows;
+  using MatrixShape<Config>::all_rows;
+  static constexpr int lower = 8 * Config::cluster_blocks;  // from a lane's upper row to its lower one
   // From a warp's strip to its next one, and from a group of warps to the next, in strips. In a cluster all groups then
   // have the same work to the end; several blocks on a multiprocessor make up for each other.
-  static constexpr int kStripStep = Blocks > 1 ? Warps / ColumnGroups : 1, kGroupStep = Blocks > 1 ? 1 : Strips;
-  // Tiles that a warp works on at a time. A block that shares its multiprocessor has no registers for more.
-  static constexpr int kTogether = Blocks > 1 ? 4 : 2;
-  static constexpr int kSpillsTogether = Blocks > 2 ? 2 : 1;
+  static constexpr int kStripStep = Config::cluster_blocks > 1 ? Config::warps / Config::column_groups : 1,
+                       kGroupStep = Config::cluster_blocks > 1 ? 1 : Config::strips;
+  // Config::tiles that a warp works on at a time. A block that shares its multiprocessor has no registers for more.
+  static constexpr int kTogether = Config::cluster_blocks > 1 ? 4 : 2;
+  static constexpr int kSpillsTogether = Config::cluster_blocks > 2 ? 2 : 1;
 
   // In shared memory each lane has its elements side by side, no two lanes in one bank.
   struct Spill {
-    double2 a[Spilled > 0 ? Spilled : 1][Strips][2][threads];
+    double2 a[Config::spilled_tiles > 0 ? Config::spilled_tiles : 1][Config::strips][2][threads];
   };
 
-  double a[Tiles - Spilled][Strips][4];
+  double a[Config::tiles - Config::spilled_tiles][Config::strips][4];
   Spill& spill;
   const int rank;  // of this block in its cluster
 
-  __device__ __forceinline__ explicit Fragments(Spill& memory, int block = 0) : spill(memory), rank(block) {}
+  __device__ __forceinline__ explicit RegisterMatrix(Spill& memory, int block = 0) : spill(memory), rank(block) {}
 
   static __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
   static __device__ __forceinline__ int warp() { return threadIdx.x / 32; }
-  static __device__ __forceinline__ int column_group() { return warp() % ColumnGroups; }
-  static __device__ __forceinline__ int tile_of(int c) { return ColumnGroups * c + column_group(); }
+  static __device__ __forceinline__ int column_group() { return warp() % Config::column_groups; }
+  static __device__ __forceinline__ int tile_of(int c) { return Config::column_groups * c + column_group(); }
 
   // Of the block's rows, the lane's upper one of a strip; the other one is the eighth from there.
   static __device__ __forceinline__ int own_row(int strip) {
-    return 16 * (kStripStep * strip + kGroupStep * (warp() / ColumnGroups)) + lane() / 4;
+    return 16 * (kStripStep * strip + kGroupStep * (warp() / Config::column_groups)) + lane() / 4;
   }
   // A row of the block as a row of the matrix.
-  __device__ __forceinline__ int matrix_row(int own) const { return 8 * (Blocks * (own / 8) + rank) + own % 8; }
+  __device__ __forceinline__ int matrix_row(int own) const {
+    return 8 * (Config::cluster_blocks * (own / 8) + rank) + own % 8;
+  }
   __device__ __forceinline__ int row(int strip) const { return matrix_row(own_row(strip)); }
   // Whether any row of the warp's strip comes after `pivot`.
   __device__ __forceinline__ bool rows_after(int pivot, int strip) const {
-    return matrix_row(16 * (kStripStep * strip + kGroupStep * (warp() / ColumnGroups) + 1) - 1) > pivot;
+    return matrix_row(16 * (kStripStep * strip + kGroupStep * (warp() / Config::column_groups) + 1) - 1) > pivot;
   }
 
-  // The Gram matrix of a window of `order` real vectors. slab: [all_rows][kPitch].
+  // The Gram matrix of a window of `order` real vectors. slab: [all_rows][kSlabPitch].
   __device__ __forceinline__ void gram(const WindowView& window, DType type, int order, double* slab) {
     each_tile([](double (&d)[4], int, int) { d[0] = d[1] = d[2] = d[3] = 0.0; });
-    Slabs<all_rows, kDepth, kPitch, threads> slabs(window, type, order);
-    const double* left = slab + row(0) * kPitch + lane() % 4;
-    const double* right = slab + (8 * column_group() + lane() / 4) * kPitch + lane() % 4;
-    constexpr int strip_step = 2 * lower * kStripStep * kPitch, tile_step = 8 * ColumnGroups * kPitch;
+    Slabs<Config> slabs(window, type, order);
+    const double* left = slab + row(0) * kSlabPitch + lane() % 4;
+    const double* right = slab + (8 * column_group() + lane() / 4) * kSlabPitch + lane() % 4;
+    constexpr int strip_step = 2 * lower * kStripStep * kSlabPitch, tile_step = 8 * Config::column_groups * kSlabPitch;
     while (slabs.any()) {
       slabs.copy(slab);
       __syncthreads();
 #pragma unroll
-      for (int c = 0; c < Spilled; ++c)
+      for (int c = 0; c < Config::spilled_tiles; ++c)
 #pragma unroll
-        for (int s = 0; s < Strips; ++s) {
+        for (int s = 0; s < Config::strips; ++s) {
           double d[4];
           unspill(c, s, d);
-#pragma unroll kUnroll
-          for (int k = 0; k < kDepth; k += 4) {
-            const double rows_of_a[2] = {left[strip_step * s + k], left[strip_step * s + lower * kPitch + k]};
+#pragma unroll kGramUnroll
+          for (int k = 0; k < kSlabDepth; k += 4) {
+            const double rows_of_a[2] = {left[strip_step * s + k], left[strip_step * s + lower * kSlabPitch + k]};
             mma_16x8x4(d, rows_of_a, right[tile_step * c + k]);
           }
           spill_back(c, s, d);
         }
-#pragma unroll kUnroll
-      for (int k = 0; k < kDepth; k += 4) {
-        double rows_of_a[Strips][2];
+#pragma unroll kGramUnroll
+      for (int k = 0; k < kSlabDepth; k += 4) {
+        double rows_of_a[Config::strips][2];
 #pragma unroll
-        for (int s = 0; s < Strips; ++s) {
+        for (int s = 0; s < Config::strips; ++s) {
           rows_of_a[s][0] = left[strip_step * s + k];
-          rows_of_a[s][1] = left[strip_step * s + lower * kPitch + k];
+          rows_of_a[s][1] = left[strip_step * s + lower * kSlabPitch + k];
         }
 #pragma unroll
-        for (int c = Spilled; c < Tiles; ++c) {
+        for (int c = Config::spilled_tiles; c < Config::tiles; ++c) {
           const double b = right[tile_step * c + k];
 #pragma unroll
-          for (int s = 0; s < Strips; ++s) mma_16x8x4(a[c - Spilled][s], rows_of_a[s], b);
+          for (int s = 0; s < Config::strips; ++s) mma_16x8x4(a[c - Config::spilled_tiles][s], rows_of_a[s], b);
         }
       }
       __syncthreads();
@@ -134,18 +137,18 @@ struct Fragments {
         most = fmax(most, fabs(d[e]));
       }
     });
-    for (int offset = 16; offset > 0; offset /= 2) most = fmax(most, __shfl_xor_sync(~0u, most, offset));
+    most = warp_max(most);
     if (lane() == 0) shared[warp()] = most;
     if (!__syncthreads_and(finite)) return INFINITY;
-    for (int w = 0; w < Warps; ++w) most = fmax(most, shared[w]);
+    for (int w = 0; w < Config::warps; ++w) most = fmax(most, shared[w]);
     return most;
   }
 
-  // Scales the matrix's largest magnitude into [1, 2) and returns log2 of what was taken out; kNotFinite where it is
+  // Scales the matrix's largest magnitude into [1, 2) and returns log2 of what was taken out; kNonfinite where it is
   // not finite.
-  static constexpr int kNotFinite = 1 << 20;
+  static constexpr int kNonfinite = 1 << 20;
   __device__ __forceinline__ int scale(double most) {
-    if (!isfinite(most)) return kNotFinite;
+    if (!isfinite(most)) return kNonfinite;
     const int exponent = most > 0.0 ? ilogb(most) : 0;
     // In two steps: 2^-exponent itself may be out of range.
     const double half = scalbn(1.0, -exponent / 2), rest = scalbn(1.0, -exponent + exponent / 2);
@@ -160,9 +163,9 @@ struct Fragments {
   __device__ __forceinline__ void first_column(double* column) const {
     if (column_group() != 0) return;
 #pragma unroll
-    for (int s = 0; s < Strips; ++s) {
+    for (int s = 0; s < Config::strips; ++s) {
       double first[4];
-      if (Spilled > 0) {
+      if (Config::spilled_tiles > 0) {
         unspill(0, s, first);
         hand_on(first, 0, s, column);
       } else {
@@ -175,12 +178,12 @@ struct Fragments {
   // product of the warp's columns, an element for each of the block's rows. What comes before `next` is done with.
   __device__ __forceinline__ void pass(int next, const double* v, const double* w, const double* u, double* column,
                                        double* product) {
-    static_assert(Strips <= 2, "the first strip, and the last one");
-    constexpr int ends_first = Blocks > 1 ? 0 : Strips - 1;
+    static_assert(Config::strips <= 2, "the first strip, and the last one");
+    constexpr int ends_first = Config::cluster_blocks > 1 ? 0 : Config::strips - 1;
     if (rows_after(next - 1, ends_first))
       pass_from<0>(next, v, w, u, column, product);
-    else if (ends_first < Strips - 1 && rows_after(next - 1, Strips - 1))
-      pass_from<Strips - 1 - ends_first>(next, v, w, u, column, product);
+    else if (ends_first < Config::strips - 1 && rows_after(next - 1, Config::strips - 1))
+      pass_from<Config::strips - 1 - ends_first>(next, v, w, u, column, product);
   }
 
  private:
@@ -189,10 +192,10 @@ struct Fragments {
   __device__ __forceinline__ void pass_from(int next, const double* v, const double* w, const double* u, double* column,
                                             double* product) {
     const int t = lane() % 4;
-    Rows of[Strips];
-    double sum[Strips][4] = {};
+    Rows of[Config::strips];
+    double sum[Config::strips][4] = {};
 #pragma unroll
-    for (int s = From; s < Strips; ++s) of[s] = Rows(v, w, row(s));
+    for (int s = From; s < Config::strips; ++s) of[s] = Rows(v, w, row(s));
     const auto work = [&](double (&d)[4], int s, const Columns& at) {
       update(d, of[s], at);
       sum[s][0] = fma(d[0], at.u.x, sum[s][0]);
@@ -202,52 +205,53 @@ struct Fragments {
     };
     // The tiles before the next pivot's are done. Those in registers go several at a time, so that more loads and
     // products are under way.
-    const int first = (next / 8 + ColumnGroups - 1 - column_group()) / ColumnGroups;
+    const int first = (next / 8 + Config::column_groups - 1 - column_group()) / Config::column_groups;
     const bool holds_next = tile_of(first) == next / 8;
 #pragma unroll
-    for (int c = 0; c < Spilled; c += kSpillsTogether)
+    for (int c = 0; c < Config::spilled_tiles; c += kSpillsTogether)
       if (c + kSpillsTogether - 1 >= first) {
         constexpr int most = kSpillsTogether;
         Columns at[most];
-        double d[most][Strips][4];
+        double d[most][Config::strips][4];
 #pragma unroll
-        for (int i = 0; i < most && c + i < Spilled; ++i) {
+        for (int i = 0; i < most && c + i < Config::spilled_tiles; ++i) {
           at[i] = Columns(tile_of(c + i), v, w, u);
 #pragma unroll
-          for (int s = From; s < Strips; ++s) unspill(c + i, s, d[i][s]);
+          for (int s = From; s < Config::strips; ++s) unspill(c + i, s, d[i][s]);
         }
 #pragma unroll
-        for (int i = 0; i < most && c + i < Spilled; ++i)
+        for (int i = 0; i < most && c + i < Config::spilled_tiles; ++i)
 #pragma unroll
-          for (int s = From; s < Strips; ++s) {
+          for (int s = From; s < Config::strips; ++s) {
             work(d[i][s], s, at[i]);
             spill_back(c + i, s, d[i][s]);
           }
 #pragma unroll
-        for (int i = 0; i < most && c + i < Spilled; ++i)
+        for (int i = 0; i < most && c + i < Config::spilled_tiles; ++i)
           if (c + i == first && holds_next)
 #pragma unroll
-            for (int s = From; s < Strips; ++s) hand_on(d[i][s], next, s, column);
+            for (int s = From; s < Config::strips; ++s) hand_on(d[i][s], next, s, column);
       }
 #pragma unroll
-    for (int c = Spilled; c < Tiles; c += kTogether)
+    for (int c = Config::spilled_tiles; c < Config::tiles; c += kTogether)
       if (c + kTogether - 1 >= first) {
         Columns at[kTogether];
 #pragma unroll
-        for (int i = 0; i < kTogether; ++i) at[i] = Columns(tile_of(c + i < Tiles ? c + i : c), v, w, u);
+        for (int i = 0; i < kTogether; ++i) at[i] = Columns(tile_of(c + i < Config::tiles ? c + i : c), v, w, u);
 #pragma unroll
-        for (int i = 0; i < kTogether && c + i < Tiles; ++i)
+        for (int i = 0; i < kTogether && c + i < Config::tiles; ++i)
 #pragma unroll
-          for (int s = From; s < Strips; ++s) work(a[c + i - Spilled][s], s, at[i]);
+          for (int s = From; s < Config::strips; ++s) work(a[c + i - Config::spilled_tiles][s], s, at[i]);
       }
-    if (first >= Spilled && holds_next) hand_on_tile<From, Spilled, Tiles>(first, next, column);
+    if (first >= Config::spilled_tiles && holds_next)
+      hand_on_tile<From, Config::spilled_tiles, Config::tiles>(first, next, column);
     // Four lanes share a row: the upper two of them end up with the lower row's sum.
 #pragma unroll
-    for (int s = From; s < Strips; ++s) {
+    for (int s = From; s < Config::strips; ++s) {
       const double above = sum[s][0] + sum[s][1], below = sum[s][2] + sum[s][3];
       double total = t & 2 ? below : above;
-      total += __shfl_xor_sync(~0u, t & 2 ? above : below, 2);
-      total += __shfl_xor_sync(~0u, total, 1);
+      total += __shfl_xor_sync(kAllLanes, t & 2 ? above : below, 2);
+      total += __shfl_xor_sync(kAllLanes, total, 1);
       if ((t & 1) == 0) product[own_row(s) + 4 * t] = total;
     }
   }
@@ -266,16 +270,16 @@ struct Fragments {
   template <typename Change>
   __device__ __forceinline__ void each_tile(const Change& change) {
 #pragma unroll
-    for (int c = 0; c < Tiles; ++c)
+    for (int c = 0; c < Config::tiles; ++c)
 #pragma unroll
-      for (int s = 0; s < Strips; ++s) {
-        if (c < Spilled) {
+      for (int s = 0; s < Config::strips; ++s) {
+        if (c < Config::spilled_tiles) {
           double d[4];
           unspill(c, s, d);
           change(d, c, s);
           spill_back(c, s, d);
         } else {
-          change(a[c - Spilled][s], c, s);
+          change(a[c - Config::spilled_tiles][s], c, s);
         }
       }
   }
@@ -339,7 +343,7 @@ struct Fragments {
         hand_on_tile<From, (First + End) / 2, End>(tile, next, column);
     } else {
 #pragma unroll
-      for (int s = From; s < Strips; ++s) hand_on(a[First - Spilled][s], next, s, column);
+      for (int s = From; s < Config::strips; ++s) hand_on(a[First - Config::spilled_tiles][s], next, s, column);
     }
   }
 

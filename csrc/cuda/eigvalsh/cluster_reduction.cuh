@@ -1,33 +1,40 @@
 // The reduction of a matrix to tridiagonal form in the registers of a cluster's blocks.
+//
+// A step, for every block: wait for the pieces of all blocks (one warp of each scheduler, at an arrival barrier of its
+// own shared memory); make w and the next reflector; barrier of the block; pass over the registers; barrier of the
+// block; send this block's pieces for the next step to all. Each block sends a step's pieces before it waits for those
+// of the next step, and all blocks of a cluster run at the same time, so what a block waits for comes: it has been
+// sent, or its sender is at work on it. Nobody is two steps ahead of another, since a step needs everybody's pieces of
+// it; hence two sets of buffers and barriers, by the parity of the step.
 #pragma once
 
 #include "csrc/cuda/eigvalsh/cluster_exchange.cuh"
-#include "csrc/cuda/eigvalsh/fragments.cuh"
 #include "csrc/cuda/eigvalsh/householder.cuh"
+#include "csrc/cuda/eigvalsh/register_matrix.cuh"
 
 namespace farms_fast {
 namespace one_stage {
 
-template <int Warps, int Strips, int Tiles, int Spilled, int ColumnGroups, int Blocks>
-struct ClusterTile : Fragments<Warps, Strips, Tiles, Spilled, ColumnGroups, Blocks> {
-  using Matrix = Fragments<Warps, Strips, Tiles, Spilled, ColumnGroups, Blocks>;
-  using Matrix::all_rows;
-  using Matrix::column_group;
-  using Matrix::lane;
-  using Matrix::Matrix;
-  using Matrix::rank;
-  using Matrix::rows;
-  using Matrix::threads;
-  using Matrix::warp;
-  static_assert((ColumnGroups & (ColumnGroups - 1)) == 0, "a power of two");
+template <class Config>
+struct ClusterReduction : RegisterMatrix<Config> {
+  using Registers = RegisterMatrix<Config>;
+  using Registers::all_rows;
+  using Registers::column_group;
+  using Registers::lane;
+  using Registers::rank;
+  using Registers::RegisterMatrix;
+  using Registers::rows;
+  using Registers::threads;
+  using Registers::warp;
+  static_assert((Config::column_groups & (Config::column_groups - 1)) == 0, "a power of two");
   // One warp of each scheduler makes the vectors of a step; more would wait for each other's shuffles.
-  static constexpr int makers = 32 * (Warps < 4 ? Warps : 4);
+  static constexpr int makers = 32 * (Config::warps < 4 ? Config::warps : 4);
   static constexpr int of_maker = (all_rows + makers - 1) / makers;  // elements of a vector
 
   // The block's rows go out by warps, in chunks of a warp's lanes: of those that share a chunk the first one sends its
   // inner products, the others its elements.
   static constexpr int chunks = (rows + 31) / 32;
-  static constexpr int senders = Warps / chunks - 1;  // of a chunk's elements
+  static constexpr int senders = Config::warps / chunks - 1;  // of a chunk's elements
   static_assert(senders > 0, "two warps for a chunk");
 
   // Inner products of the last reflector v, of p = A v and of the next pivot's column c, without the rows down to the
@@ -35,15 +42,17 @@ struct ClusterTile : Fragments<Warps, Strips, Tiles, Spilled, ColumnGroups, Bloc
   enum Sum { kCC, kVV, kPP, kCV, kCP, kVP, kSums };
 
   // Of one block. Everything that the blocks send each other in a step; twice, since a fast block may be one ahead.
-  struct Vectors {
+  struct ExchangedVectors {
     double2 pieces[2][all_rows];  // A u, and the next pivot's column before u and w have been taken out of it
-    double sums[2][Blocks * chunks][8];
+    double sums[2][Config::cluster_blocks * chunks][8];
     double reflector[2][all_rows];  // u of this step and of the one before
     double w[all_rows];
-    double product[ColumnGroups][rows];  // A u of this block's rows, by groups of columns
+    double product[Config::column_groups][rows];  // A u of this block's rows, by groups of columns
     double column[rows];
   };
-  static constexpr int bytes_of_step = sizeof(double2) * all_rows + sizeof(double) * Blocks * chunks * kSums;
+  // What comes to each block for a step, its own pieces included: the barrier counts to it.
+  static constexpr int bytes_of_step =
+      sizeof(double2) * all_rows + sizeof(double) * Config::cluster_blocks * chunks * kSums;
 
   struct Arrivals {
     ArrivalBarrier barrier[2];
@@ -59,11 +68,11 @@ struct ClusterTile : Fragments<Warps, Strips, Tiles, Spilled, ColumnGroups, Bloc
 
   // As in the tile of one block, but every block makes w and the next reflector, all from the same pieces, which its
   // neighbours have sent it. `arrivals` expects the first two steps, and the cluster's blocks have met since.
-  __device__ __forceinline__ void tridiagonal(int order, Vectors& shared, Arrivals& arrivals, double* diagonal,
+  __device__ __forceinline__ void tridiagonal(int order, ExchangedVectors& shared, Arrivals& arrivals, double* diagonal,
                                               double* off_diagonal) {
     for (int i = threadIdx.x; i < all_rows; i += threads) shared.reflector[0][i] = 0.0;
-    for (int at = threadIdx.x; at < ColumnGroups * rows; at += threads) shared.product[0][at] = 0.0;
-    Matrix::first_column(shared.column);
+    for (int at = threadIdx.x; at < Config::column_groups * rows; at += threads) shared.product[0][at] = 0.0;
+    Registers::first_column(shared.column);
     __syncthreads();
     send_pieces(0, shared.reflector[0], shared, arrivals);
 
@@ -76,7 +85,7 @@ struct ClusterTile : Fragments<Warps, Strips, Tiles, Spilled, ColumnGroups, Bloc
             make_vectors(pivot, order, divisor, shared, arrivals.barrier[pivot & 1], v, u, diagonal, off_diagonal);
       __syncthreads();
       if (pivot + 1 == order) return;
-      Matrix::pass(pivot + 1, v, shared.w, u, shared.column, shared.product[column_group()]);
+      Registers::pass(pivot + 1, v, shared.w, u, shared.column, shared.product[column_group()]);
       __syncthreads();
       send_pieces(pivot + 1, u, shared, arrivals);
     }
@@ -90,11 +99,12 @@ struct ClusterTile : Fragments<Warps, Strips, Tiles, Spilled, ColumnGroups, Bloc
   };
 
   // w of the last reflector v and the next reflector u, once the pieces have come. Returns u's divisor.
-  static __device__ __forceinline__ double make_vectors(int pivot, int order, double divisor, Vectors& shared,
+  static __device__ __forceinline__ double make_vectors(int pivot, int order, double divisor, ExchangedVectors& shared,
                                                         ArrivalBarrier& arrived, const double* v, double* u,
                                                         double* diagonal, double* off_diagonal) {
     const double tau = divisor > 0.0 ? fast_reciprocal(divisor) : 0.0;
     wait_arrival(arrived, pivot / 2 & 1);
+    // For the step after the next one. Nobody sends for it before it has this block's pieces of the next.
     if (threadIdx.x == 0) expect_bytes(arrived, bytes_of_step);
     double sum[kSums];
     add_up(shared.sums[pivot & 1], sum);
@@ -125,19 +135,20 @@ struct ClusterTile : Fragments<Warps, Strips, Tiles, Spilled, ColumnGroups, Bloc
   }
 
   // This block's rows of A u and of the next pivot's column, and their part of the inner products, to every block.
-  __device__ __forceinline__ void send_pieces(int pivot, const double* u, Vectors& shared, Arrivals& arrivals) const {
+  __device__ __forceinline__ void send_pieces(int pivot, const double* u, ExchangedVectors& shared,
+                                              Arrivals& arrivals) const {
     const int chunk = warp() % chunks, sender = warp() / chunks - 1, parity = pivot & 1;
-    if (sender >= Blocks || sender >= senders) return;
-    const int own = 32 * chunk + lane(), row = Matrix::matrix_row(own);
+    if (sender >= Config::cluster_blocks || sender >= senders) return;
+    const int own = 32 * chunk + lane(), row = Registers::matrix_row(own);
     const bool valid = rows % 32 == 0 || own < rows;
     ArrivalBarrier& barrier = arrivals.barrier[parity];
     double p = 0.0, c = 0.0, v = 0.0;
     if (valid) {
-      double parts[ColumnGroups];
+      double parts[Config::column_groups];
 #pragma unroll
-      for (int group = 0; group < ColumnGroups; ++group) parts[group] = shared.product[group][own];
+      for (int group = 0; group < Config::column_groups; ++group) parts[group] = shared.product[group][own];
 #pragma unroll
-      for (int n = ColumnGroups / 2; n > 0; n /= 2)
+      for (int n = Config::column_groups / 2; n > 0; n /= 2)
 #pragma unroll
         for (int group = 0; group < n; ++group) parts[group] += parts[group + n];
       p = parts[0];
@@ -146,7 +157,7 @@ struct ClusterTile : Fragments<Warps, Strips, Tiles, Spilled, ColumnGroups, Bloc
     }
     if (sender >= 0) {
 #pragma unroll
-      for (int to = sender; to < Blocks; to += senders)
+      for (int to = sender; to < Config::cluster_blocks; to += senders)
         if (valid) send(&shared.pieces[parity][row], barrier, to, make_double2(p, c));
       return;
     }
@@ -165,35 +176,36 @@ struct ClusterTile : Fragments<Warps, Strips, Tiles, Spilled, ColumnGroups, Bloc
 #pragma unroll
       for (int s = 0; s < n; ++s) {
         const double kept = upper ? sum[s + n] : sum[s];
-        sum[s] = kept + __shfl_xor_sync(~0u, upper ? sum[s] : sum[s + n], offset);
+        sum[s] = kept + __shfl_xor_sync(kAllLanes, upper ? sum[s] : sum[s + n], offset);
       }
     }
-    sum[0] += __shfl_xor_sync(~0u, sum[0], 2);
-    sum[0] += __shfl_xor_sync(~0u, sum[0], 1);
+    sum[0] += __shfl_xor_sync(kAllLanes, sum[0], 2);
+    sum[0] += __shfl_xor_sync(kAllLanes, sum[0], 1);
     if (lane() % 4 == 0 && lane() / 4 < kSums)
 #pragma unroll
-      for (int to = 0; to < Blocks; ++to)
+      for (int to = 0; to < Config::cluster_blocks; ++to)
         send(&shared.sums[parity][rank * chunks + chunk][lane() / 4], barrier, to, sum[0]);
   }
 
   // The inner products from their parts. Every warp for itself, all with the same bits, here and below.
-  static __device__ __forceinline__ void add_up(const double (&sets)[Blocks * chunks][8], double (&sum)[kSums]) {
+  static __device__ __forceinline__ void add_up(const double (&sets)[Config::cluster_blocks * chunks][8],
+                                                double (&sum)[kSums]) {
     // Four lanes a sum, with every fourth of its parts each.
-    constexpr int parts = (Blocks * chunks + 3) / 4;
+    constexpr int parts = (Config::cluster_blocks * chunks + 3) / 4;
     double part[parts];
 #pragma unroll
     for (int i = 0; i < parts; ++i) {
       const int set = lane() / 8 + 4 * i;
-      part[i] = lane() % 8 < kSums && set < Blocks * chunks ? sets[set][lane() % 8] : 0.0;
+      part[i] = lane() % 8 < kSums && set < Config::cluster_blocks * chunks ? sets[set][lane() % 8] : 0.0;
     }
 #pragma unroll
     for (int n = parts; n > 1; n = (n + 1) / 2)
 #pragma unroll
       for (int i = 0; i < n / 2; ++i) part[i] += part[i + (n + 1) / 2];
-    part[0] += __shfl_xor_sync(~0u, part[0], 8);
-    part[0] += __shfl_xor_sync(~0u, part[0], 16);
+    part[0] += __shfl_xor_sync(kAllLanes, part[0], 8);
+    part[0] += __shfl_xor_sync(kAllLanes, part[0], 16);
 #pragma unroll
-    for (int s = 0; s < kSums; ++s) sum[s] = __shfl_sync(~0u, part[0], s);
+    for (int s = 0; s < kSums; ++s) sum[s] = __shfl_sync(kAllLanes, part[0], s);
   }
 
   // A reflection is 1 - tau u u^T; `tau` is v's, to within rounding.

@@ -1,35 +1,38 @@
 // The reduction of a matrix to tridiagonal form in the registers of one block.
+//
+// A step has two barriers of the block: the first warp makes w and the next reflector between the one that ends a pass
+// and the one that begins the next. The last step leaves after the first of them, in all threads alike.
 #pragma once
 
-#include "csrc/cuda/eigvalsh/fragments.cuh"
 #include "csrc/cuda/eigvalsh/householder.cuh"
+#include "csrc/cuda/eigvalsh/register_matrix.cuh"
 
 namespace farms_fast {
 namespace one_stage {
 
-template <int Warps, int Strips, int Tiles, int Spilled, int ColumnGroups>
-struct Tile : Fragments<Warps, Strips, Tiles, Spilled, ColumnGroups> {
-  using Matrix = Fragments<Warps, Strips, Tiles, Spilled, ColumnGroups>;
-  using Matrix::column_group;
-  using Matrix::lane;
-  using Matrix::Matrix;
-  using Matrix::rows;
-  using Matrix::threads;
-  using Matrix::warp;
+template <class Config>
+struct BlockReduction : RegisterMatrix<Config> {
+  using Registers = RegisterMatrix<Config>;
+  using Registers::column_group;
+  using Registers::lane;
+  using Registers::RegisterMatrix;
+  using Registers::rows;
+  using Registers::threads;
+  using Registers::warp;
   static constexpr int per_lane = (rows + 31) / 32;  // of a vector that one warp holds
 
   // What the warps exchange in the reduction. One vector has an element for each row; those past `rows` stay 0.
-  struct Vectors {
-    double product[ColumnGroups][32 * per_lane];  // A u, by groups of columns
-    double column[32 * per_lane];                 // the next pivot's column, before u and w have been taken out of it
-    double reflector[2][32 * per_lane];           // u of this step and of the one before
+  struct StepVectors {
+    double product[Config::column_groups][32 * per_lane];  // A u, by groups of columns
+    double column[32 * per_lane];        // the next pivot's column, before u and w have been taken out of it
+    double reflector[2][32 * per_lane];  // u of this step and of the one before
     double w[32 * per_lane];
   };
 
   // Householder reduction to tridiagonal form. One pass over the registers a step: the step takes the last reflection's
   // v w^T + w v^T out of the matrix, multiplies it by the new u, and hands on the next pivot's column; the first warp
   // makes the next reflector from these.
-  __device__ __forceinline__ void tridiagonal(int order, Vectors& shared, double* diagonal, double* off_diagonal) {
+  __device__ __forceinline__ void tridiagonal(int order, StepVectors& shared, double* diagonal, double* off_diagonal) {
     for (int i = threadIdx.x; i < 32 * per_lane; i += threads) {
       for (double (&part)[32 * per_lane] : shared.product) part[i] = 0.0;
       shared.reflector[0][i] = 0.0;
@@ -37,7 +40,7 @@ struct Tile : Fragments<Warps, Strips, Tiles, Spilled, ColumnGroups> {
       shared.w[i] = 0.0;
       if (i >= rows) shared.column[i] = 0.0;
     }
-    Matrix::first_column(shared.column);
+    Registers::first_column(shared.column);
     __syncthreads();
 
     double divisor = 0.0;  // of the first warp only
@@ -47,23 +50,23 @@ struct Tile : Fragments<Warps, Strips, Tiles, Spilled, ColumnGroups> {
       if (warp() == 0) divisor = reflect(pivot, order, divisor, shared, v, u, diagonal, off_diagonal);
       __syncthreads();
       if (pivot + 1 == order) return;
-      Matrix::pass(pivot + 1, v, shared.w, u, shared.column, shared.product[column_group()]);
+      Registers::pass(pivot + 1, v, shared.w, u, shared.column, shared.product[column_group()]);
       __syncthreads();
     }
   }
 
  private:
-  static __device__ __forceinline__ double product_of(const Vectors& shared, int i) {
+  static __device__ __forceinline__ double product_of(const StepVectors& shared, int i) {
     double sum = shared.product[0][i];
 #pragma unroll
-    for (int group = 1; group < ColumnGroups; ++group) sum += shared.product[group][i];
+    for (int group = 1; group < Config::column_groups; ++group) sum += shared.product[group][i];
     return sum;
   }
 
   // The first warp: w of the last reflector v from A v, then the pivot's column with both taken out, its diagonal
   // element, and the reflector u that clears it below. A reflection is 1 - u u^T / divisor, or 1 where the divisor is
   // 0; `divisor` is v's, u's is returned.
-  static __device__ __forceinline__ double reflect(int pivot, int order, double divisor, Vectors& shared,
+  static __device__ __forceinline__ double reflect(int pivot, int order, double divisor, StepVectors& shared,
                                                    const double* v, double* u, double* diagonal, double* off_diagonal) {
     const double tau = divisor > 0.0 ? fast_reciprocal(divisor) : 0.0;
     double x[per_lane], own[per_lane], w[per_lane], dot = 0.0;
