@@ -122,7 +122,7 @@ class TestSpectra:
     def test_no_spectra_to_write(self, write, tmp_path: Path) -> None:
         an_analysis().to_json(tmp_path / "a.json")
         analysis = Analysis.from_json(tmp_path / "a.json")
-        with pytest.raises(ValueError, match=r"layer 'layer\.0' has no spectrum to write"):
+        with pytest.raises(ValueError, match=r"'layer\.0' has no spectrum"):
             write(analysis, tmp_path / "a")
         assert os.listdir(tmp_path) == ["a.json"]
 

@@ -188,7 +188,7 @@ def test_layers_with_nan_are_known_too(tmp_path: Path, computed: list[str]) -> N
 
 def test_a_store_that_cannot_be_written(tmp_path: Path) -> None:
     for missing in (tmp_path / "nowhere" / "run.sqlite", tmp_path / "no" / "where" / "run.sqlite"):
-        said = rf"^store: the directory of '{missing}' does not exist$"
+        said = rf"^store: .*'{missing}'"
         with pytest.raises(FileNotFoundError, match=said):
             analyze(weights_of(), SAMPLING, store=missing)
     other = tmp_path / "other"
