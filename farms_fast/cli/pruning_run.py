@@ -105,7 +105,7 @@ class PruningRun:
         from farms_fast.adapters.pruning.pruners import pruner
         from farms_fast.adapters.pruning.sparsities import check_sparsity
         from farms_fast.adapters.pruning.tokens import check_source
-        from farms_fast.core.arguments import natural
+        from farms_fast.core.arguments import check_int
         from farms_fast.spectra.power_law import xmin_rule
 
         if self.pattern is not None:
@@ -134,12 +134,12 @@ class PruningRun:
         for argument, source in (("calibration", self.calibration), ("evaluate", self.evaluate)):
             if source is not None:
                 check_source(source, argument)
-        natural("samples", self.samples, least=1)
-        natural("seed", self.seed)
+        check_int("samples", self.samples, least=1)
+        check_int("seed", self.seed)
         counts = {"seqlen": (self.seqlen, 2), "stride": (self.stride, 1)}
         for argument, (value, least) in (counts | {"batch-size": (self.batch_size, 1)}).items():
             if value is not None:
-                natural(argument, value, least)
+                check_int(argument, value, least)
         if self.allocation == "owl":
             with _by_option():
                 owl_sparsity([1.0], self.sparsity, self.owl_lambda)

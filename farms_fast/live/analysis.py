@@ -11,10 +11,10 @@ from torch import nn
 
 from farms_fast.core.arguments import (
     check_dtype,
+    check_int,
     check_module,
     check_sampling,
     check_solver,
-    natural,
     not_negative,
 )
 from farms_fast.core.extension import has_cuda
@@ -106,9 +106,9 @@ class LiveAnalysis:
         rule = FitRule(xmin_rule(xmin), xmin_pos, bins, getattr(sampling, "compat", None))
         check_dtype(dtype)
         check_sampling(sampling)
-        budget = None if memory is None else natural("memory", memory, least=1)
+        budget = None if memory is None else check_int("memory", memory, least=1)
         evals = EvalFilter(
-            natural("min_evals", min_evals),
+            check_int("min_evals", min_evals),
             not_negative("evals_threshold", evals_threshold),
             rule.xmin,
         )

@@ -33,7 +33,7 @@ from farms_fast.spectra.power_law import fit_power_law
 from farms_fast.testing import reference
 from farms_fast.views.curves import SURVIVAL_TOLERANCE, spectrum_curves, thin
 from farms_fast.views.html.payload import RECORD_FIELDS, curves_of, packed, report_payload
-from farms_fast.views.positions import OTHER, places
+from farms_fast.views.positions import OTHER, layer_positions
 from tests.support.analyses import HOSTILE, a_layer, an_analysis
 
 # The file of the npm package echarts 6.1.0 that is shipped, unchanged.
@@ -182,7 +182,9 @@ def test_one_eigenvalue_and_equal_ones_have_curves() -> None:
 
 def test_places_of_the_models_that_people_have() -> None:
     def of(*names: str) -> list[tuple[int, str, str]]:
-        return [(p.depth, p.block, p.group) for p in places(names, ["linear"] * len(names))]
+        return [
+            (p.depth, p.block, p.group) for p in layer_positions(names, ["linear"] * len(names))
+        ]
 
     assert of("wte", "h.0.mlp.fc", "h.10.mlp.fc", "h.2.mlp.fc") == [
         (0, "wte", "linear"),
@@ -203,7 +205,7 @@ def test_places_of_the_models_that_people_have() -> None:
 
 def test_the_rarest_roles_share_a_group() -> None:
     names = [f"h.{block}.role{role}" for role in range(20) for block in range(2 + (role < 5))]
-    found = places(names, ["linear"] * len(names), most=6)
+    found = layer_positions(names, ["linear"] * len(names), most=6)
     assert {place.group for place in found} == {f"role{i}" for i in range(5)} | {OTHER}
 
 

@@ -24,7 +24,7 @@ from farms_fast.adapters.pruning.sparsities import (
     scale_to_total,
     weight_counts,
 )
-from farms_fast.core.arguments import is_real, natural
+from farms_fast.core.arguments import check_int, is_real
 from farms_fast.results.analysis import Analysis
 from farms_fast.spectra.windows import FixedAspectSampling
 
@@ -291,7 +291,7 @@ def _layers(
         given = _as_list(given)
     if params is None:
         raise ValueError("params: bare alphas need the number of weights of each layer, got None")
-    size = None if block_size is None else natural("block_size", block_size, least=1)
+    size = None if block_size is None else check_int("block_size", block_size, least=1)
     if size is not None and level == "layer":
         raise ValueError(f"block_size: level 'layer' has no blocks, expected None, got {size}")
     if isinstance(given, Mapping):
@@ -348,13 +348,13 @@ def _counts(names: list[str], params: Counts) -> dict[str, int]:
         missing = [name for name in names if name not in params]
         if missing:
             raise ValueError(f"params: expected the number of weights of {missing[0]!r} too")
-        return {name: natural(f"params[{name!r}]", params[name], least=1) for name in names}
+        return {name: check_int(f"params[{name!r}]", params[name], least=1) for name in names}
     if not isinstance(params, int) and hasattr(params, "__len__"):
         if len(params) != len(names):
             raise ValueError(f"params: expected {len(names)}, as many as alphas, got {len(params)}")
-        values = [natural("params", value, least=1) for value in params]
+        values = [check_int("params", value, least=1) for value in params]
         return dict(zip(names, values, strict=True))
-    return dict.fromkeys(names, natural("params", params, least=1))
+    return dict.fromkeys(names, check_int("params", params, least=1))
 
 
 def _mean(values: list[float]) -> float:

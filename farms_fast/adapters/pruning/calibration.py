@@ -39,7 +39,7 @@ from farms_fast.adapters.pruning.oom import (
     raise_oom_as_value_error,
     retry_with_less,
 )
-from farms_fast.core.arguments import natural
+from farms_fast.core.arguments import check_int
 from farms_fast.engine.machine import machine_of
 
 __all__ = ["BlockRunner"]
@@ -106,7 +106,7 @@ class BlockRunner:
         if memory is None:
             budget = machine_of(self._device).memory // 2
         else:
-            budget = natural("memory", memory, least=1)
+            budget = check_int("memory", memory, least=1)
         self.batch_size, self.use = plan_memory(
             self._blocks, self._probe(), tokens, self._device, budget, batch_size, statistics
         )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from farms_fast.adapters.pruning.likelihood import TokenLosses, check_order, with_another_end
 from farms_fast.adapters.pruning.modules import evaluating, input_embeddings
 from farms_fast.adapters.pruning.tokens import check_positions, longest_sequence, token_ids
-from farms_fast.core.arguments import natural
+from farms_fast.core.arguments import check_int
 from farms_fast.core.optional import optional_import
 
 __all__ = ["SEVEN_TASKS", "check_causal", "perplexity", "zero_shot"]
@@ -84,8 +84,8 @@ def perplexity(
         >>> round(perplexity(model, torch.arange(10), seqlen=4), 6)
         10.0
     """
-    length = natural("seqlen", seqlen, least=2)
-    step = length if stride is None else natural("stride", stride, least=1)
+    length = check_int("seqlen", seqlen, least=2)
+    step = length if stride is None else check_int("stride", stride, least=1)
     if step > length:
         raise ValueError(f"stride: expected at most the seqlen of {length}, got {step}")
     if isinstance(tokens, Tensor) and (tokens.dim() > 2 or tokens.shape[:-1] not in ((), (1,))):
@@ -192,7 +192,7 @@ def zero_shot(
     if isinstance(tasks, str) or not named or not tasks:
         raise ValueError(f"tasks: expected a sequence of names of tasks, got {tasks!r}")
     if limit is not None:
-        natural("limit", limit, least=1)
+        check_int("limit", limit, least=1)
     with optional_import("lm_eval", extra="lm-eval", needed_for="zero_shot"):
         import lm_eval
         from lm_eval.models.huggingface import HFLM

@@ -17,7 +17,7 @@ from farms_fast.adapters.pruning.calibration import BlockRunner
 from farms_fast.adapters.pruning.memory_use import usual_batch
 from farms_fast.adapters.pruning.modules import block_device, evaluating, input_device
 from farms_fast.adapters.pruning.oom import out_of_memory_error, retry_with_less
-from farms_fast.core.arguments import check_module, natural
+from farms_fast.core.arguments import check_int, check_module
 
 __all__ = ["TokenLosses", "check_order", "with_another_end"]
 
@@ -45,8 +45,8 @@ class TokenLosses:
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             raise ValueError(_NOT_CAUSAL.format(type(model).__name__, "it has an encoder"))
         self._model = model
-        self._size = batch_size if batch_size is None else natural("batch_size", batch_size, 1)
-        self._memory = None if memory is None else natural("memory", memory, least=1)
+        self._size = batch_size if batch_size is None else check_int("batch_size", batch_size, 1)
+        self._memory = None if memory is None else check_int("memory", memory, least=1)
         self._model_device = input_device(model)
         self._device = (
             self._model_device if device is None else block_device(device, self._model_device)

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import torch
 
-from farms_fast.core.arguments import is_real, natural
+from farms_fast.core.arguments import check_int, is_real
 
 __all__ = [
     "check_pattern",
@@ -120,7 +120,7 @@ def check_pattern(n_m: object, layer: str = "") -> tuple[int, int]:
     pair = list(n_m) if isinstance(n_m, Iterable) else []
     if len(pair) != 2:
         raise ValueError(f"n_m{of}: expected (n, m), n kept of every m, got {n_m!r}")
-    n, m = natural(f"n_m[0]{of}", pair[0]), natural(f"n_m[1]{of}", pair[1], least=1)
+    n, m = check_int(f"n_m[0]{of}", pair[0]), check_int(f"n_m[1]{of}", pair[1], least=1)
     if n > m:
         raise ValueError(f"n_m{of}: expected n <= m, n kept of every m, got {n}:{m}")
     return n, m

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from farms_fast.adapters.pruning.blocks import Block
 from farms_fast.adapters.pruning.modules import device_of
-from farms_fast.core.arguments import natural
+from farms_fast.core.arguments import check_int
 
 __all__ = ["MemoryUse", "plan_memory", "usual_batch"]
 
@@ -74,7 +74,7 @@ def plan_memory(
     """
     samples, seqlen = tokens.shape
     wanted = usual_batch(seqlen) if batch_size is None else batch_size
-    size = min(samples, natural("batch_size", wanted, least=1))
+    size = min(samples, check_int("batch_size", wanted, least=1))
     while True:
         use = _use(blocks, hidden, samples, size, device, budget, statistics)
         if use.device <= budget:

@@ -10,7 +10,7 @@ from farms_fast.adapters.pruning.masks import check_pattern
 from farms_fast.adapters.pruning.pruners import pruner
 from farms_fast.adapters.pruning.sparsegpt import check_damping
 from farms_fast.adapters.pruning.sparsities import Allocation
-from farms_fast.core.arguments import is_real, natural
+from farms_fast.core.arguments import check_int, is_real
 
 __all__ = ["to_recipe"]
 
@@ -30,7 +30,7 @@ def to_recipe(
 
     Layers of one ratio share a modifier that lists their modules as targets. Run the recipe with
     `llmcompressor.oneshot(model=..., recipe="recipe.yaml", dataset=...)`; it was checked with 0.14
-    (`python -m tests.recipe_in_llmcompressor`).
+    (`python -m tests.support.recipe_in_llmcompressor`).
 
     Its results differ in details from those of `prune_model`: its SparseGPT prunes one weight more
     in every block of columns, and all weights that tie with it; its Wanda rounds the number of
@@ -73,7 +73,7 @@ def to_recipe(
         <BLANKLINE>
     """
     pruner(method)
-    natural("block", block, least=1)
+    check_int("block", block, least=1)
     check_damping(damping)
     given = ratios.ratios if isinstance(ratios, Allocation) else ratios
     for argument, value in (("ratios", given), ("n_m", {} if n_m is None else n_m)):

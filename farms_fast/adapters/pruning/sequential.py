@@ -22,7 +22,7 @@ from farms_fast.adapters.pruning.pruners import Pruner, pruner, wanda_scores
 from farms_fast.adapters.pruning.sparsities import Allocation
 from farms_fast.adapters.pruning.statistics import InputStatistics
 from farms_fast.adapters.pruning.tokens import check_tokens
-from farms_fast.core.arguments import natural
+from farms_fast.core.arguments import check_int
 from farms_fast.core.progress import Progress, reporter
 from farms_fast.weights.layers import Skipped
 
@@ -157,7 +157,7 @@ def prune_model(
     chosen = pruner(method)
     for argument, value in (("memory", memory), ("batch_size", batch_size)):
         if value is not None:
-            natural(argument, value, least=1)
+            check_int(argument, value, least=1)
     blocks = find_blocks(model)
     targets = _targets(blocks, ratios, n_m)
     for layer in blocks.layers:

@@ -22,7 +22,7 @@ from farms_fast.adapters.pruning.statistics import (
     check_statistics,
     full_float32,
 )
-from farms_fast.core.arguments import is_real, natural
+from farms_fast.core.arguments import check_int, is_real
 
 __all__ = ["check_damping", "inverse_factor", "sparsegpt_prune_"]
 
@@ -138,7 +138,7 @@ def sparsegpt_prune_(
     hessian = check_statistics(statistics, weight, layer).hessian
     check_damping(damping)
     cols = weight.shape[1]
-    width = natural("block", block, least=1)
+    width = check_int("block", block, least=1)
     if n_m is not None:
         width = -(-width // n_m[1]) * n_m[1]
     hessian = hessian.to(weight.device, torch.promote_types(hessian.dtype, weight.dtype))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from farms_fast.core.arguments import is_real, natural
+from farms_fast.core.arguments import check_int, is_real
 from farms_fast.core.jsonable import plain
 from farms_fast.core.text import printable
 
@@ -178,7 +178,7 @@ class Allocation:
             >>> allocation.n_m(8)
             {'0.0': (5, 8), '1.0': (4, 8), '2.0': (3, 8)}
         """
-        size = natural("m", m, least=1)
+        size = check_int("m", m, least=1)
         units = self._units()
         counts = [sum(self.params[name] for name in unit) for unit in units]
         kept = kept_of_groups([self.ratios[unit[0]] for unit in units], counts, size)
@@ -289,7 +289,7 @@ def weight_counts(argument: str, given: object) -> dict[str, int]:
     wrong = [name for name in given if not isinstance(name, str)]
     if wrong:
         raise TypeError(f"{argument}: expected names, got {wrong[0]!r} for one")
-    return {name: natural(f"{argument}[{name!r}]", n, least=1) for name, n in given.items()}
+    return {name: check_int(f"{argument}[{name!r}]", n, least=1) for name, n in given.items()}
 
 
 def check_sparsity(sparsity: object) -> None:

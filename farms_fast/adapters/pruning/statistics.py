@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from farms_fast.core.arguments import check_dtype, natural, resolve_device
+from farms_fast.core.arguments import check_dtype, check_int, resolve_device
 
 __all__ = ["InputStatistics", "check_statistics", "full_float32"]
 
@@ -56,7 +56,7 @@ class InputStatistics:
         layer: str = "",
     ) -> None:
         check_dtype(dtype)
-        self.columns = natural("columns", columns, least=1)
+        self.columns = check_int("columns", columns, least=1)
         self.has_hessian = hessian
         self.device = (
             None if device is None else resolve_device(device, default=torch.device("cpu"))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from farms_fast.adapters.pruning.modules import input_embeddings
-from farms_fast.core.arguments import natural
+from farms_fast.core.arguments import check_int
 from farms_fast.core.optional import optional_import
 
 __all__ = [
@@ -85,9 +85,9 @@ def calibration_tokens(
         [[97, 98, 99, 100, 101, 102, 103], [98, 99, 100, 101, 102, 103, 104]]
     """
     _check_tokenizer(tokenizer)
-    count = natural("samples", samples, least=1)
-    length = natural("seqlen", seqlen, least=2)
-    generator = torch.Generator().manual_seed(natural("seed", seed))
+    count = check_int("samples", samples, least=1)
+    length = check_int("seqlen", seqlen, least=2)
+    generator = torch.Generator().manual_seed(check_int("seed", seed))
     if source == "c4":
         return _from_documents(tokenizer, count, length, generator)
     text = _ids(tokenizer, "\n\n".join(_texts(source, "train", "calibration")))
