@@ -62,6 +62,7 @@ def test_zoo(where: str, solver: str, order: int) -> None:
         assert_spectrum_of(weight, evals, f"{name} of order {order}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("where", "solver"), CASES)
 @pytest.mark.parametrize(
     ("order", "names"),

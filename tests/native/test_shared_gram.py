@@ -76,6 +76,7 @@ def test_llama_shapes_take_a_ninth_of_the_products(
 starts = st.lists(st.integers(0, 90), min_size=1, max_size=6, unique=True).map(sorted)
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(starts, starts, st.integers(1, 70), st.integers(1, 70), st.sampled_from(["cpu", "cuda"]))
 def test_plans_cover_every_window(
@@ -232,6 +233,7 @@ def test_a_value_that_is_not_finite_spoils_the_windows_that_hold_it(
                 assert np.array_equal(found[b], clean[b])
 
 
+@pytest.mark.slow
 def test_budgets_change_no_more_than_rounding(device: torch.device) -> None:
     entries = enough_entries(device)
     table = grid_table([0, 14, 30, 60, 80, 101], [0, 20, 50, 90], (200, 200), entries)

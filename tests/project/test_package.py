@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import farms_fast
 
 ROOT = Path(farms_fast.__file__).parents[1]
@@ -17,6 +19,7 @@ def test_dir_offers_the_public_names_only() -> None:
     assert dir(farms_fast) == sorted(farms_fast.__all__)
 
 
+@pytest.mark.slow
 def test_an_unbuilt_clone_says_in_one_line_how_to_build_it(tmp_path: Path) -> None:
     ignore = shutil.ignore_patterns("*.so", "__pycache__")
     shutil.copytree(ROOT / "farms_fast", tmp_path / "farms_fast", ignore=ignore)

@@ -465,6 +465,7 @@ def test_pandas_and_csv_agree(tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(read, frame, check_dtype=False, rtol=4e-16, atol=0)
 
 
+@pytest.mark.slow
 def test_without_pandas(tmp_path: Path) -> None:
     # None in sys.modules makes the import fail as if the package were not there.
     script = (
@@ -485,6 +486,7 @@ def test_without_pandas(tmp_path: Path) -> None:
     assert "pip install 'farms-fast[pandas]', or use to_csv" in done.stdout
 
 
+@pytest.mark.slow
 def test_pandas_is_not_imported_unasked() -> None:
     script = "import sys, farms_fast.cli.main; print('pandas' in sys.modules)"
     done = subprocess.run(

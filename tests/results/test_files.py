@@ -211,6 +211,7 @@ class TestParquet:
             frame, analysis.to_pandas(), check_dtype=False, check_exact=True
         )
 
+    @pytest.mark.slow
     def test_without_pyarrow(self, tmp_path: Path) -> None:
         # None in sys.modules makes the import fail as if the package were not there.
         script = (
@@ -228,6 +229,7 @@ class TestParquet:
         assert "pip install 'farms-fast[parquet]', or use to_csv" in done.stdout
         assert os.listdir(tmp_path) == []
 
+    @pytest.mark.slow
     def test_pyarrow_is_not_imported_unasked(self) -> None:
         script = "import sys, farms_fast.cli.main; print('pyarrow' in sys.modules)"
         done = subprocess.run(

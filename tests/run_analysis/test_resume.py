@@ -216,6 +216,7 @@ def process(*arguments: object, ranks: int = 0) -> subprocess.CompletedProcess[s
     )
 
 
+@pytest.mark.slow
 def test_killed_at_twenty_moments(tmp_path: Path) -> None:
     result = process("kill", tmp_path / "run.sqlite", 20)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -227,6 +228,7 @@ def test_killed_at_twenty_moments(tmp_path: Path) -> None:
     assert told["equal to an unbroken run"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["share", "share_apart"])
 def test_ranks_share_the_layers(tmp_path: Path, how: str) -> None:
     result = process(how, tmp_path, ranks=2)
@@ -242,6 +244,7 @@ def test_ranks_share_the_layers(tmp_path: Path, how: str) -> None:
     assert [path.name for path in tmp_path.glob("run.sqlite*")] == ["run.sqlite"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["die", "die_apart"])
 def test_a_rank_that_dies_ends_the_run_and_loses_nothing(tmp_path: Path, how: str) -> None:
     path = tmp_path / "run.sqlite"

@@ -51,6 +51,7 @@ class Wide(nn.Module):
 
 
 # Block 1 runs twice, to be known and once it is pruned, each time in two batches.
+@pytest.mark.slow
 @pytest.mark.parametrize("since", [1, 2, 3, 4])
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
 @pytest.mark.parametrize("place", ["model.layers.1.self_attn.k_proj", "model.layers.1.mlp"])
