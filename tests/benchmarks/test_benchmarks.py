@@ -26,6 +26,8 @@ from benchmarks.inputs import gaussian_windows, sets_past_cache, spectrum
 from farms_fast import fit_power_law
 from farms_fast.testing import reference
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -122,7 +122,7 @@ def test_no_more_than_pieces_are_copied(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize("tensor", [torch.ones(3, 3, device="meta"), torch.eye(3).to_sparse()])
 def test_tensor_without_plain_data_is_an_error(tensor: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match="tensor: expected a dense tensor with data"):
+    with pytest.raises(ValueError, match=r"tensor: expected .*dense"):
         tensor_digest(tensor)
 
 

@@ -215,7 +215,7 @@ def test_lightning_refuses_an_optimizer_that_is_not_there(tmp_path: Path) -> Non
     with pytest.raises(TypeError, match=r"optimizer: expected an index of .*, got str"):
         LightningRates(optimizer="0")  # type: ignore[arg-type]
     trainer = lightning_trainer(tmp_path, 1, LightningRates(optimizer=4))
-    with pytest.raises(IndexError, match="expected an index of the trainer's 1 optimizers, got 4"):
+    with pytest.raises(IndexError, match=r"expected an index .*1 optimizers, got 4"):
         fit(Classifier(), trainer)
 
 
@@ -244,10 +244,10 @@ def test_a_counter_without_a_state_keeps_its_own() -> None:
 
 
 def test_lightning_says_what_it_cannot_find(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="rates: expected LayerRates, an attribute's name or a fu"):
+    with pytest.raises(TypeError, match="rates: expected LayerRates, "):
         LightningRates(3)  # type: ignore[arg-type]
     trainer = lightning_trainer(tmp_path, 1, LightningRates("missing"))
-    with pytest.raises(TypeError, match="rates: expected 'missing' to lead to LayerRates, got Non"):
+    with pytest.raises(TypeError, match=r"rates: expected 'missing' .*LayerRates, got None"):
         fit(Classifier(), trainer)
 
 
