@@ -8,8 +8,9 @@ list of skipped ones, with its reason.
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fnmatch import fnmatchcase
+from typing import NamedTuple
 
 from torch import nn
 from torch.nn.utils import parametrize
@@ -51,12 +52,8 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class _Owned:
-    """A tensor of a module, under the name that it has when nothing is wrapped.
-
-    `reason` says why it is no weight of its own, and is empty when it may be one.
-    """
+class _Owned(NamedTuple):
+    """A tensor of a module, and why it is no weight of its own; empty when it may be one."""
 
     header: TensorHeader
     owner: nn.Module
@@ -94,15 +91,10 @@ def layers_from_headers(
 
     Example:
         >>> import torch
-        >>> headers = [
-        ...     TensorHeader("conv.weight", (8, 4, 3, 3), torch.float32),
-        ...     TensorHeader("conv.bias", (8,), torch.float32),
-        ... ]
-        >>> layers, skipped = layers_from_headers(headers)
-        >>> layers[0].name, layers[0].kind, layers[0].shape
+        >>> headers = [TensorHeader("conv.weight", (8, 4, 3, 3), torch.float32)]
+        >>> (layer,), skipped = layers_from_headers(headers)
+        >>> layer.name, layer.kind, layer.shape
         ('conv', 'conv2d', (9, 8, 4))
-        >>> skipped[0].name, skipped[0].reason
-        ('conv.bias', 'vector, not a matrix')
     """
     names = [header.name for header in headers]
     if len(set(names)) != len(names):
@@ -142,7 +134,6 @@ def layers_from_module(
         TypeError: `module` is not a module, a pattern is not a string, or `change` no function.
 
     Example:
-        >>> from torch import nn
         >>> layers, skipped = layers_from_module(nn.Sequential(nn.Linear(8, 4), nn.ReLU()))
         >>> [(layer.name, layer.tensors, layer.shape) for layer in layers]
         [('0', ('0.weight',), (1, 4, 8))]
@@ -178,9 +169,8 @@ def layers_from_module(
     notes = module_notes(module)
     weights = _changed(merge_complex_parts(weights, notes), change)
     index = HeaderIndex((header for header, _ in weights), config, notes)
-    answers: list[tuple[int, TensorHeader, list[Part] | str]] = [
-        (number, item.header, item.reason) for number, item in enumerate(owned) if item.reason
-    ]
+    answers: list[tuple[int, TensorHeader, list[Part] | str]] = []
+    answers += [(n, item.header, item.reason) for n, item in enumerate(owned) if item.reason]
     for header, reason in weights:
         position = min((positions[n] for n in header.stored if n in positions), default=len(owned))
         owner = owned[position].owner if position < len(owned) else None

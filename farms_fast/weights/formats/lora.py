@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from farms_fast.weights.recipes import Recipe
 from farms_fast.weights.stacks import TensorHeader, ToTensor, WeightCandidate
@@ -60,7 +61,7 @@ class ApplyLoraUpdates(Recipe, name="lora/1"):
     base_tensors: int
     updates: tuple[LoraUpdate, ...]
 
-    def __call__(self, *tensors: torch.Tensor) -> torch.Tensor:
+    def __call__(self, *tensors: Tensor) -> Tensor:
         """A new tensor of the weight's shape, in float32 at least."""
         base, rest = tensors[: self.base_tensors], list(tensors[self.base_tensors :])
         weight = base[0] if self.base is None else self.base(*base)
@@ -72,7 +73,7 @@ class ApplyLoraUpdates(Recipe, name="lora/1"):
         transposed = self.updates[0].transposed
         before = _as_matrix(weight, transposed)
         after = _as_matrix(result, transposed)  # a view: `result` is contiguous
-        factors: list[tuple[LoraUpdate, torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
+        factors: list[tuple[LoraUpdate, Tensor, Tensor, Tensor | None]] = []
         for update in self.updates:
             a, b = (rest.pop(0).to(weight.device, torch.float64).flatten(1) for _ in "AB")
             length = rest.pop(0).to(weight.device, torch.float64) if update.dora else None
@@ -89,7 +90,7 @@ class ApplyLoraUpdates(Recipe, name="lora/1"):
         return result
 
 
-def _as_matrix(weight: torch.Tensor, transposed: bool) -> torch.Tensor:
+def _as_matrix(weight: Tensor, transposed: bool) -> Tensor:
     return weight.mT if transposed else weight.flatten(1)
 
 

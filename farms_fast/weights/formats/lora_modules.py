@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from farms_fast.weights.formats.lora import (
     UPDATED_PARAMETER,
@@ -79,9 +78,9 @@ class Wrapper:
         return with_updates(base, updates, names) if updates else WeightCandidate(base)
 
 
-def _parameter(owner: nn.Module, name: str) -> torch.Tensor:
+def _parameter(owner: nn.Module, name: str) -> Tensor:
     path, _, leaf = name.rpartition(".")
-    parameter: torch.Tensor = getattr(owner.get_submodule(path), leaf)
+    parameter: Tensor = getattr(owner.get_submodule(path), leaf)
     return parameter
 
 

@@ -29,19 +29,8 @@ def afno_layout(header: TensorHeader, by_name: Mapping[str, TensorHeader], says_
 
     `"leading"` is `(2, blocks, in, out)`, real parts first; `"trailing"` is
     `(blocks, in, out, 2)`; `"complex"` is `(blocks, in, out)` of complex numbers. The bias
-    beside a weight tells, and where there is none of a telling shape, the module's class.
-
-    Args:
-        header: of the tensor.
-        by_name: all headers of the model.
-        says_so: whether the class of the module, or the tensor's name, speaks of an AFNO.
-
-    Example:
-        >>> import torch
-        >>> headers = [TensorHeader("w1", (4, 8, 16, 2), torch.float32),
-        ...            TensorHeader("b1", (4, 16, 2), torch.float32)]
-        >>> afno_layout(headers[0], {header.name: header for header in headers}, says_so=False)
-        'trailing'
+    beside a weight tells. Where there is none of a telling shape, `says_so` counts: the class of
+    the module, or the tensor's name, speaks of an AFNO.
     """
     parent, dot, leaf = header.name.rpartition(".")
     shape = tuple(header.shape)

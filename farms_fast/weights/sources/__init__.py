@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from farms_fast.weights.sources.adapter import AdapterSource
-from farms_fast.weights.sources.base import HeaderSource, Patterns, Source
+from farms_fast.weights.sources.base import HeaderSource, Source
 from farms_fast.weights.sources.files import PICKLE_SUFFIXES, PickleSource, SafetensorsSource
 from farms_fast.weights.sources.folder import (
     adapter_config,
@@ -29,7 +29,6 @@ __all__ = [
     "AdapterSource",
     "MappingSource",
     "ModuleSource",
-    "Patterns",
     "PickleSource",
     "SafetensorsSource",
     "Source",

@@ -12,7 +12,6 @@ from farms_fast.weights.model_config import ModelConfig
 from farms_fast.weights.sources.files import (
     PICKLE_SUFFIXES,
     PickleSource,
-    RepeatedNameError,
     SafetensorsSource,
     parse_json,
 )
@@ -118,12 +117,7 @@ def _model_config(folder: Path) -> ModelConfig | None:
 
 def _json_object(path: Path, what: str = "a JSON object") -> dict[str, Any]:
     """A JSON file that holds one object."""
-    try:
-        entries = parse_json(path, path.read_text(encoding="utf-8"))
-    except RepeatedNameError:
-        raise
-    except (ValueError, RecursionError):
-        entries = None
+    entries = parse_json(path, path.read_bytes())
     if not isinstance(entries, dict):
         raise ValueError(f"{path}: expected {what}")
     return entries
