@@ -70,17 +70,17 @@ def layers_from_headers(
 ) -> tuple[list[LayerSpec], list[Skipped]]:
     """Layers of a checkpoint, from the names, shapes and dtypes of its tensors.
 
-    A grouped convolution cannot be told from an ungrouped one by its header, nor a transposed one
-    without a bias: both are read as `(out, in, *kernel)`. Their modules tell more.
+    A header does not say whether a convolution is grouped or, without a bias, transposed: all are
+    read as `(out, in, *kernel)`. Their modules tell more.
 
     Args:
         headers: one for each tensor; the layers come in this order.
-        include: None, a glob or several, matched with case against layer names. A layer that it
-            matches is analysed even when it is left out by default, as embeddings are.
+        include: None, a glob or several, matched with case against layer names. It brings in
+            layers that are left out by default, as embeddings are.
         exclude: as `include`; it has the last word.
         config: the model's, for what headers do not tell: how many key heads a fused projection
             has, how a weight is quantised.
-        change: what an adapter makes of the weights, quantised ones being restored by then.
+        change: what an adapter makes of the weights, once quantised ones have been restored.
 
     Returns:
         The layers to analyse and the tensors that are not analysed, both in order.
@@ -115,10 +115,9 @@ def layers_from_module(
 ) -> tuple[list[LayerSpec], list[Skipped]]:
     """Layers of a module, from the types of its submodules and the shapes of their parameters.
 
-    Buffers are not analysed, but for those that hold a quantised weight. A parametrised, pruned or
-    normalised weight, and one in a LoRA layer as PEFT makes it, is taken as the module uses it. A
-    `config` attribute as Hugging Face's models have it is read. Of tied weights the first that is
-    analysed counts, the others are skipped.
+    Buffers count only where they hold a quantised weight. A parametrised, pruned or normalised
+    weight, and one in a LoRA layer of PEFT, is taken as the module uses it. The `config` of a
+    Hugging Face model is read. The first of tied weights is analysed, the others are skipped.
 
     Args:
         module: any module; it is neither run nor changed.
@@ -156,7 +155,7 @@ def layers_from_module(
                 () if visible == name else (name,),
             )
             if parametrize.is_parametrized(owner, leaf):
-                # Computed just now and gone in a moment: the next one may lie in the same place.
+                # It was computed just now and is freed: the next one may get the same address.
                 header = replace(header, identity=(id(owner), leaf))
             owned.append(_Owned(header, owner, reason or sparse_layout(tensor) or elsewhere))
     config = _config_of(module)

@@ -226,7 +226,7 @@ def net_esd_estimator_farms(
     least = natural("eigs_num_thresh", eigs_num_thresh)
     if variant not in ("llm", "cv"):
         raise ValueError(f"variant: expected 'llm' or 'cv', got {variant!r}")
-    lay = _Laying(
+    placement = _WindowPlacement(
         natural("num_row_samples", num_row_samples, least=1),
         positive("Q_ratio", Q_ratio),
         None
@@ -241,7 +241,9 @@ def net_esd_estimator_farms(
     for weight in weights_of(net):
         if weight.name in waived:
             continue
-        layer = lay.layer(weight, scale) if use_sliding_window else _whole_layer(weight, scale)
+        layer = (
+            placement.layer(weight, scale) if use_sliding_window else _whole_layer(weight, scale)
+        )
         if layer.windows.by_row or layer.count >= least:
             layers.append(layer)
     keys = ["alpha", "spectral_norm", "D", "longname", "eigs", "norm"]
@@ -279,8 +281,8 @@ def _whole_layer(weight: Weight, conv_norm: float) -> WindowedLayer:
 
 
 @dataclass(frozen=True)
-class _Laying:
-    """How windows are laid over a weight; see `sampled_windows` and `stepped_windows`."""
+class _WindowPlacement:
+    """Where windows lie in a weight; see `sampled_windows` and `stepped_windows`."""
 
     rows: int
     q: float

@@ -73,6 +73,14 @@ class FactorisedTensor(Recipe, name="factorised-tensor/1"):
             sizes = tuple(factor[0] for factor in self.shapes[1:])
         return (*sizes[1:3], sizes[0], *sizes[3:]) if self.joint else sizes
 
+    def factor_matrix(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], Recipe | None]:
+        """Shape of the matrix that a part of this shape is, and its recipe if it needs one."""
+        if self.kind != "tt":
+            return shape, ComplexPairs() if self.pairs else None
+        left, size, right = shape
+        matrix = (left * size, right) if right > 1 else (left, size)
+        return matrix, TensorTrainCore(self.pairs)
+
     def __call__(self, *tensors: Tensor) -> Tensor:
         """The tensor, of as many dimensions as there are factors."""
         if self.pairs:

@@ -137,11 +137,11 @@ class GroupQuantised(Recipe, name="group-quantised/1"):
     ) -> Tensor:
         """float32 `(out, in)`; ValueError when `g_idx` names a group that is not there."""
         if g_idx is not None and g_idx.numel():
-            least, most = (int(group) for group in g_idx.aminmax())
-            if least < 0 or most >= len(scales):
+            first, last = (int(group) for group in g_idx.aminmax())
+            if first < 0 or last >= len(scales):
                 raise ValueError(
                     f"GPTQ: expected g_idx within the {len(scales)} groups of scales, got "
-                    f"{least} to {most}"
+                    f"{first} to {last}"
                 )
         order = _AWQ_ORDER if self.awq else range(32 // self.bits)
         numbers = _unpacked(qweight, self.bits, 1 if self.awq else 0, order)  # (in, out)

@@ -1,9 +1,9 @@
 """Low-rank adaptation (LoRA, arXiv 2106.09685): weights together with their updates.
 
 The effective weight is `W + scaling * B @ A`, with `scaling = alpha / r` or, rank-stabilised
-(arXiv 2312.03732), `alpha / sqrt(r)`. DoRA (arXiv 2402.09353) scales each of its rows to the
-length that it has trained. An `Adapter` is read from a checkpoint as PEFT writes it;
-`farms_fast.weights.formats.lora_modules` finds them in modules.
+(arXiv 2312.03732), `alpha / sqrt(r)`. DoRA (arXiv 2402.09353) scales each row to a trained length.
+`Adapter` reads checkpoints of PEFT; `farms_fast.weights.formats.lora_modules` finds LoRA layers in
+modules.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ class Adapter:
         prefix: put before the adapter's names in `LayerSpec.tensors`, to tell them from the base's.
 
     Raises:
-        ValueError: it is no LoRA adapter, or one that needs more than its tensors and its base.
+        ValueError: it is not of LoRA, or needs more than its tensors and its base.
     """
 
     def __init__(
@@ -183,7 +183,7 @@ class Adapter:
     def __call__(self, weights: Sequence[WeightCandidate]) -> list[WeightCandidate]:
         """The weights of the base with the adapter's changes, in their order.
 
-        A target that the base does not have, or that does not fit, is in the result with a reason.
+        A target that the base lacks, or that does not fit, is in the result with a reason.
 
         Raises:
             ValueError: none of the targets is a weight of the base, or a rank is not the config's.
@@ -221,7 +221,7 @@ class Adapter:
         return result + appended
 
     def _unless_parameter(self, weight: WeightCandidate) -> WeightCandidate:
-        """The weight, unless the adapter changes it as a parameter and not as a layer's weight."""
+        """The weight, with a reason if the adapter changes it as a bare parameter."""
         names = self._config.get("target_parameters")
         names = names if isinstance(names, (list, tuple)) else ()
         if any(f".{weight.header.name}".endswith(f".{name}") for name in names):

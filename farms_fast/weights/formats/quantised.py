@@ -71,7 +71,8 @@ def dequantised_headers(
 class _Stored:
     """A tensor that may be the main one of a quantised weight, and the model around it.
 
-    `prefix` and `leaf` make the tensor's name; `name` is the weight's.
+    `prefix` and `leaf` make the tensor's name; `name` is the weight's, the same unless the format
+    says otherwise.
     """
 
     def __init__(
@@ -81,10 +82,8 @@ class _Stored:
         self.shape, self.dtype, self.name = header.shape, header.dtype, header.name
         parent, dot, self.leaf = header.name.rpartition(".")
         self.prefix = parent + dot
-        if self.leaf in ("qweight", "weight_packed"):
-            self.name = f"{self.prefix}weight"
 
-    def beside(self, leaf: str) -> TensorHeader | None:
+    def same_module(self, leaf: str) -> TensorHeader | None:
         """The tensor `leaf` of the same module."""
         return self.headers.get(self.prefix + leaf)
 
@@ -121,15 +120,15 @@ def _weight_of(stored: _Stored) -> WeightCandidate | None:
         return _scaled(stored)
     if leaf != "weight" or dtype not in _PACKED or rank < 2:
         return None
-    if dtype == torch.int8 and stored.beside("SCB"):
+    if dtype == torch.int8 and stored.same_module("SCB"):
         return _bitsandbytes_int8(stored)
-    if dtype == torch.int8 and stored.beside("weight_scale"):
+    if dtype == torch.int8 and stored.same_module("weight_scale"):
         return _scaled(stored)
-    if stored.beside("weight.absmax"):
+    if stored.same_module("weight.absmax"):
         start = f"{name}.quant_state.bitsandbytes__"
         kinds = (other.removeprefix(start) for other in stored.headers if other.startswith(start))
         return stored.not_read(f"bitsandbytes {next(kinds, '4-bit')}")
-    if stored.beside("weight_scale_2"):
+    if stored.same_module("weight_scale_2"):
         return stored.not_read("NVFP4 (ModelOpt)")
     method = stored.config.quantised_by
     return stored.not_read(f"quant_method {method!r}") if method else None
@@ -165,15 +164,16 @@ def _scaled(stored: _Stored) -> WeightCandidate:
 
 
 def _bitsandbytes_int8(stored: _Stored) -> WeightCandidate:
-    parts = [stored.header, *filter(None, map(stored.beside, ("SCB", "weight_format")))]
+    parts = [stored.header, *filter(None, map(stored.same_module, ("SCB", "weight_format")))]
     if len(stored.shape) != 2 or math.prod(parts[1].shape) != stored.shape[0]:
         return stored.misfit(parts, "bitsandbytes int8")
     return stored.computed(stored.shape, parts, BitsAndBytesInt8())
 
 
 def _gptq_or_awq(stored: _Stored) -> WeightCandidate:
+    stored.name = f"{stored.prefix}weight"
     header, config = stored.header, stored.config.quantization
-    zeros, scales, index = map(stored.beside, ("qzeros", "scales", "g_idx"))
+    zeros, scales, index = map(stored.same_module, ("qzeros", "scales", "g_idx"))
     if zeros is None or scales is None or len(scales.shape) != 2 or len(zeros.shape) != 2:
         what = stored.config.quantised_by or "GPTQ or AWQ"
         return stored.not_read(f"{what} without two-dimensional qzeros and scales")
@@ -213,18 +213,18 @@ def _gptq_or_awq(stored: _Stored) -> WeightCandidate:
 
 
 def _compressed_pack(stored: _Stored) -> WeightCandidate:
-    what = "compressed-tensors pack-quantized"
-    if stored.dtype != torch.int32 or stored.beside("weight_global_scale"):
+    stored.name, what = f"{stored.prefix}weight", "compressed-tensors pack-quantized"
+    if stored.dtype != torch.int32 or stored.same_module("weight_global_scale"):
         return stored.not_read("compressed-tensors 4-bit floats (NVFP4)")
-    scale, bits = stored.beside("weight_scale"), _compressed_bits(stored.config)
+    scale, bits = stored.same_module("weight_scale"), _compressed_bits(stored.config)
     if scale is None or bits not in (4, 8) or len(stored.shape) != 2:
         return stored.not_read(f"{what}, {bits or 'unknown'} bits")
     for other in ("weight_zero_point", "weight_g_idx"):
-        if stored.beside(other):
+        if stored.same_module(other):
             return stored.not_read(f"{what} with {other}")
     shape = (stored.shape[0], stored.shape[1] * (32 // bits))
     layout = scale_layout(shape, scale.shape, ())
-    parts = [stored.header, scale, *filter(None, [stored.beside("weight_shape")])]
+    parts = [stored.header, scale, *filter(None, [stored.same_module("weight_shape")])]
     if layout is None:
         return stored.misfit(parts, what)
     return stored.computed(shape, parts, Packed(bits, layout))

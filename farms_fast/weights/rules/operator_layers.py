@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -22,7 +22,6 @@ from farms_fast.weights.formats.complex_weights import (
     ComplexPairs,
     FactorisedTensor,
     RealAndImaginary,
-    TensorTrainCore,
 )
 from farms_fast.weights.recipes import AsStored, TrailingPositions
 from farms_fast.weights.rules.afno_layers import afno_layout, is_afno_bias, says_afno
@@ -234,26 +233,13 @@ def factor_matrices(weights: Sequence[WeightCandidate]) -> list[WeightCandidate]
         if weight.reason or not isinstance(combine, FactorisedTensor):
             results.append(weight)
             continue
-        known = isinstance(header.identity, tuple)
-        for number, part in enumerate(zip(header.tensors, combine.shapes, strict=True)):
-            identity = header.identity[number] if known else None  # type: ignore[index]
-            results.append(WeightCandidate(_factor(*part, identity, header.dtype, combine)))
+        for number, (name, stored) in enumerate(zip(header.tensors, combine.shapes, strict=True)):
+            known = header.identity
+            identity = known[number] if isinstance(known, tuple) else None
+            shape, recipe = combine.factor_matrix(stored)
+            factor = TensorHeader(name, shape, header.dtype, identity, (name,), recipe)
+            results.append(WeightCandidate(factor))
     return results
-
-
-def _factor(
-    name: str,
-    shape: tuple[int, ...],
-    identity: Hashable | None,
-    dtype: torch.dtype,
-    merged: FactorisedTensor,
-) -> TensorHeader:
-    if merged.kind == "tt":
-        left, size, right = shape
-        matrix = (left * size, right) if right > 1 else (left, size)
-        return TensorHeader(name, matrix, dtype, identity, (name,), TensorTrainCore(merged.pairs))
-    combine = ComplexPairs() if merged.pairs else None
-    return TensorHeader(name, shape, dtype, identity, (name,), combine)
 
 
 def spectral_layers(weight: Weight) -> list[Part] | str | None:

@@ -26,7 +26,7 @@ class AdapterSource:
         config: the entries of its `adapter_config.json`.
 
     Raises:
-        ValueError: it is no LoRA adapter, or one that needs more than its tensors and its base.
+        ValueError: it is not of LoRA, or needs more than its tensors and its base.
     """
 
     def __init__(

@@ -77,7 +77,7 @@ def checkpoint_holds(checkpoint: Path, file: Path) -> bool:
 
     Args:
         checkpoint: a file or folder of weights; it need not exist.
-        file: any path. Links are followed: the files of a cache of downloads are links.
+        file: any path. Links are followed, because caches of downloads store files as links.
     """
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
     target = file.resolve()

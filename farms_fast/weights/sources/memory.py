@@ -1,8 +1,8 @@
-"""Weights that are in memory already: modules and mappings."""
+"""Weights in memory: modules and mappings."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 
 
 class ModuleSource:
-    """The parameters of a module, as they are at the time of each `load`."""
+    """The parameters of a module; each `load` reads them anew."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -46,7 +46,7 @@ class ModuleSource:
         return layers_from_module(self.module, include, exclude, change=change)
 
     def load(self, name: str) -> Tensor:
-        """The parameter, detached; raises ValueError for a name that the module does not have."""
+        """As `module_tensor`."""
         return module_tensor(self.module, name)
 
 
@@ -57,7 +57,6 @@ class MappingSource(HeaderSource):
         tensors: names to tensors; a state dict wrapped under `state_dict`, `model_state_dict`,
             `model` or `module` is unwrapped.
         description: for titles and messages.
-        skipped: what is known beforehand not to be analysed.
         config: of the model.
 
     Raises:
@@ -69,11 +68,9 @@ class MappingSource(HeaderSource):
         self,
         tensors: Mapping[str, Any],
         description: str = "state dict",
-        skipped: Sequence[Skipped] = (),
         config: ModelConfig | None = None,
     ) -> None:
         super().__init__(description, config)
-        self.skipped += skipped
         for name, value in self._unwrapped(tensors).items():
             if not isinstance(name, str):
                 raise TypeError(f"{description}: expected names as keys, got {name!r}")
