@@ -149,7 +149,7 @@ def run(
         )
         seconds = time.perf_counter() - start
         by_process = ranks.gather((len(finished), min(finished), max(finished)))
-    if not ranks.leads:
+    if not ranks.is_main:
         return
     told: dict[str, Any] = {
         "processes": ranks.size,

@@ -219,7 +219,7 @@ def analyze(
         sampling = sampling_of(rows, q, per_dim, full)
         check_outputs(path, base, store=store, csv=csv, json=json)
         group = context.enter_context(torchrun_group())
-        leads = Ranks.of(group).leads
+        leads = Ranks.of(group).is_main
         where = device if device is not None else local_device()
 
         start = time.perf_counter()

@@ -148,14 +148,14 @@ class _StoreRecorder(RunRecorder):
     ) -> Analysis:
         self._part.close()
         self._ranks.gather(None)
-        if self._ranks.leads:
+        if self._ranks.is_main:
             _collect(self._path)
             self._main.put_skipped(skipped)
             self._main.complete(names)
         self._ranks.wait()
         with ResultsStore(self._path, create=False) as store:
             layers, _, _ = store.read(self._main.id)
-        if not self._ranks.leads:
+        if not self._ranks.is_main:
             own = {record.name for record in self._records.values()}
             layers = [layer for layer in layers if layer.name in own]
         return Analysis(layers, skipped, settings)
@@ -188,17 +188,17 @@ def recording(
     path = Path(store)
     with contextlib.ExitStack() as opened:
         # The leading rank makes the run, the others find it.
-        if not ranks.leads:
+        if not ranks.is_main:
             ranks.wait()
         target = opened.enter_context(ResultsStore(path))
-        if ranks.leads:
+        if ranks.is_main:
             _collect(path)
-        main = target.run(settings, deciding=_DECIDING, total=layers, force=force and ranks.leads)
-        if ranks.leads:
+        main = target.run(settings, deciding=_DECIDING, total=layers, force=force and ranks.is_main)
+        if ranks.is_main:
             ranks.wait()
         part = opened.enter_context(contextlib.ExitStack())
         mine = main
-        if not ranks.beside_the_leader():
+        if not ranks.on_main_machine():
             own = part.enter_context(_own_part(path, ranks.rank))
             mine = part.enter_context(ResultsStore(own)).run(settings, deciding=_DECIDING)
         yield _StoreRecorder(ranks, path, main, mine, part)

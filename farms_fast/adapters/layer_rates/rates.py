@@ -301,7 +301,7 @@ class LayerRates(ABC):
         self._set(found, base)
         assert self.last is not None  # param_groups has made one
         self.last = self.last.at(base, self.calls)
-        if measured is not None and ranks.leads:
+        if measured is not None and ranks.is_main:
             self._tell(self.last)
         return self.last
 
@@ -382,7 +382,7 @@ class LayerRates(ABC):
         rows = decide(self.layers, self.blocks, alphas, left_alone, self.factors, before)
         known = set() if self.last is None else {row.name for row in self.last.failed}
         self.last = RateTable(self.calls, 0.0, tuple(rows))
-        leads = ranks_of(self.process_group).leads
+        leads = ranks_of(self.process_group).is_main
         for row in self.last.failed:
             if leads and row.name not in known:
                 warnings.warn(
@@ -391,7 +391,7 @@ class LayerRates(ABC):
 
     def _tell_initial(self) -> None:
         table, self._untold = self._untold, None
-        if table is not None and ranks_of(self.process_group).leads:
+        if table is not None and ranks_of(self.process_group).is_main:
             self._tell(table)
 
     def _tell(self, table: RateTable) -> None:
