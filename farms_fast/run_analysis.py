@@ -34,7 +34,6 @@ from farms_fast.engine.stages import BatchStages, LayerState, Settings
 from farms_fast.results.analysis import Analysis
 from farms_fast.results.run_recorder import recording
 from farms_fast.spectra.bootstrap import FitRule
-from farms_fast.spectra.power_law import xmin_rule
 from farms_fast.spectra.windows import FixedAspectSampling, Sampling
 from farms_fast.weights.sources import AdapterSource, open_source
 
@@ -121,7 +120,7 @@ def analyze(
         >>> [(layer.name, layer.windows, layer.status) for layer in analysis]
         [('0', 225, 'ok'), ('1', 225, 'ok')]
     """
-    rule = FitRule(xmin_rule(xmin), xmin_pos, bins, getattr(sampling, "compat", None))
+    rule = FitRule.checked(xmin, xmin_pos, bins, getattr(sampling, "compat", None))
     precision = dtype_of(dtype)
     resamples = check_int("bootstrap", bootstrap, most=MOST_RESAMPLES)
     budget = None if memory is None else memory_bytes(memory)
@@ -133,8 +132,6 @@ def analyze(
     ranks = Ranks.of(process_group)
     if force and store is None:
         raise ValueError("force: computes anew what a store holds, so it needs store=")
-    # A spectrum without values: the rule's own settings are checked before any weight is read.
-    rule.fit(torch.empty(0, dtype=torch.float64), [0])
     source = open_source(model_or_state_dict_or_path, base=base)
     specs, skipped = source.layers(include, exclude)
     of_base = None
