@@ -9,9 +9,9 @@
 #include <vector>
 
 #include "csrc/allocate.h"
-#include "csrc/check.h"
-#include "csrc/eigvalsh.h"
+#include "csrc/cpu/cpu_eigvalsh.h"
 #include "csrc/gram.h"
+#include "csrc/op_check.h"
 #include "csrc/power_law.h"
 
 #ifdef FARMS_FAST_CUDA

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "csrc/cpu/tridiagonal.h"
+#include "csrc/cpu/cpu_tridiagonal.h"
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC optimize("fp-contract=fast")

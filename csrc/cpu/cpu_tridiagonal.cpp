@@ -1,4 +1,4 @@
-#include "csrc/cpu/tridiagonal.h"
+#include "csrc/cpu/cpu_tridiagonal.h"
 
 #include <algorithm>
 #include <cmath>

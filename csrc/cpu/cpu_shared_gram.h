@@ -8,7 +8,7 @@
 #include <memory>
 #include <vector>
 
-#include "csrc/cpu/gram.h"
+#include "csrc/cpu/cpu_gram.h"
 
 namespace farms_fast {
 

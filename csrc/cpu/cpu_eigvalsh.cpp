@@ -1,13 +1,13 @@
-#include "csrc/eigvalsh.h"
+#include "csrc/cpu/cpu_eigvalsh.h"
 
 #include <torch/csrc/stable/ops.h>
 
 #include <cmath>
 #include <limits>
 
-#include "csrc/cpu/gram.h"
-#include "csrc/cpu/shared_gram.h"
-#include "csrc/cpu/two_stage.h"
+#include "csrc/cpu/cpu_gram.h"
+#include "csrc/cpu/cpu_shared_gram.h"
+#include "csrc/cpu/cpu_two_stage.h"
 
 namespace farms_fast {
 namespace {

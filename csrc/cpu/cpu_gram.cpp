@@ -1,9 +1,9 @@
-#include "csrc/cpu/gram.h"
+#include "csrc/cpu/cpu_gram.h"
 
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
-#include "csrc/cpu/shared_gram.h"
+#include "csrc/cpu/cpu_shared_gram.h"
 
 namespace farms_fast {
 namespace {

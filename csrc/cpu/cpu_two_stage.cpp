@@ -1,12 +1,12 @@
-#include "csrc/cpu/two_stage.h"
+#include "csrc/cpu/cpu_two_stage.h"
 
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
 
-#include "csrc/cpu/gram.h"
+#include "csrc/cpu/cpu_gram.h"
+#include "csrc/cpu/cpu_tridiagonal.h"
 #include "csrc/cpu/lapack.h"
-#include "csrc/cpu/tridiagonal.h"
 
 namespace farms_fast {
 namespace {
