@@ -8,16 +8,22 @@
 
 #include "csrc/dtype.h"
 #include "csrc/gram.h"
+#include "csrc/host/solver_facts.h"
 
 namespace farms_fast {
 
 enum class CpuSolver { lapack, two_stage };
 
+// In the order of the enum.
 std::vector<std::string> cpu_solver_names();
 
 // The solver of that name, or the fastest where the name is auto. `op` is for the error of one that does not exist or
 // does not take such matrices.
 CpuSolver cpu_solver(const char* op, const std::string& name, DType dtype, int64_t order);
+
+// inner: the longer side of the windows. gram: the type of their Gram matrices. Each thread solves one matrix at a
+// time.
+SolverFacts cpu_solver_facts(CpuSolver solver, int64_t count, int64_t order, int64_t inner, DType gram);
 
 // gram: (count, order, order), symmetric or Hermitian, read only.
 // evals: (count, order), of type real_dtype(dtype).

@@ -14,7 +14,6 @@ namespace {
 constexpr unsigned kAll = 0xffffffffu;
 constexpr int kLanes = kNarrowBand;  // of a sweep: one for each column, or row, of its 4 x 4 blocks
 constexpr int kMaxThreads = 512;
-constexpr int64_t kSharedBytes = 224 * 1024;
 // Columns 10 doubles apart keep the lanes of a warp on different banks; 8 apart is the least there can be.
 constexpr int kSpreadPitch = kNarrowColumn + 2;
 constexpr int kRing = 2048;  // columns of a long band in shared memory, a power of two: twice what the sweeps span
@@ -235,16 +234,12 @@ __global__ void __launch_bounds__(kMaxThreads)
   }
 }
 
-int64_t band_bytes(int64_t order, int pitch) {
-  return (order + kNarrowColumn) * pitch * static_cast<int64_t>(sizeof(double));
-}
-
 template <int Pitch>
 void launch(const double* band, int batch, int order, double* diagonal, double* off_diagonal, cudaStream_t stream) {
   // Sweeps start two steps apart, so half as many as a sweep has steps can be under way.
   const int useful = ((order / kLanes + 2) / 2 + 1) * kLanes;
   const int threads = useful >= kMaxThreads ? kMaxThreads : (useful + 31) / 32 * 32;
-  const int bytes = static_cast<int>(band_bytes(order, Pitch));
+  const int bytes = static_cast<int>(narrow_band_bytes(order, Pitch));
   FARMS_CUDA_CHECK(cudaFuncSetAttribute(chase_kernel<Pitch>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
   chase_kernel<Pitch><<<batch, threads, bytes, stream>>>(band, order, diagonal, off_diagonal);
   FARMS_LAUNCH_CHECK();
@@ -267,13 +262,11 @@ void launch_ring(const double* band, int batch, int order, double* spill, double
 
 }  // namespace
 
-bool chase_spills(int64_t order) { return band_bytes(order, kNarrowColumn) > kSharedBytes; }
-
 void chase_bulges(const double* band, int batch, int order, double* spill, double* diagonal, double* off_diagonal,
                   cudaStream_t stream) {
   if (chase_spills(order)) {
     launch_ring(band, batch, order, spill, diagonal, off_diagonal, stream);
-  } else if (band_bytes(order, kSpreadPitch) > kSharedBytes) {
+  } else if (narrow_band_bytes(order, kSpreadPitch) > kNarrowBandBytes) {
     launch<kNarrowColumn>(band, batch, order, diagonal, off_diagonal, stream);
   } else {
     launch<kSpreadPitch>(band, batch, order, diagonal, off_diagonal, stream);

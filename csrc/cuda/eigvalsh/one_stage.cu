@@ -72,8 +72,6 @@ void launch(const Problem& problem, int64_t count, cudaStream_t stream) {
   FARMS_LAUNCH_CHECK();
 }
 
-constexpr int kBlockOrder = 160;  // the largest of one block
-
 // Blocks a multiprocessor, and columns in shared memory so that the registers of that many blocks hold the rest.
 void solve(const Problem& problem, int64_t count, cudaStream_t stream) {
   if (count == 0 || problem.order == 0) return;
@@ -84,25 +82,11 @@ void solve(const Problem& problem, int64_t count, cudaStream_t stream) {
   if (problem.order <= 80) return launch<5, 1, 10, 2, 1, 3>(problem, count, stream);
   if (problem.order <= 104) return launch<7, 1, 13, 5, 1, 2>(problem, count, stream);
   if (problem.order <= 128) return launch<8, 1, 16, 8, 1, 2>(problem, count, stream);
-  if (problem.order <= kBlockOrder) return launch<10, 2, 10, 4, 2, 1>(problem, count, stream);
+  if (problem.order <= kOneBlockOrder) return launch<10, 2, 10, 4, 2, 1>(problem, count, stream);
   one_stage::solve_in_clusters(problem, count, stream);
 }
 
-// What the shared memory of a block allows: 110 kB for order 160, 88 for 128, 56 for 104.
-int max_real_order() {
-  const int in_clusters = one_stage::max_cluster_order();
-  if (in_clusters > 0) return in_clusters;
-  int device = 0, bytes = 0;
-  FARMS_CUDA_CHECK(cudaGetDevice(&device));
-  FARMS_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  return bytes >= 112 << 10 ? kBlockOrder : bytes >= 90 << 10 ? 128 : 104;
-}
-
 }  // namespace
-
-int64_t one_stage_max_window_order(DType dtype) { return is_complex(dtype) ? 128 : 256; }
-
-int64_t one_stage_max_order(DType dtype) { return is_complex(dtype) ? max_real_order() / 2 : max_real_order(); }
 
 void one_stage_windows(const WindowView* windows, int64_t count, int64_t order, DType in, DType precision, void* evals,
                        cudaStream_t stream) {

@@ -8,6 +8,7 @@
 #include "csrc/cuda/eigvalsh/cluster_tile.cuh"
 #include "csrc/cuda/eigvalsh/problem.cuh"
 #include "csrc/cuda/eigvalsh/spectrum.cuh"
+#include "csrc/host/cuda_solvers.h"
 
 namespace farms_fast {
 namespace one_stage {
@@ -72,9 +73,6 @@ struct Kernel {
   }
 };
 
-// What the largest ask for, at most.
-constexpr int kSharedBytes = 227 << 10;
-
 template <typename Kernel>
 __global__ void __launch_bounds__(Kernel::kThreads, 1) cluster_kernel(const Problem problem) {
   extern __shared__ __align__(16) double shared_memory[];
@@ -94,7 +92,7 @@ struct Size {
 template <int Warps, int Strips, int Tiles, int Spilled, int ColumnGroups, int Blocks>
 constexpr Size size(double cost) {
   using Of = Kernel<Warps, Strips, Tiles, Spilled, ColumnGroups, Blocks>;
-  static_assert(sizeof(typename Of::Shared) <= kSharedBytes, "fits into a block");
+  static_assert(sizeof(typename Of::Shared) <= kClusterSharedBytes, "fits into a block");
   return {Of::kOrder, cost,
           [] {
             const ClusterLaunch launch(cluster_kernel<Of>, dim3(Blocks), Blocks, Of::kThreads,
@@ -115,7 +113,6 @@ const Size kSizes[] = {
     size<12, 2, 6, 1, 4, 2>(1.23), size<8, 1, 8, 0, 4, 8>(1.0),   size<8, 2, 8, 0, 4, 4>(1.21),
     size<8, 2, 16, 6, 2, 2>(1.6),  size<12, 1, 12, 2, 4, 8>(1.5), size<8, 2, 16, 5, 4, 8>(2.0),
 };
-constexpr int kMaxOrder = 512;
 constexpr int kCount = sizeof(kSizes) / sizeof(kSizes[0]);
 
 // How many matrices of each size the current device works on at once.
@@ -131,14 +128,6 @@ const int* matrices_at_once() {
 }
 
 }  // namespace
-
-int max_cluster_order() {
-  int device = 0, clusters = 0, bytes = 0;
-  FARMS_CUDA_CHECK(cudaGetDevice(&device));
-  FARMS_CUDA_CHECK(cudaDeviceGetAttribute(&clusters, cudaDevAttrClusterLaunch, device));
-  FARMS_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  return clusters != 0 && bytes >= kSharedBytes ? kMaxOrder : 0;
-}
 
 void solve_in_clusters(const Problem& problem, int64_t count, cudaStream_t stream) {
   const int* at_once = matrices_at_once();
