@@ -1,3 +1,5 @@
+// Batches of matrices or windows through LAPACK or the two-stage solver, a matrix to a thread. A thread copies or forms
+// its matrix (order, order) in scratch of its own, because both solvers destroy it.
 #include "csrc/cpu/cpu_eigvalsh.h"
 
 #include <torch/csrc/stable/ops.h>

@@ -1,3 +1,5 @@
+// Windows packed into (order, inner) vectors of the computation's type, and the op's Gram matrices (order, order), a
+// window to a thread.
 #include "csrc/cpu/cpu_gram.h"
 
 #include <torch/headeronly/util/BFloat16.h>

@@ -1,3 +1,5 @@
+// Tridiagonal to eigenvalues: QL without square roots on the squares of the off-diagonal elements. diagonal and
+// off_diagonal: (order,), element i of the latter couples rows i and i + 1.
 #include "csrc/cpu/cpu_tridiagonal.h"
 
 #include <algorithm>

@@ -1,3 +1,5 @@
+// The first stage, dense (order, order) to a band of half-width 32 by matrix products, and the two stages in a row. All
+// matrices are column-major.
 #include "csrc/cpu/cpu_two_stage.h"
 
 #include <algorithm>
