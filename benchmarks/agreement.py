@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from farms_fast import reference
+from farms_fast.testing import reference
 
 FloatArray = NDArray[np.float64]
 

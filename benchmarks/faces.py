@@ -16,8 +16,12 @@ from benchmarks import models, published
 from benchmarks.jobs import MINILM, minilm_folder
 from benchmarks.peers import BOTH, CONTENDER, missing_modules
 from farms_fast.compat import net_esd_estimator, net_esd_estimator_farms
-from farms_fast.compat.published_windows import PublishedWindows, block_windows, sampled_windows
-from farms_fast.compat.spectra import kernel_positions
+from farms_fast.compat.farms.published_windows import (
+    PublishedWindows,
+    block_windows,
+    sampled_windows,
+)
+from farms_fast.compat.farms.spectra import kernel_positions
 
 Results = dict[str, list[Any]]
 # The published default.

@@ -63,7 +63,7 @@ def check_live(found: list[LayerAlpha], analysis: Analysis) -> None:
 
 
 def _against_lapack(layer: Layer, windows: list[Tensor], evals: FloatArray) -> float:
-    from farms_fast.reference import eigenvalues
+    from farms_fast.testing.reference import eigenvalues
 
     spectra = [eigenvalues(window.double().cpu().numpy()) for window in windows]
     expected = np.sort(np.concatenate(spectra))

@@ -18,8 +18,8 @@ from benchmarks.fit_peers import no_gpu, on_the_cpu, quiet
 from benchmarks.peers import CONTENDER, missing_modules, places
 from farms_fast import Analysis, FixedAspectSampling, FullMatrix, analyze
 from farms_fast.live import LiveAnalysis
-from farms_fast.sources import open_source
-from farms_fast.windows import Sampling
+from farms_fast.spectra.windows import Sampling
+from farms_fast.weights.sources import open_source
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from benchmarks import published
 from benchmarks.agreement import FLOAT32, FLOAT64, JACOBI32, JACOBI64, Accuracy
-from farms_fast import ops
-from farms_fast.windows import FullMatrix, WindowGrid, window_table
+from farms_fast.core import ops
+from farms_fast.spectra.windows import FullMatrix, WindowGrid, window_table
 
 CONTENDER = "farms_fast"
 BOTH = ("cpu", "cuda")

@@ -26,8 +26,8 @@ from benchmarks.inputs import gaussian_windows, packed_spectra, weights
 from benchmarks.machine import describe
 from benchmarks.peers import GRAM_PEERS, contender
 from farms_fast.engine.cost import Stage, eigenvalue_stages, fit_stages, gram_flops
-from farms_fast.power_law import fit_power_laws, sort_spectra
-from farms_fast.windows import WindowGrid
+from farms_fast.spectra.power_law import fit_power_laws, sort_spectra
+from farms_fast.spectra.windows import WindowGrid
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import torch
 
-from farms_fast import build_info, ops
-from farms_fast.windows import FullMatrix, window_table
+from farms_fast import build_info
+from farms_fast.core import ops
+from farms_fast.spectra.windows import FullMatrix, window_table
 
 TABLE = Path(__file__).parent.parent / "csrc/host/measured_choice.inc"
 FIELDS = {"real": torch.float64, "complex": torch.complex128}

@@ -19,8 +19,8 @@ from benchmarks.measure import Bench
 from benchmarks.models import resnet18
 from benchmarks.peers import CONTENDER, missing_modules
 from farms_fast.compat import weightwatcher
-from farms_fast.reference import fit_power_law
-from farms_fast.sources import open_source
+from farms_fast.testing.reference import fit_power_law
+from farms_fast.weights.sources import open_source
 
 # How far alpha may be from WeightWatcher's.
 _ALPHA = 1e-4

@@ -20,7 +20,7 @@ from benchmarks.faces import (
 )
 from benchmarks.measure import Bench
 from benchmarks.peers import CONTENDER, missing_modules
-from farms_fast import ops
+from farms_fast.core import ops
 
 
 def parametrise(metafunc: pytest.Metafunc, profile: str) -> None:

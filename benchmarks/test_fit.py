@@ -16,7 +16,7 @@ from benchmarks.inputs import packed_spectra
 from benchmarks.measure import SAMPLE_SECONDS, Bench
 from benchmarks.peers import CONTENDER
 from farms_fast import fit_power_law
-from farms_fast.power_law import fit_power_laws, sort_spectra
+from farms_fast.spectra.power_law import fit_power_laws, sort_spectra
 
 # Values that a scan for the truth may visit; an H200 scans all candidates of 450,000.
 _WORK = {"cpu": 4e8, "cuda": 2.5e11}

@@ -24,7 +24,7 @@ import typer
 from safetensors.torch import save_file
 
 from farms_fast import FixedAspectSampling, analyze
-from farms_fast.arguments import parse_memory
+from farms_fast.core.arguments import parse_memory
 from farms_fast.engine.distributed import Ranks, local_device, torchrun_group
 
 app = typer.Typer(add_completion=False)
@@ -149,7 +149,7 @@ def run(
         )
         seconds = time.perf_counter() - start
         by_process = ranks.gather((len(finished), min(finished), max(finished)))
-    if not ranks.leads:
+    if not ranks.is_main:
         return
     told: dict[str, Any] = {
         "processes": ranks.size,

@@ -13,7 +13,7 @@
 
 namespace farms_fast {
 
-// An uninitialised tensor. Where there is no memory for it the error says so in words that farms_fast/ops.py makes
+// An uninitialised tensor. Where there is no memory for it the error says so in words that farms_fast/core/ops.py makes
 // torch's own OutOfMemoryError of: torch::stable::empty loses what was wrong, and puts its message together with
 // iostreams (see check.h).
 inline torch::stable::Tensor allocate(const std::vector<int64_t>& sizes, torch::headeronly::ScalarType type,

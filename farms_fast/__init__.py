@@ -13,14 +13,14 @@ Example:
     (1, 225)
 """
 
-from farms_fast._extension import __version__, build_info
-from farms_fast.analysis import analyze
-from farms_fast.comparison import Comparison, compare
-from farms_fast.power_law import PowerLawFit, fit_power_law
-from farms_fast.records import LayerRecord
-from farms_fast.results import Analysis
-from farms_fast.spectrum import esd
-from farms_fast.windows import FixedAspectSampling, FullMatrix
+from farms_fast.core.extension import __version__, build_info
+from farms_fast.results.analysis import Analysis
+from farms_fast.results.comparison import Comparison, compare
+from farms_fast.results.record import LayerRecord
+from farms_fast.run_analysis import analyze
+from farms_fast.spectra.esd import esd
+from farms_fast.spectra.power_law import PowerLawFit, fit_power_law
+from farms_fast.spectra.windows import FixedAspectSampling, FullMatrix
 
 __all__ = [
     "Analysis",
@@ -36,3 +36,7 @@ __all__ = [
     "esd",
     "fit_power_law",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

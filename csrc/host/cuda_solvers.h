@@ -8,6 +8,7 @@
 #include <limits>
 #include <string>
 
+#include "csrc/cuda/hopper.h"
 #include "csrc/dtype.h"
 #include "csrc/host/measured_choice.h"
 #include "csrc/host/solver_facts.h"
@@ -53,18 +54,16 @@ struct CudaSolverTraits {
   int64_t (*workspace_bytes)(int64_t batch, int64_t order, DType gram);
 };
 
-constexpr int kOneBlockOrder = 160;  // the largest real matrix that the one-stage solver keeps in one block
-constexpr int kClusterOrder = 512;   // likewise in a cluster of blocks
-constexpr int64_t kClusterSharedBytes = 227 << 10;  // that a block of a cluster asks for, at most
+// The largest real matrix that the one-stage solver keeps in one block, which asks for so much shared memory.
+constexpr int one_block_order(int64_t shared_bytes) {
+  return shared_bytes >= 112 << 10 ? 160 : shared_bytes >= 90 << 10 ? 128 : 104;
+}
 
-// A block asks for 110 kB of shared memory for order 160, 88 for 128, 56 for 104.
+constexpr int kClusterOrder = 512;  // likewise in a cluster of blocks
+
 inline int64_t one_stage_max_order(const CudaDevice& device, DType gram) {
-  const bool in_clusters = device.has_clusters && device.shared_bytes >= kClusterSharedBytes;
-  const int64_t real = in_clusters                        ? kClusterOrder
-                       : device.shared_bytes >= 112 << 10 ? kOneBlockOrder
-                       : device.shared_bytes >= 90 << 10  ? 128
-                                                          : 104;
-  return real / reals(gram);
+  const bool in_clusters = device.has_clusters && device.shared_bytes >= hopper::kBlockSharedBytes;
+  return (in_clusters ? kClusterOrder : one_block_order(device.shared_bytes)) / reals(gram);
 }
 
 // Up to this order forming the Gram matrix in the cluster measured no slower.
@@ -72,7 +71,7 @@ inline int64_t one_stage_max_window_order(DType gram) { return 256 / reals(gram)
 
 // Its kernels are launched in clusters, and keep narrow bands in shared memory.
 inline int64_t two_stage_max_order(const CudaDevice& device, DType gram) {
-  return device.architecture >= 90 && device.shared_bytes >= kClusterSharedBytes ? 16384 / reals(gram) : 0;
+  return device.architecture >= 90 && device.shared_bytes >= hopper::kBlockSharedBytes ? 16384 / reals(gram) : 0;
 }
 
 inline int64_t two_stage_workspace_bytes(int64_t batch, int64_t order, DType gram) {

@@ -11,25 +11,25 @@ namespace farms_fast {
 
 constexpr int kWideBand = 32;   // half-width of the band after the first reduction, and width of its panels
 constexpr int kNarrowBand = 4;  // half-width after the second
-constexpr int kTile = 64;
+constexpr int kMatrixTile = 64;
 
 // Doubles that a stored column of a band takes: from its diagonal element down, bulges included.
 constexpr int kWideColumn = 2 * kWideBand;
 constexpr int kNarrowColumn = 2 * kNarrowBand;
 
-constexpr int64_t padded_order(int64_t order) { return (order + kTile - 1) / kTile * kTile; }
+constexpr int64_t padded_order(int64_t order) { return (order + kMatrixTile - 1) / kMatrixTile * kMatrixTile; }
 
 // The band of half-width kWideBand is stored in tiles of kBandTile x kBandTile, see wide_index.
 constexpr int kBandTile = 4;
 constexpr int64_t wide_columns(int64_t order) { return (order + kBandTile - 1) / kBandTile * kBandTile + kWideColumn; }
 constexpr int64_t wide_count(int64_t order) { return wide_columns(order) * kWideColumn; }
 
-// Shared memory that the narrow band may take. A longer one is kept in global memory.
-constexpr int64_t kNarrowBandBytes = 224 * 1024;
+// Shared memory that the band of half-width kNarrowBand may take. A longer one is kept in global memory.
+constexpr int64_t kBandSharedBytes = 224 * 1024;
 constexpr int64_t narrow_band_bytes(int64_t order, int pitch) {
   return (order + kNarrowColumn) * pitch * static_cast<int64_t>(sizeof(double));
 }
-constexpr bool chase_spills(int64_t order) { return narrow_band_bytes(order, kNarrowColumn) > kNarrowBandBytes; }
+constexpr bool chase_spills(int64_t order) { return narrow_band_bytes(order, kNarrowColumn) > kBandSharedBytes; }
 
 constexpr int kMostShares = 3;
 struct BandWorkspace {
@@ -37,7 +37,8 @@ struct BandWorkspace {
   double* w[2];     // likewise
   double* product;  // (batch, padded_order, kWideBand): A V
   double* t;        // (batch, kWideBand, kWideBand)
-  double* partial;  // (batch, padded_order / kTile, kMostShares, kWideBand, kWideBand): of small products, tile by tile
+  double* partial;  // (batch, padded_order / kMatrixTile, kMostShares, kWideBand, kWideBand): of small products, tile
+                    // by tile
   double* middle;   // (batch, kMostShares, kWideBand, kWideBand): T^T V^T A V T / 2; W^T V T and V^T V T, W and V on
                     // the left of the first panel
   unsigned* done;   // (batch,), zero
@@ -75,7 +76,7 @@ inline TwoStageWorkspace lay_out_two_stage(void* workspace, int64_t batch, int64
   }
   layout.panels.product = take(panel);
   layout.panels.t = take(square);
-  layout.panels.partial = take(padded / kTile * kMostShares * square);
+  layout.panels.partial = take(padded / kMatrixTile * kMostShares * square);
   layout.panels.middle = take(kMostShares * square);
   layout.panels.done = reinterpret_cast<unsigned*>(take(1));
   layout.band = take(wide_count(order));

@@ -5,8 +5,8 @@
 WeightWatcher's `analyze`.
 """
 
-from farms_fast.compat.estimators import net_esd_estimator, net_esd_estimator_farms
-from farms_fast.compat.spectra import FitWarning
+from farms_fast.compat.farms.estimators import net_esd_estimator, net_esd_estimator_farms
+from farms_fast.compat.farms.spectra import FitWarning
 from farms_fast.compat.weightwatcher import weightwatcher
 
 __all__ = ["FitWarning", "net_esd_estimator", "net_esd_estimator_farms", "weightwatcher"]

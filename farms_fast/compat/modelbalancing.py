@@ -6,19 +6,16 @@ It is AlphaPruning's function with other defaults and other columns.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import nn
 
-from farms_fast.arguments import natural
-from farms_fast.compat.estimators import Results, whole_layers
-from farms_fast.compat.spectra import (
-    fitted_spectra,
-    warn_of_missing_fit,
-    workspace,
-)
-from farms_fast.compat.tails import TailRule, number
+from farms_fast.compat.arguments import number
+from farms_fast.compat.farms.estimators import Results, results_of, whole_layers
+from farms_fast.compat.farms.spectra import FittedSpectrum
+from farms_fast.compat.farms.tails import TailRule
+from farms_fast.core.arguments import check_int
 
 __all__ = ["net_esd_estimator"]
 
@@ -74,10 +71,10 @@ def net_esd_estimator(
         (['0'], 3.92)
     """
     rule = TailRule.published(fix_fingers, xmin_pos, bins, EVALS_THRESH, filter_zeros)
-    least, budget = natural("eigs_num_thresh", eigs_num_thresh), workspace(memory)
+    min_evals = check_int("eigs_num_thresh", eigs_num_thresh)
     if sr_mid_pos is not None and not number("sr_mid_pos", sr_mid_pos) > 1:
         raise ValueError(f"sr_mid_pos: expected None or a number above 1, got {sr_mid_pos!r}")
-    layers = [layer for layer in whole_layers(net, conv_norm) if layer.count >= least]
+    layers = [layer for layer in whole_layers(net, conv_norm) if layer.count >= min_evals]
     if init_stable_rank is not None:
         if not hasattr(init_stable_rank, "__len__"):
             raise TypeError(
@@ -89,36 +86,24 @@ def net_esd_estimator(
                 f"init_stable_rank: expected a number for each of {len(layers)} layers, "
                 f"got {len(init_stable_rank)}"
             )
-    keys = ["alpha", "spectral_norm", "D", "longname", "eigs", "norm", "stable_rank"]
-    keys += ["norm_stable_rank", "init_norm_stable_rank", "eig_ratio"]
-    results: Results = {key: [] for key in keys}
-    for index, (layer, spectra) in enumerate(
-        zip(layers, fitted_spectra(layers, rule, budget), strict=True)
-    ):
-        warn_of_missing_fit(layer.name, spectra, stacklevel=2)
-        one = spectra[0]
-        stable, mean, ratio = _stable_ranks(one.entered, sr_mid_pos)
-        results["alpha"].append(one.alpha)
-        results["spectral_norm"].append(one.spectral_norm)
-        results["D"].append(one.D)
-        results["longname"].append(layer.name)
-        results["eigs"].append(one.evals.astype(np.float32))
-        results["norm"].append(one.norm)
-        results["stable_rank"].append(stable)
-        results["norm_stable_rank"].append(mean)
-        initial = None if init_stable_rank is None else float(init_stable_rank[index])
-        results["init_norm_stable_rank"].append(0 if initial is None else mean / initial)
-        results["eig_ratio"].append(ratio)
-    return results
+    initial = None if init_stable_rank is None else iter(init_stable_rank)
 
+    def row(spectra: Sequence[FittedSpectrum]) -> dict[str, Any]:
+        evals = spectra[0].entered
+        if sr_mid_pos is not None:
+            evals = evals[int(len(evals) / sr_mid_pos) :]
+        total, largest = evals.sum(), evals.max()
+        mean = float(total / len(evals))
+        # NaN or infinity for zeros.
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return {
+                "eigs": spectra[0].evals.astype(np.float32),
+                "stable_rank": float(total / largest),
+                "norm_stable_rank": mean,
+                "init_norm_stable_rank": 0 if initial is None else mean / float(next(initial)),
+                "eig_ratio": float(largest / evals[len(evals) // 2]),
+            }
 
-def _stable_ranks(evals: NDArray[np.float64], mid_pos: float | None) -> tuple[float, float, float]:
-    """Sum over largest, mean, and largest over median; NaN or infinity for zeros."""
-    taken = evals if mid_pos is None else evals[int(len(evals) / mid_pos) :]
-    total, largest = taken.sum(), taken.max()
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return (
-            float(total / largest),
-            float(total / len(taken)),
-            float(largest / taken[len(taken) // 2]),
-        )
+    columns = ["alpha", "spectral_norm", "D", "longname", "eigs", "norm", "stable_rank"]
+    columns += ["norm_stable_rank", "init_norm_stable_rank", "eig_ratio"]
+    return results_of(layers, rule, memory, columns, row)

@@ -58,7 +58,6 @@ class Machine:
     speed: float = 1.0
 
     def __post_init__(self) -> None:
-        """Refuses what cannot be."""
         if self.kind not in ("cuda", "cpu"):
             raise ValueError(f"kind: expected 'cuda' or 'cpu', got {self.kind!r}")
         for name in ("memory", "cores", "speed"):

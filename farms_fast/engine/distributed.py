@@ -35,7 +35,7 @@ class Ranks:
         group: their process group, None where there is one process.
 
     Example:
-        >>> Ranks().leads
+        >>> Ranks().is_main
         True
     """
 
@@ -56,24 +56,24 @@ class Ranks:
         return Ranks(dist.get_rank(group), dist.get_world_size(group), group)
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the process that collects."""
         return self.rank == 0
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's value, in their order, on the rank that leads; nothing elsewhere.
+        """Every rank's value, in their order, on the main rank; nothing elsewhere.
 
-        It also waits: the leading rank goes on when all others have come this far.
+        It also waits: the main rank goes on when all others have come this far.
         """
         if self.group is None:
             return [value]
-        values: list[T | None] | None = [None] * self.size if self.leads else None
+        values: list[T | None] | None = [None] * self.size if self.is_main else None
         first = dist.get_global_rank(self.group, 0)
         dist.gather_object(value, values, dst=first, group=self.group)
         return [] if values is None else [v for v in values if v is not None]
 
-    def beside_the_leader(self) -> bool:
-        """Whether this process is on the machine of the one that leads. All ranks have to ask."""
+    def on_main_machine(self) -> bool:
+        """Whether this process is on the machine of the main rank. All ranks have to ask."""
         if self.group is None:
             return True
         told = [_machine()]

@@ -1,50 +1,54 @@
 """Three stages at once: while one batch is solved, the next is read and the last is finished.
 
-On CUDA the reading and the finishing have a thread and a stream each, and solving only launches
-work, by turns on two streams, so the device always has a batch to solve and fills what one leaves
-idle with the next. On the CPU, where the stages would take each other's cores, only the reading,
-which waits for the disk, has a thread.
+On CUDA, reading and finishing have a thread and a stream each. Solving only launches work, by turns
+on two streams, so that the device always has a batch to solve and fills what one leaves idle with
+the next. On the CPU the stages would take each other's cores, so only reading, which waits for the
+disk, has a thread.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import Future
 from itertools import cycle, zip_longest
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 
 from farms_fast.engine.plan import Batch
+from farms_fast.engine.streams import Outcome, StreamThread, fork_join, make_streams
 
-Given = TypeVar("Given")
-Result = TypeVar("Result")
+Loaded = TypeVar("Loaded")
+Solved = TypeVar("Solved")
 
 
-class Stages(Protocol):
+class Stages(Protocol[Loaded, Solved]):
     """What is done with a batch, each stage on the current stream of the thread that calls it."""
 
-    def read(self, batch: Batch) -> Any:
+    def read(self, batch: Batch) -> Loaded:
         """Brings the batch's weights to the device."""
 
-    def solve(self, loaded: Any) -> Any:
+    def solve(self, loaded: Loaded) -> Solved:
         """Launches the batch's eigenvalues."""
 
-    def finish(self, solved: Any) -> None:
-        """Waits for them and keeps what comes of them; doing so again changes nothing."""
+    def finish(self, solved: Solved) -> None:
+        """Waits for the eigenvalues and keeps what comes of them; a second call changes nothing."""
 
     def give_up(self, batch: Batch, error: str) -> None:
-        """Takes note that a batch of one layer does not fit into the device's memory."""
+        """Notes that a batch of one layer does not fit into the device's memory."""
 
 
 def run(
-    batches: Sequence[Batch], stages: Stages, device: torch.device, overlapping: bool = True
+    batches: Sequence[Batch],
+    stages: Stages[Loaded, Solved],
+    device: torch.device,
+    overlapping: bool = True,
 ) -> None:
     """Takes every batch through its stages; they are finished in the order given.
 
-    Up to three batches are under way at a time. One for which the device's memory does not suffice
-    goes on alone, and in halves if need be.
+    Up to three batches are under way at a time. A batch for which the device's memory does not
+    suffice is run again by itself, and in halves if need be.
 
     Args:
         batches: what to do.
@@ -58,50 +62,45 @@ def run(
     """
     if not overlapping:
         for batch in batches:
-            _alone(batch, stages, device)
+            _run_serially(batch, stages, device)
         return
-    with _Lane(device, True) as reader, _Lane(device, device.type == "cuda") as finisher:
-        turns = cycle(_streams_after_the_callers(device))
-        ahead: Future[Any] | None = None
-        unfinished: tuple[Batch, Future[Any]] | None = None
+    with (
+        StreamThread(device) as reader,
+        StreamThread(device, own_thread=device.type == "cuda") as finisher,
+        fork_join(make_streams(device)) as contexts,
+    ):
+        turns = cycle(contexts)
+        next_read: Future[Outcome[Loaded]] | None = None
+        unfinished: tuple[Batch, Future[Outcome[None]]] | None = None
         for batch, following in zip_longest(batches, batches[1:]):
             with next(turns):
-                solved = None
+                loaded: Loaded | None = None
+                solved: Solved | None = None
                 with contextlib.suppress(torch.OutOfMemoryError):
-                    loaded = reader.take(ahead or reader.submit(stages.read, batch))
-                    ahead = reader.submit(stages.read, following) if following else None
+                    loaded = reader.take(next_read or reader.submit(stages.read, batch))
+                    next_read = reader.submit(stages.read, following) if following else None
                     solved = stages.solve(loaded)
                 loaded = None
-                again = _settle(unfinished, finisher)
+                again = _wait_finished(unfinished, finisher)
                 unfinished = None
                 if solved is None or again:
                     # Both give back what they hold, and so does what was read ahead.
                     solved, again = None, [*again, batch]
-                    _drop(ahead)
-                    ahead = None
+                    _discard(next_read)
+                    next_read = None
                     if device.type == "cuda":
                         torch.cuda.empty_cache()
                     for failed in again:
-                        _alone(failed, stages, device)
+                        _run_serially(failed, stages, device)
                 else:
                     unfinished = batch, finisher.submit(stages.finish, solved)
-        for failed in _settle(unfinished, finisher):
-            _alone(failed, stages, device)
+        for failed in _wait_finished(unfinished, finisher):
+            _run_serially(failed, stages, device)
 
 
-def _streams_after_the_callers(
-    device: torch.device,
-) -> Sequence[contextlib.AbstractContextManager[Any]]:
-    """Contexts of two streams that start with what the caller's stream has been given so far."""
-    if device.type != "cuda":
-        return [contextlib.nullcontext()]
-    streams = [torch.cuda.Stream(device) for _ in range(2)]
-    for stream in streams:
-        stream.wait_stream(torch.cuda.current_stream(device))
-    return [torch.cuda.stream(stream) for stream in streams]
-
-
-def _settle(unfinished: tuple[Batch, Future[Any]] | None, finisher: _Lane) -> list[Batch]:
+def _wait_finished(
+    unfinished: tuple[Batch, Future[Outcome[None]]] | None, finisher: StreamThread
+) -> list[Batch]:
     """Waits for a batch to be finished; the batch if the memory did not suffice for it."""
     if unfinished is not None:
         try:
@@ -111,14 +110,14 @@ def _settle(unfinished: tuple[Batch, Future[Any]] | None, finisher: _Lane) -> li
     return []
 
 
-def _drop(ahead: Future[Any] | None) -> None:
-    if ahead is not None:
+def _discard(read: Future[Outcome[Loaded]] | None) -> None:
+    if read is not None:
         # Whatever is wrong with that batch comes up again when it is its turn.
         with contextlib.suppress(Exception):
-            ahead.result()
+            read.result()
 
 
-def _alone(batch: Batch, stages: Stages, device: torch.device) -> None:
+def _run_serially(batch: Batch, stages: Stages[Loaded, Solved], device: torch.device) -> None:
     """All stages of a batch with nothing else under way; in halves where it does not fit."""
     error: str | None = None
     try:
@@ -134,51 +133,4 @@ def _alone(batch: Batch, stages: Stages, device: torch.device) -> None:
         stages.give_up(batch, error)
         return
     for half in batch.halves():
-        _alone(half, stages, device)
-
-
-class _Lane:
-    """A place where stages run one after the other: a thread and a stream, or right here."""
-
-    def __init__(self, device: torch.device, own_thread: bool) -> None:
-        self._device = device
-        self._thread = ThreadPoolExecutor(1) if own_thread else None
-        on_stream = own_thread and device.type == "cuda"
-        self._stream = torch.cuda.Stream(device) if on_stream else None
-
-    def __enter__(self) -> _Lane:
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        if self._thread is not None:
-            self._thread.shutdown(wait=True, cancel_futures=True)
-
-    def submit(self, work: Callable[[Given], Result], given: Given) -> Future[Any]:
-        """Starts work that follows what the caller's stream has been given so far."""
-        if self._thread is None:
-            done: Future[Any] = Future()
-            try:
-                done.set_result((work(given), None))
-            except torch.OutOfMemoryError as error:
-                done.set_exception(error)
-            return done
-        before = None if self._stream is None else torch.cuda.current_stream(self._device)
-        return self._thread.submit(
-            self._run, work, given, None if before is None else before.record_event()
-        )
-
-    def take(self, done: Future[Any]) -> Any:
-        """The work's result; what the caller's stream is given from now on follows the work."""
-        result, after = done.result()
-        if after is not None:
-            torch.cuda.current_stream(self._device).wait_event(after)
-        return result
-
-    def _run(
-        self, work: Callable[[Given], Result], given: Given, before: torch.cuda.Event | None
-    ) -> tuple[Result, torch.cuda.Event | None]:
-        if self._stream is None or before is None:
-            return work(given), None
-        with torch.cuda.stream(self._stream):
-            self._stream.wait_event(before)
-            return work(given), self._stream.record_event()
+        _run_serially(half, stages, device)

@@ -31,9 +31,9 @@ from farms_fast.engine.memory import (
     limits,
     matrix_bytes,
 )
-from farms_fast.layers import LayerSpec, Skipped
-from farms_fast.power_law import xmin_rule
-from farms_fast.windows import Sampling, WindowGrid
+from farms_fast.spectra.power_law import xmin_rule
+from farms_fast.spectra.windows import Sampling, WindowGrid
+from farms_fast.weights.layers import LayerSpec, Skipped
 
 _H200 = Machine()
 # Batches that a run has on the device at a time.
@@ -210,7 +210,7 @@ def plan(
     Example:
         >>> import torch
         >>> from farms_fast import FullMatrix
-        >>> from farms_fast.layers import TensorHeader, layers_from_headers
+        >>> from farms_fast.weights.layers import TensorHeader, layers_from_headers
         >>> shapes = {"a": (8, 4), "b": (6, 6), "c": (4, 9)}
         >>> headers = [TensorHeader(n, s, torch.float32) for n, s in shapes.items()]
         >>> specs, _ = layers_from_headers(headers)

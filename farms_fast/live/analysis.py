@@ -9,25 +9,26 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from farms_fast._extension import has_cuda
-from farms_fast.arguments import (
+from farms_fast.core.arguments import (
     check_dtype,
+    check_int,
     check_module,
     check_sampling,
     check_solver,
-    natural,
     not_negative,
 )
-from farms_fast.engine.execute import Settings
+from farms_fast.core.extension import has_cuda
 from farms_fast.engine.machine import machine_of
 from farms_fast.engine.plan import Plan, plan
-from farms_fast.layers import Change, LayerSpec, layers_from_module, module_tensor
+from farms_fast.engine.stages import Settings
 from farms_fast.live.passes import DevicePasses
-from farms_fast.live.pending import Demands, LayerAlpha, PendingAlphas
+from farms_fast.live.pending import EvalFilter, LayerAlpha, PendingAlphas
 from farms_fast.live.weights import LiveWeights
-from farms_fast.power_law import xmin_rule
-from farms_fast.uncertainty import FitRule
-from farms_fast.windows import FixedAspectSampling, Sampling
+from farms_fast.spectra.bootstrap import FitRule
+from farms_fast.spectra.power_law import xmin_rule
+from farms_fast.spectra.windows import FixedAspectSampling, Sampling
+from farms_fast.weights.layers import LayerSpec, layers_from_module, module_tensor
+from farms_fast.weights.stacks import WeightTransform
 
 _DEFAULT_SAMPLING = FixedAspectSampling()
 
@@ -35,7 +36,7 @@ _DEFAULT_SAMPLING = FixedAspectSampling()
 class LiveAnalysis:
     """Alphas of a live model's layers, again and again, at a cost that training does not notice.
 
-    The same fits as those of `farms_fast.analyze` with ``bootstrap=0``: alpha, D, xmin and n_tail
+    The same fits as those of `farms_fast.analyze` with `bootstrap=0`: alpha, D, xmin and n_tail
     are equal to the bit where the whole model is on one device. What depends on shapes alone is
     prepared once; each start only launches work: all layers are solved in batches of equal order,
     pooled, sorted and fitted on the device that holds them, and a few numbers a layer are read
@@ -57,7 +58,7 @@ class LiveAnalysis:
         exclude: glob or globs of the layers to leave out.
         min_evals: layers with fewer eigenvalues get the status "too_few".
         evals_threshold: eigenvalues below it are dropped: they neither count nor enter the fit.
-        change: what stands for the model's weights, as in `farms_fast.layers.layers_from_module`.
+        change: what stands for the model's weights, as in `layers_from_module`.
 
     Attributes:
         specs: the layers, in the model's order. Their `tensors` are names in its state dict.
@@ -99,29 +100,28 @@ class LiveAnalysis:
         exclude: str | Sequence[str] | None = None,
         min_evals: int = 0,
         evals_threshold: float = 0.0,
-        change: Change | None = None,
+        change: WeightTransform | None = None,
     ) -> None:
-        """Finds the layers and plans everything that depends on shapes alone."""
         check_module("model", model)
         rule = FitRule(xmin_rule(xmin), xmin_pos, bins, getattr(sampling, "compat", None))
         check_dtype(dtype)
         check_sampling(sampling)
-        budget = None if memory is None else natural("memory", memory, least=1)
-        demands = Demands(
-            natural("min_evals", min_evals),
+        budget = None if memory is None else check_int("memory", memory, least=1)
+        evals = EvalFilter(
+            check_int("min_evals", min_evals),
             not_negative("evals_threshold", evals_threshold),
             rule.xmin,
         )
         # A spectrum without values: the rule checks its own settings.
         rule.fit(torch.empty(0, dtype=torch.float64, device="cpu"), [0])
-        with _undisturbed():
+        with _no_autocast_no_grad():
             specs, skipped = layers_from_module(model, include, exclude, change=change)
-            places = _places(model, specs)
+            devices = _devices(model, specs)
         plans: dict[torch.device, Plan] = {}
-        for device in dict.fromkeys(places):
+        for device in dict.fromkeys(devices):
             check_solver(solver, device)
             plans[device] = plan(
-                [spec for spec, place in zip(specs, places, strict=True) if place == device],
+                [spec for spec, its in zip(specs, devices, strict=True) if its == device],
                 sampling,
                 budget,
                 xmin=rule.xmin,
@@ -130,20 +130,19 @@ class LiveAnalysis:
                 machine=machine_of(device),
             )
         # Layers that no window fits on are among the skipped ones of their plan.
-        planned = [layer.spec for found in plans.values() for layer, _ in found.layers]
-        names = {spec.name for spec in planned}
+        names = {name for planned in plans.values() for name in planned.names}
         self.specs = tuple(spec for spec in specs if spec.name in names)
-        self.skipped = [*skipped, *(skip for found in plans.values() for skip in found.skipped)]
-        self._demands = demands
+        self.skipped = [*skipped, *(skip for planned in plans.values() for skip in planned.skipped)]
+        self._evals = evals
         self._weights = LiveWeights(model, self.specs)
         position = {spec.name: number for number, spec in enumerate(self.specs)}
         self._passes = [
             DevicePasses(
-                _renumbered(found, position),
+                _renumbered(planned, position),
                 Settings(device, dtype, solver, rule, bootstrap=0),
-                demands.threshold,
+                evals.threshold,
             )
-            for device, found in plans.items()
+            for device, planned in plans.items()
         ]
 
     def __call__(self) -> list[LayerAlpha]:
@@ -173,18 +172,19 @@ class LiveAnalysis:
             >>> [(layer.name, layer.n_evals) for layer in pending.result()]
             [('weight', 480)]
         """
-        with _undisturbed():
+        with _no_autocast_no_grad():
             self._weights.check()
             read = self._weights.read()
             parts = [passes.start(read, overlap) for passes in self._passes]
-        return PendingAlphas(self.specs, self._demands, parts)
+        return PendingAlphas(self.specs, self._evals, parts)
 
 
 @contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Weights are computed where they are parametrised as outside of the caller's contexts.
+def _no_autocast_no_grad() -> Iterator[None]:
+    """Disables autocast, gradients and inference mode while weights are read.
 
-    And what is made in inference mode could not be written outside of it the next time.
+    A parametrised weight is computed as it is outside of the caller's contexts, and a tensor made
+    in inference mode could not be written outside of it the next time.
     """
     with contextlib.ExitStack() as stack:
         for device_type in ("cpu", "cuda"):
@@ -195,37 +195,37 @@ def _undisturbed() -> Iterator[None]:
         yield
 
 
-def _places(model: nn.Module, specs: Sequence[LayerSpec]) -> list[torch.device]:
+def _devices(model: nn.Module, specs: Sequence[LayerSpec]) -> list[torch.device]:
     """Where each layer's weight is, or the model's first one where a weight cannot be had."""
     first = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    places = []
+    devices = []
     for spec in specs:
         try:
-            place = module_tensor(model, spec.tensors[0]).device
+            device = module_tensor(model, spec.tensors[0]).device
         except Exception:  # the layer's own result will say what it is
-            place = first
-        if place.type == "meta":
+            device = first
+        if device.type == "meta":
             raise ValueError(
                 f"model: {spec.tensors[0]!r} is on the meta device: load the weights first"
             )
-        if place.type != "cpu" and not (place.type == "cuda" and has_cuda()):
+        if device.type != "cpu" and not (device.type == "cuda" and has_cuda()):
             expected = (
                 "the CPU or CUDA devices" if has_cuda() else "the CPU (no CUDA in this build)"
             )
             raise ValueError(
-                f"model: expected weights on {expected}, got {spec.tensors[0]!r} on {place}"
+                f"model: expected weights on {expected}, got {spec.tensors[0]!r} on {device}"
             )
-        places.append(place)
-    return places
+        devices.append(device)
+    return devices
 
 
-def _renumbered(found: Plan, position: Mapping[str, int]) -> Plan:
+def _renumbered(planned: Plan, position: Mapping[str, int]) -> Plan:
     """The plan with each layer's position among all devices' layers."""
     batches = [
         replace(
             batch,
             layers=tuple(replace(x, index=position[x.spec.name]) for x in batch.layers),
         )
-        for batch in found.batches
+        for batch in planned.batches
     ]
-    return replace(found, batches=tuple(batches))
+    return replace(planned, batches=tuple(batches))

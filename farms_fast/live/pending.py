@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from farms_fast.layers import LayerSpec
-from farms_fast.power_law import STATUSES, PowerLawFit
-from farms_fast.records import fit_message, nonfinite_message
+from farms_fast.spectra.power_law import STATUSES, PowerLawFit, fit_message, nonfinite_message
+from farms_fast.weights.layers import LayerSpec
+
+# One row a layer, all float64: integers up to 2^53 keep their value.
+RESULT_COLUMNS = ("alpha", "D", "xmin", "n_tail", "status", "dropped", "bad windows")
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,15 @@ class LayerAlpha:
     message: str
     zeros: int = 0
 
+    @classmethod
+    def failed(cls, name: str, status: str, message: str, n_evals: int = 0) -> LayerAlpha:
+        """A layer without a fit, and why."""
+        return cls(name, math.nan, math.nan, math.nan, 0, n_evals, status, message)
+
 
 @dataclass(frozen=True)
-class Demands:
-    """What is asked of a layer's eigenvalues before its fit counts.
+class EvalFilter:
+    """Which eigenvalues count, and how many a layer needs for its fit to count.
 
     Attributes:
         min_evals: how many there must be.
@@ -58,57 +65,29 @@ class Demands:
     threshold: float
     xmin: str
 
-    def alpha_of(
-        self, spec: LayerSpec, windows: int, evals: int, row: Sequence[float]
-    ) -> LayerAlpha:
+    def alpha_of(self, name: str, windows: int, evals: int, row: Sequence[float]) -> LayerAlpha:
         """What one row of `RESULT_COLUMNS` says of a layer with so many eigenvalues."""
-        alpha, distance, tail_start = row[:3]
+        alpha, distance, xmin = row[:3]
         n_tail, status, dropped, bad = map(int, row[3:])
         if bad:
-            return failed(spec, "nonfinite", nonfinite_message(bad, windows))
-        kept = evals - dropped if self.threshold > 0 else evals
-        if kept < self.min_evals:
+            return LayerAlpha.failed(name, "nonfinite", nonfinite_message(bad, windows))
+        used = evals - dropped
+        n_evals = used if self.threshold > 0 else evals
+        if n_evals < self.min_evals:
             above = f" of at least {self.threshold:g}" if self.threshold > 0 else ""
-            return failed(
-                spec,
-                "too_few",
-                f"{kept} eigenvalues{above}, fewer than min_evals, which is {self.min_evals}",
-                kept,
+            message = (
+                f"{n_evals} eigenvalues{above}, fewer than min_evals, which is {self.min_evals}"
             )
-        fit = PowerLawFit(
-            alpha,
-            distance,
-            tail_start,
-            n_tail,
-            evals - dropped,
-            dropped,
-            STATUSES[status],
-            self.xmin,
-        )
+            return LayerAlpha.failed(name, "too_few", message, n_evals)
+        ended = STATUSES[status]
+        fit = PowerLawFit(alpha, distance, xmin, n_tail, used, dropped, ended, self.xmin)
         return LayerAlpha(
-            spec.name,
-            alpha,
-            distance,
-            tail_start,
-            n_tail,
-            kept,
-            fit.status,
-            fit_message(fit),
-            kept - fit.n,
+            name, alpha, distance, xmin, n_tail, n_evals, ended, fit_message(fit), n_evals - used
         )
-
-
-# One row a layer, all float64: integers up to 2^53 keep their value.
-RESULT_COLUMNS = ("alpha", "D", "xmin", "n_tail", "status", "dropped", "bad windows")
-
-
-def failed(spec: LayerSpec, status: str, message: str, n_evals: int = 0) -> LayerAlpha:
-    """A layer without a fit, and why."""
-    return LayerAlpha(spec.name, math.nan, math.nan, math.nan, 0, n_evals, status, message)
 
 
 @dataclass(frozen=True)
-class Launched:
+class DeviceResults:
     """One device's part of an analysis.
 
     Attributes:
@@ -128,13 +107,12 @@ class PendingAlphas:
     """Alphas of all layers, as their weights were when `LiveAnalysis.start` was called."""
 
     def __init__(
-        self, specs: Sequence[LayerSpec], demands: Demands, parts: Sequence[Launched]
+        self, specs: Sequence[LayerSpec], evals: EvalFilter, parts: Sequence[DeviceResults]
     ) -> None:
-        """Waits for nothing."""
-        self._specs = specs
-        self._demands = demands
+        self._names = [spec.name for spec in specs]
+        self._evals = evals
         self._parts = parts
-        self._found: list[LayerAlpha] | None = None
+        self._alphas: list[LayerAlpha] | None = None
 
     def ready(self) -> bool:
         """Whether `result` would return without waiting for a device."""
@@ -142,17 +120,17 @@ class PendingAlphas:
 
     def result(self) -> list[LayerAlpha]:
         """One entry a layer, in the order of `LiveAnalysis.specs`; waits where it has to."""
-        if self._found is None:
-            found: dict[int, LayerAlpha] = {}
+        if self._alphas is None:
+            alphas: dict[int, LayerAlpha] = {}
             for part in self._parts:
                 if part.done is not None:
                     part.done.synchronize()
                 for (position, windows, evals), row in zip(
                     part.layers, part.rows.tolist(), strict=True
                 ):
-                    spec = self._specs[position]
-                    found[position] = self._demands.alpha_of(spec, windows, evals, row)
+                    name = self._names[position]
+                    alphas[position] = self._evals.alpha_of(name, windows, evals, row)
                 for position, message in part.failures.items():
-                    found[position] = failed(self._specs[position], "error", message)
-            self._found = [found[position] for position in range(len(self._specs))]
-        return list(self._found)
+                    alphas[position] = LayerAlpha.failed(self._names[position], "error", message)
+            self._alphas = [alphas[position] for position in range(len(self._names))]
+        return list(self._alphas)

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from farms_fast.layers import LayerSpec, module_tensor, tensor_identity
+from farms_fast.weights.layers import LayerSpec, module_tensor, tensor_identity
 
-Read = Tensor | Exception
+# A tensor, or why it cannot be had.
+LiveTensor = Tensor | Exception
 
 
-class _Seen(NamedTuple):
+class _ParameterHeader(NamedTuple):
     """A parameter as it was when it was looked at; its shape is None before it is initialised."""
 
     name: str
@@ -32,7 +33,6 @@ class LiveWeights:
     """
 
     def __init__(self, model: nn.Module, specs: Sequence[LayerSpec]) -> None:
-        """Takes note of the model's parameters."""
         self._model = model
         self._names = list(dict.fromkeys(name for spec in specs for name in spec.tensors))
         self._seen = list(self._look())
@@ -46,11 +46,11 @@ class LiveWeights:
                 f"got {_difference(self._seen, now)}; make a new LiveAnalysis"
             )
 
-    def read(self) -> dict[str, Read]:
+    def read(self) -> dict[str, LiveTensor]:
         """Every tensor as the model uses it now, detached, or why it cannot be had."""
         return {name: self._read(name) for name in self._names}
 
-    def _read(self, name: str) -> Read:
+    def _read(self, name: str) -> LiveTensor:
         try:
             return module_tensor(self._model, name).resolve_conj().resolve_neg()
         except torch.OutOfMemoryError:
@@ -59,13 +59,13 @@ class LiveWeights:
         except Exception as error:
             return error
 
-    def _look(self) -> Iterator[_Seen]:
+    def _look(self) -> Iterator[_ParameterHeader]:
         for name, parameter in self._model.named_parameters(remove_duplicate=False):
             shape = None if is_lazy(parameter) else parameter.shape
-            yield _Seen(name, shape, parameter.dtype, parameter.device)
+            yield _ParameterHeader(name, shape, parameter.dtype, parameter.device)
 
 
-def _difference(then: Iterable[_Seen], now: Iterable[_Seen]) -> str:
+def _difference(then: Iterable[_ParameterHeader], now: Iterable[_ParameterHeader]) -> str:
     """The first change, in words."""
     old, new = ({seen.name: seen for seen in side} for side in (then, now))
     for name, was in old.items():
@@ -87,22 +87,21 @@ class Stacks:
     """The stacks of layers; those that only view their tensor are kept while it stays in place."""
 
     def __init__(self) -> None:
-        """None is made yet."""
         self._views: dict[int, tuple[Hashable, Tensor]] = {}
 
     def of(self, position: int, spec: LayerSpec, tensors: Sequence[Tensor]) -> Tensor:
         """The (S, R, C) stack of a layer, made as `spec` says; raises what that raises."""
-        place = tensor_identity(tensors[0]) if len(tensors) == 1 else None
-        kept = self._views.get(position)
+        identity = tensor_identity(tensors[0]) if len(tensors) == 1 else None
+        view = self._views.get(position)
         # The view holds on to its memory, so another tensor cannot come to lie there.
-        if kept is not None and kept[0] == place:
-            return kept[1]
+        if view is not None and view[0] == identity:
+            return view[1]
         stack = spec.to_stack(*tensors).detach().resolve_conj().resolve_neg()
         if (
-            place is not None
+            identity is not None
             and stack.untyped_storage().data_ptr() == tensors[0].untyped_storage().data_ptr()
         ):
-            self._views[position] = place, stack
+            self._views[position] = identity, stack
         else:
             self._views.pop(position, None)
         return stack
@@ -116,27 +115,27 @@ class Snapshot:
     """
 
     def __init__(self) -> None:
-        """Nothing is allocated yet."""
         self.tensors: dict[str, Tensor] = {}
 
     def allocate(self, wanted: Mapping[str, Tensor]) -> None:
-        """Makes room on the current stream, where the copies will be used and freed."""
+        """Allocates memory on the current stream, where the copies will be used and freed."""
         self.tensors = {
-            name: _kept_or_new(self.tensors.get(name), tensor) for name, tensor in wanted.items()
+            name: _reused_or_new(self.tensors.get(name), tensor) for name, tensor in wanted.items()
         }
 
-    def take(self, read: Mapping[str, Read]) -> None:
-        """Copies those that room was made for, on the current stream; one call a dtype."""
+    def take(self, read: Mapping[str, LiveTensor]) -> None:
+        """Copies the tensors of `allocate`, on the current stream; one call a dtype."""
         by_dtype: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
         for name, copy in self.tensors.items():
-            found = read[name]
-            assert isinstance(found, Tensor)
-            by_dtype.setdefault(copy.dtype, []).append((copy, found))
+            tensor = read[name]
+            assert isinstance(tensor, Tensor)
+            by_dtype.setdefault(copy.dtype, []).append((copy, tensor))
         for pairs in by_dtype.values():
-            torch._foreach_copy_([copy for copy, _ in pairs], [found for _, found in pairs])
+            copies, tensors = zip(*pairs, strict=True)
+            torch._foreach_copy_(copies, tensors)
 
 
-def _kept_or_new(copy: Tensor | None, tensor: Tensor) -> Tensor:
+def _reused_or_new(copy: Tensor | None, tensor: Tensor) -> Tensor:
     if copy is not None and (copy.shape, copy.dtype) == (tensor.shape, tensor.dtype):
         return copy
     return torch.empty_like(tensor)

@@ -8,9 +8,9 @@
 namespace farms_fast {
 namespace one_stage {
 
-struct Problem;
+struct OneStageProblem;
 
-void solve_in_clusters(const Problem& problem, int64_t count, cudaStream_t stream);
+void solve_in_clusters(const OneStageProblem& problem, int64_t count, cudaStream_t stream);
 
 }  // namespace one_stage
 }  // namespace farms_fast

@@ -11,7 +11,8 @@ __global__ void widen_kernel(const float* __restrict__ in, int64_t count, double
   if (i < count) out[i] = in[i];
 }
 
-// grid: (columns by 256, rows, matrices), of the real matrix.
+// grid: (columns by 256, rows, matrices), of the real matrix. complex_matrices: (batch, order, order, 2). out: (batch,
+// 2 order, 2 order).
 template <typename Real>
 __global__ void expand_kernel(const Real* __restrict__ complex_matrices, int order, double* __restrict__ out) {
   const int column = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x), row = static_cast<int>(blockIdx.y);

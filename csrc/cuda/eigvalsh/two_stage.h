@@ -2,7 +2,8 @@
 // bisection. Reduced in float64 whatever the type; complex Hermitian matrices as real symmetric ones of twice the
 // order.
 //
-// Only the lower triangles are kept up to date, in tiles of kTile x kTile; tiles on the diagonal are kept whole.
+// Only the lower triangles are kept up to date, in tiles of kMatrixTile x kMatrixTile; tiles on the diagonal are kept
+// whole.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -22,8 +23,8 @@ void panel_qr(double* gram, int batch, int order, int column, double* v, double*
 
 // Whether there is a panel to reduce at this column, and whether it is the second one of its column of tiles.
 constexpr bool has_panel(int order, int column) { return order - column - kWideBand >= 2; }
-constexpr bool is_second_panel(int column) { return column % kTile != 0; }
-static_assert(kTile == 2 * kWideBand);
+constexpr bool is_second_panel(int column) { return column % kMatrixTile != 0; }
+static_assert(kMatrixTile == 2 * kWideBand);
 
 // A <- A - V W^T - W V^T with W = A V T - V (T^T V^T A V T) / 2 for the rows and columns from `begin` on: the matrix
 // seen through the panel's reflectors. After the first panel of a column of tiles the other tiles are left for the
@@ -38,6 +39,7 @@ __host__ __device__ constexpr int64_t wide_index(int row, int column) {
   return (static_cast<int64_t>(column / kBandTile) * tiles + row / kBandTile % tiles) * area +
          column % kBandTile * kBandTile + row % kBandTile;
 }
+
 // The band of the reduced matrices. band: (batch, wide_count(order)), zero outside of it.
 void extract_band(const double* gram, int batch, int order, double* band, cudaStream_t stream);
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from farms_fast.adapters.layer_rates.tuned_layers import TunedLayer
-from farms_fast.stacks import Skipped
+from farms_fast.weights.stacks import Skipped
 
 __all__ = ["Assignment", "assign", "edge_layers", "require_layers"]
 
@@ -18,8 +18,8 @@ class Assignment:
     """Every trainable parameter of a model with the layer at whose rate it is trained.
 
     Attributes:
-        layers: Parameters by name, by the name of the layer.
-        rest: The parameters that are trained at the base rate.
+        layers: parameters by name, by the name of the layer.
+        rest: the parameters that are trained at the base rate.
     """
 
     layers: Mapping[str, Mapping[str, nn.Parameter]]

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from farms_fast.adapters.layer_rates.rate_table import COLUMNS, RateTable
-from farms_fast.arguments import check_type, path_of
-from farms_fast.extras import optional_import
+from farms_fast.core.arguments import check_type, path_of
+from farms_fast.core.optional import optional_import
 
 __all__ = ["CSV_COLUMNS", "CsvLog", "Log", "Logs", "TensorBoardLog", "logs_of", "scalars"]
 
@@ -40,7 +40,6 @@ class CsvLog:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Touches no file; TypeError for what is no path."""
         self.path = path_of("path", path)
 
     def __call__(self, table: RateTable) -> None:
@@ -67,7 +66,6 @@ class TensorBoardLog:
     """
 
     def __init__(self, where: Any) -> None:
-        """Opens the writer."""
         self._folder = None if hasattr(where, "add_scalar") else str(path_of("where", where))
         self.writer = where if self._folder is None else _writer_of(self._folder)
 

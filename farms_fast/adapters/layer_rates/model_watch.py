@@ -20,7 +20,6 @@ class ModelWatch:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        """Remembers names, parameters, shapes and where they are."""
         self._model = model
         self._parameters = self._now()
         lazy = next((name for name, p in self._parameters.items() if is_lazy(p)), None)

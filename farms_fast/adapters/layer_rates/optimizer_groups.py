@@ -67,8 +67,8 @@ class FoundGroups:
 
     Attributes:
         layers: (layer, group) pairs.
-        rest: The groups of what is not tuned; the first has the base rate.
-        groups: All groups of the optimizer.
+        rest: the groups of what is not tuned; the first has the base rate.
+        groups: all groups of the optimizer.
     """
 
     layers: list[tuple[str, Group]]

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from farms_fast.arguments import is_real
-from farms_fast.exports import data_frame
-from farms_fast.results import fixed, printable
+from farms_fast.core.arguments import is_real
+from farms_fast.core.text import fixed, printable
+from farms_fast.results.files import data_frame
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,20 +24,20 @@ class LayerRate:
     """The rate of one layer.
 
     Attributes:
-        name: The layer's.
-        alpha: Its power-law exponent, the mean over its parts where it has several (q, k and v of
+        name: the layer's.
+        alpha: its power-law exponent, the mean over its parts where it has several (q, k and v of
             one projection); NaN unless its fits are ok.
         D: Kolmogorov-Smirnov distance of the fit, likewise.
-        n_evals: Positive eigenvalues of the spectrum, none below the threshold.
-        status: ``"ok"``; a fit's status, ``"nonfinite"`` or ``"error"``; ``"collapsed"`` for a
-            layer with too few eigenvalues that had enough before; ``"frozen"`` or ``"skipped"``
+        n_evals: positive eigenvalues of the spectrum, none below the threshold.
+        status: `"ok"`; a fit's status, `"nonfinite"` or `"error"`; `"collapsed"` for a
+            layer with too few eigenvalues that had enough before; `"frozen"` or `"skipped"`
             for a layer that is left alone.
-        message: Why it keeps the base rate, or takes its block's; empty when it has a rate of its
+        message: why it keeps the base rate, or takes its block's; empty when it has a rate of its
             own.
-        block: The layers of one block have one score; its own name unless rates are per block.
-        score: What the factor was made from, the mean alpha of the block; NaN where there is none.
-        factor: Rate over base rate.
-        lr: The learning rate.
+        block: the layers of one block have one score; its own name unless rates are per block.
+        score: what the factor was made from, the mean alpha of the block; NaN where there is none.
+        factor: rate over base rate.
+        lr: the learning rate.
     """
 
     name: str
@@ -66,9 +66,9 @@ class RateTable:
     """The rates of all layers of a model, in its order.
 
     Attributes:
-        call: How often rates had been asked for: 0 for those that training began with.
-        base_lr: The rate of what is not tuned.
-        rows: One a layer.
+        call: how often rates had been asked for: 0 for those that training began with.
+        base_lr: the rate of what is not tuned.
+        rows: one a layer.
 
     Example:
         >>> table = RateTable(1, 0.1, (LayerRate("fc", alpha=2.5, factor=1.5),)).at(0.2)
@@ -86,11 +86,9 @@ class RateTable:
     rows: tuple[LayerRate, ...]
 
     def __iter__(self) -> Iterator[LayerRate]:
-        """The rows in order."""
         return iter(self.rows)
 
     def __len__(self) -> int:
-        """Number of layers."""
         return len(self.rows)
 
     def __getitem__(self, name: str) -> LayerRate:
@@ -120,7 +118,7 @@ class RateTable:
         """A frame with one row per layer, and the columns of `CsvLog`.
 
         Raises:
-            ImportError: If pandas is not installed.
+            ImportError: if pandas is not installed.
         """
         call = {"call": self.call, "base_lr": self.base_lr}
         return data_frame(COLUMNS, [call | asdict(row) for row in self.rows], instead="")

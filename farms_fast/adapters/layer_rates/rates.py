@@ -41,10 +41,11 @@ from farms_fast.adapters.layer_rates.tuned_layers import (
     plain_model,
     tuned_layers,
 )
-from farms_fast.arguments import check_module, natural
-from farms_fast.layers import Change, layers_from_module
+from farms_fast.core.arguments import check_int, check_module
 from farms_fast.live import LayerAlpha, LiveAnalysis
-from farms_fast.windows import FixedAspectSampling, Sampling
+from farms_fast.spectra.windows import FixedAspectSampling, Sampling
+from farms_fast.weights.layers import layers_from_module
+from farms_fast.weights.stacks import WeightTransform
 
 __all__ = ["LayerRates", "RateWarning"]
 
@@ -100,7 +101,7 @@ class LayerRates(ABC):
             process alone.
         log: told of every new table, on the first rank: a function, the path of a CSV file, or
             several of them. The initial table follows when training begins.
-        change: what stands for the model's weights, as in `farms_fast.layers.layers_from_module`.
+        change: what stands for the model's weights, as in `layers_from_module`.
 
     Attributes:
         model: the plain module.
@@ -143,13 +144,12 @@ class LayerRates(ABC):
         memory: int | None = None,
         process_group: ProcessGroup = "default",
         log: Logs = None,
-        change: Change | None = None,
+        change: WeightTransform | None = None,
     ) -> None:
-        """Finds the layers; weights are read by `param_groups` and `step`."""
         check_module("model", model)
         self.model = plain_model(model)
         self._watch = ModelWatch(self.model)
-        self.every = natural("every", every, least=1)
+        self.every = check_int("every", every, least=1)
         if unit not in ("epoch", "step"):
             raise ValueError(f"unit: expected 'epoch' or 'step', got {unit!r}")
         self.unit = unit
@@ -302,7 +302,7 @@ class LayerRates(ABC):
         self._set(found, base)
         assert self.last is not None  # param_groups has made one
         self.last = self.last.at(base, self.calls)
-        if measured is not None and ranks.leads:
+        if measured is not None and ranks.is_main:
             self._tell(self.last)
         return self.last
 
@@ -383,16 +383,16 @@ class LayerRates(ABC):
         rows = decide(self.layers, self.blocks, alphas, left_alone, self.factors, before)
         known = set() if self.last is None else {row.name for row in self.last.failed}
         self.last = RateTable(self.calls, 0.0, tuple(rows))
-        leads = ranks_of(self.process_group).leads
+        is_main = ranks_of(self.process_group).is_main
         for row in self.last.failed:
-            if leads and row.name not in known:
+            if is_main and row.name not in known:
                 warnings.warn(
                     f"{row.name} keeps the base rate: {row.message}", RateWarning, stacklevel=3
                 )
 
     def _tell_initial(self) -> None:
         table, self._untold = self._untold, None
-        if table is not None and ranks_of(self.process_group).leads:
+        if table is not None and ranks_of(self.process_group).is_main:
             self._tell(table)
 
     def _tell(self, table: RateTable) -> None:

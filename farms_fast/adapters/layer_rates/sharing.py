@@ -56,7 +56,7 @@ def computed_once(ranks: Ranks, compute: Callable[[], T]) -> T:
         return compute()
     answer: list[object] = [None, ""]
     failure: Exception | None = None
-    if ranks.leads:
+    if ranks.is_main:
         try:
             answer[0] = compute()
         except Exception as error:  # the others wait: they have to hear of it
@@ -76,9 +76,9 @@ class Ahead:
     """An analysis under way: on this device, on another rank, failed at its start, or restored.
 
     Attributes:
-        pending: What was started here.
-        failure: Why nothing could be started.
-        rows: What is known already.
+        pending: what was started here.
+        failure: why nothing could be started.
+        rows: what is known already.
     """
 
     pending: PendingAlphas | None = None
@@ -88,7 +88,7 @@ class Ahead:
     @staticmethod
     def start(live: LiveAnalysis, ranks: Ranks) -> Ahead:
         """An analysis of a snapshot of the weights, on the first rank."""
-        if not ranks.leads:
+        if not ranks.is_main:
             return Ahead()
         try:
             return Ahead(live.start(overlap=True))

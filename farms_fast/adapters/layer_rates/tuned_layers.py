@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.utils import parametrize
 
-from farms_fast.stacks import LayerSpec
+from farms_fast.weights.stacks import LayerSpec
 
 __all__ = ["Blocks", "TunedLayer", "block_names", "plain_model", "tuned_layers"]
 
@@ -28,12 +28,12 @@ class TunedLayer:
     """Parameters that have one learning rate.
 
     Attributes:
-        name: The layer's. Where several layers are made of one parameter (q, k and v of one
+        name: the layer's. Where several layers are made of one parameter (q, k and v of one
             projection, the gates of a cell) it is what their names begin with.
-        specs: Those layers.
-        owners: Names of the modules that the weights belong to.
-        weights: The parameters that the layers are made of, by name; empty for a quantised weight.
-        others: Bias and the like, by name.
+        specs: those layers.
+        owners: names of the modules that the weights belong to.
+        weights: the parameters that the layers are made of, by name; empty for a quantised weight.
+        others: bias and the like, by name.
     """
 
     name: str
@@ -76,7 +76,7 @@ def tuned_layers(model: nn.Module, specs: Sequence[LayerSpec]) -> list[TunedLaye
 
     Example:
         >>> from torch import nn
-        >>> from farms_fast.layers import layers_from_module
+        >>> from farms_fast.weights.layers import layers_from_module
         >>> model = nn.Sequential(nn.Linear(8, 4), nn.MultiheadAttention(4, 2))
         >>> for layer in tuned_layers(model, layers_from_module(model)[0]):
         ...     print(layer.name, list(layer.parameters))
@@ -171,7 +171,7 @@ def block_names(model: nn.Module, layers: Sequence[TunedLayer], per: Blocks) -> 
 
     Example:
         >>> from torch import nn
-        >>> from farms_fast.layers import layers_from_module
+        >>> from farms_fast.weights.layers import layers_from_module
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.TransformerEncoderLayer(8, 2, 16))
         >>> layers = tuned_layers(model, layers_from_module(model)[0])
         >>> block_names(model, layers, "block")

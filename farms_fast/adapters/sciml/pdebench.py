@@ -1,10 +1,10 @@
 """Two-dimensional compressible Navier–Stokes data in PDEBench's HDF5 layout.
 
 PDEBench (Takamoto et al., NeurIPS 2022 Datasets and Benchmarks, arXiv 2210.07182) keeps each
-quantity of a flow as one dataset ``density``, ``pressure``, ``Vx``, ``Vy`` of shape
-``(samples, times, x, y)``, the grid as ``x-coordinate``, ``y-coordinate`` and ``t-coordinate``, and
-the parameters as attributes ``eta`` (shear viscosity), ``zeta`` (bulk viscosity) and ``M`` (Mach
-number). The published ``t-coordinate`` has one entry more than there are times.
+quantity of a flow as one dataset `density`, `pressure`, `Vx`, `Vy` of shape
+`(samples, times, x, y)`, the grid as `x-coordinate`, `y-coordinate` and `t-coordinate`, and
+the parameters as attributes `eta` (shear viscosity), `zeta` (bulk viscosity) and `M` (Mach
+number). The published `t-coordinate` has one entry more than there are times.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from farms_fast.arguments import check_type, natural, path_of
-from farms_fast.extras import optional_import
+from farms_fast.core.arguments import check_int, check_type, path_of
+from farms_fast.core.optional import optional_import
 
 __all__ = ["FIELDS", "CompressibleFlow", "read_pdebench", "write_pdebench"]
 
@@ -39,7 +39,7 @@ class CompressibleFlow:
         y: the Y coordinates, float32.
         eta: shear viscosity.
         zeta: bulk viscosity.
-        mach: Mach number.
+        mach: mach number.
     """
 
     fields: torch.Tensor
@@ -51,7 +51,6 @@ class CompressibleFlow:
     mach: float
 
     def __len__(self) -> int:
-        """Number of flows."""
         return self.fields.shape[0]
 
 
@@ -66,9 +65,9 @@ def read_pdebench(
     """Reads flows of a PDEBench file; of what is not asked for, nothing is read.
 
     Args:
-        path: the HDF5 file, such as ``2D_CFD_Rand_M0.1_Eta0.01_Zeta0.01_periodic_128_Train.hdf5``.
+        path: the HDF5 file, such as `2D_CFD_Rand_M0.1_Eta0.01_Zeta0.01_periodic_128_Train.hdf5`.
         first: flow to begin with.
-        samples: flows to read, None for all from ``first`` on.
+        samples: flows to read, None for all from `first` on.
         space_step: takes every so many points in both dimensions.
         time_step: takes every so many times.
 
@@ -95,9 +94,9 @@ def read_pdebench(
     """
     file_path = path_of("path", path)
     h5py = _h5py()
-    start = natural("first", first)
-    count = None if samples is None else natural("samples", samples, least=1)
-    space, time = natural("space_step", space_step, 1), natural("time_step", time_step, 1)
+    start = check_int("first", first)
+    count = None if samples is None else check_int("samples", samples, least=1)
+    space, time = check_int("space_step", space_step, 1), check_int("time_step", time_step, 1)
     if not file_path.is_file():
         raise FileNotFoundError(f"path: expected an HDF5 file, got {os.fspath(path)!r}")
     try:
@@ -131,7 +130,7 @@ def read_pdebench(
 
 
 def write_pdebench(path: str | os.PathLike[str], flow: CompressibleFlow) -> None:
-    """Writes flows in the same layout, with one time more in ``t-coordinate`` as published.
+    """Writes flows in the same layout, with one time more in `t-coordinate` as published.
 
     Args:
         path: the file to make; one that exists is replaced.

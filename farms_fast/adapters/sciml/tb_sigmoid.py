@@ -11,9 +11,9 @@ from torch import nn
 
 from farms_fast.adapters.layer_rates import LayerRates
 from farms_fast.adapters.layer_rates.options import check_options
-from farms_fast.arguments import not_negative
-from farms_fast.operator_layers import factor_matrices
-from farms_fast.windows import FixedAspectSampling, Sampling
+from farms_fast.core.arguments import not_negative
+from farms_fast.spectra.windows import FixedAspectSampling, Sampling
+from farms_fast.weights.rules.operator_layers import factor_matrices
 
 __all__ = ["TBSigmoid"]
 
@@ -37,7 +37,7 @@ class TBSigmoid(LayerRates):
 
     The layers of neural operators are among those that are analysed: spectral convolutions, one
     complex matrix for each mode, all modes of a layer in one spectrum; AFNO blocks; factorised
-    weights. See `farms_fast.operator_layers`.
+    weights. See `farms_fast.weights.rules.operator_layers`.
 
     Args:
         model: as in `LayerRates`, and so are all arguments that are not listed here.
@@ -95,7 +95,6 @@ class TBSigmoid(LayerRates):
         factorised: str = "reconstructed",
         **options: Any,
     ) -> None:
-        """Checks the rule, and finds the layers."""
         if "evals_threshold" in options:
             raise TypeError("evals_threshold: expected its name here, filter_zeros")
         check_options(type(self), LayerRates, options)

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-from farms_fast.arguments import path_of
+from farms_fast.core.arguments import path_of
 
 __all__ = ["Cifar100", "load_cifar100"]
 
@@ -39,8 +39,8 @@ class Cifar100:
         train_labels: int64 (N,), of the 100 fine classes.
         test_images: uint8 (M, 3, 32, 32); 10,000 as published.
         test_labels: int64 (M,).
-        classes: The names of the fine classes.
-        published: Whether every file has the published checksum.
+        classes: the names of the fine classes.
+        published: whether every file has the published checksum.
     """
 
     train_images: torch.Tensor

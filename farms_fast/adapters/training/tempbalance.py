@@ -10,7 +10,7 @@ from torch import nn
 
 from farms_fast.adapters.layer_rates import LayerRates
 from farms_fast.adapters.layer_rates.options import check_options
-from farms_fast.windows import FixedAspectSampling, Sampling
+from farms_fast.spectra.windows import FixedAspectSampling, Sampling
 
 __all__ = ["ASSIGNMENTS", "TempBalance"]
 
@@ -24,10 +24,10 @@ class TempBalance(LayerRates):
 
     With base rate η and the alphas α of the n kept layers, the rate of a layer is
 
-    - ``"linear"``: η·[a + (b − a)·(α − min α)/(max α − min α)]
-    - ``"sqrt"``: η·n·√α / Σ√α
-    - ``"log2"``: η·n·log₂α / Σ log₂α
-    - ``"step"``: η·[a + (b − a)·r/n], r the layer's rank among the alphas, 0 for the smallest;
+    - `"linear"`: η·[a + (b − a)·(α − min α)/(max α − min α)]
+    - `"sqrt"`: η·n·√α / Σ√α
+    - `"log2"`: η·n·log₂α / Σ log₂α
+    - `"step"`: η·[a + (b − a)·r/n], r the layer's rank among the alphas, 0 for the smallest;
       of equal alphas the earlier layer has the lower rank
 
     and η for layers that are left alone, that have no fit, and where there is nothing to compare:
@@ -83,7 +83,6 @@ class TempBalance(LayerRates):
         min_evals: int = 5,
         **options: Any,
     ) -> None:
-        """Checks the rule, and finds the layers."""
         check_options(type(self), LayerRates, options)
         if assign not in ASSIGNMENTS:
             known = ", ".join(map(repr, ASSIGNMENTS))

@@ -7,8 +7,8 @@ from typing import Any
 
 from farms_fast.adapters.layer_rates import LayerRates
 from farms_fast.adapters.layer_rates.due import Clock
-from farms_fast.arguments import check_type
-from farms_fast.extras import optional_import
+from farms_fast.core.arguments import check_type
+from farms_fast.core.optional import optional_import
 
 with optional_import("transformers", extra="transformers", needed_for="TrainerRates"):
     from transformers import TrainerCallback
@@ -45,7 +45,6 @@ class TrainerRates(TrainerCallback, ExportableState):  # type: ignore[misc]
     """
 
     def __init__(self, rates: LayerRates | None = None) -> None:
-        """Remembers the rates, which are None only where the Trainer makes a callback anew."""
         if rates is not None:
             check_type("rates", rates, LayerRates, "LayerRates")
         self._clock = None if rates is None else Clock(rates)

@@ -1,0 +1,109 @@
+"""What the commands share: exit codes, errors on one line, and text that any terminal can show."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import typer
+
+from farms_fast.core.text import printable
+from farms_fast.weights.sources import checkpoint_holds, checkpoints_of
+
+__all__ = [
+    "EXIT_BAD_INPUT",
+    "EXIT_INTERRUPTED",
+    "EXIT_LAYERS_FAILED",
+    "EXIT_READER_LEFT",
+    "check_outputs",
+    "echo",
+    "one_line_errors",
+    "terminal_width",
+]
+
+EXIT_LAYERS_FAILED = 1
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+# As of a program that SIGPIPE ends.
+EXIT_READER_LEFT = 141
+
+
+def echo(text: str) -> None:
+    """Prints also where the output's encoding has only ASCII."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        text = text.translate({ord("…"): "~", ord("±"): "s", ord("λ"): "l"})
+        text = text.encode(encoding, "backslashreplace").decode(encoding)
+    typer.echo(text)
+
+
+def terminal_width() -> int:
+    """Columns for a table: COLUMNS if set, the terminal's if there is one, else 100."""
+    return shutil.get_terminal_size(fallback=(100, 24)).columns
+
+
+def check_outputs(
+    checkpoint: Path | None = None, base: Path | None = None, **paths: Path | None
+) -> None:
+    """Fails before the work, not after it: every file can be written, none twice, none is read.
+
+    Args:
+        checkpoint: what is read, if that is a model.
+        base: what is read beside it, if it is the folder of an adapter.
+        paths: files by the options that name them. One that is read may be among them, so that it
+            is not written too.
+    """
+    read = [] if checkpoint is None else checkpoints_of(checkpoint, base)
+    taken: dict[Path, str] = {}
+    for option, path in paths.items():
+        if path is None:
+            continue
+        if str(path) == "-":
+            raise ValueError(f"{option}: expected a file, got '-' (/dev/stdout writes to a pipe)")
+        if path.is_dir():
+            raise IsADirectoryError(f"{option}: {str(path)!r} is a directory, expected a file")
+        if not path.resolve().parent.is_dir():
+            raise FileNotFoundError(f"{option}: the directory of {str(path)!r} does not exist")
+        other = taken.setdefault(path.resolve(), option)
+        if other != option:
+            raise ValueError(f"{option}: {str(path)!r} is the file of {other} too")
+        for model in read:
+            if checkpoint_holds(model, path):
+                raise ValueError(
+                    f"{option}: {str(path)!r} would overwrite a file of the checkpoint "
+                    f"{str(model)!r}, which is only read"
+                )
+
+
+@contextlib.contextmanager
+def one_line_errors(**names: str) -> Iterator[None]:
+    """Turns bad input into one line and exit code 2, and an interruption into 130.
+
+    Args:
+        names: what the command calls arguments whose names begin messages, where it is not that.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        # The reader of the table has left, as `head` does. What is still buffered goes nowhere,
+        # instead of failing once more when the interpreter ends.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(EXIT_READER_LEFT) from None
+    except (ValueError, TypeError, OSError, KeyError, ImportError) as error:
+        # str of a KeyError is the repr of its argument.
+        text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+        line = " ".join(text.split()) or type(error).__name__
+        argument, colon, rest = line.partition(": ")
+        line = f"{names.get(argument, argument)}{colon}{rest}"
+        typer.echo(f"error: {printable(line)}", err=True)
+        raise typer.Exit(EXIT_BAD_INPUT) from None
+    except KeyboardInterrupt:
+        typer.echo("error: interrupted", err=True)
+        raise typer.Exit(EXIT_INTERRUPTED) from None

@@ -1,0 +1,120 @@
+"""Options that several commands take, and what their texts mean."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+
+    from farms_fast.spectra.windows import FixedAspectSampling, FullMatrix
+
+CheckpointPath = Annotated[
+    Path,
+    typer.Argument(
+        help="A checkpoint: a folder, a .safetensors file, or a .pt, .pth, .bin or .ckpt file.",
+        show_default=False,
+    ),
+]
+Base = Annotated[
+    Path | None,
+    typer.Option(
+        help="The model that a LoRA adapter changes, where PATH is the adapter's folder.",
+        show_default="what its config names",
+    ),
+]
+Rows = Annotated[int | None, typer.Option(help="Rows of a window.", show_default="2000")]
+AspectRatio = Annotated[
+    float | None,
+    typer.Option(help="Aspect ratio of a window, columns / rows.", show_default="1"),
+]
+PerDim = Annotated[
+    int | None,
+    typer.Option(help="Windows along each dimension, at least.", show_default="15"),
+]
+Full = Annotated[
+    bool,
+    typer.Option("--full", help="Take whole matrices instead of windows (biased by shape)."),
+]
+Xmin = Annotated[str, typer.Option(help="Rule for the start of the tail: median, ks or peak.")]
+Bootstrap = Annotated[
+    int,
+    typer.Option(help="Resamplings for the standard error of alpha, at most 100,000; 0 for none."),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(help="cpu, cuda or cuda:N.", show_default="cuda if there is one, else cpu"),
+]
+Dtype = Annotated[str, typer.Option(help="Arithmetic: float64, or float32 (less accurate).")]
+Solver = Annotated[
+    str | None, typer.Option(help="Eigensolver by name.", show_default="by window size")
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        help="Most device memory to use, such as 40GiB or 500MB; without a unit, bytes.",
+        show_default="half of the device's",
+    ),
+]
+MetricsCsv = Annotated[
+    Path | None, typer.Option(help="Write the metrics of every layer to this CSV file.")
+]
+AnalysisJson = Annotated[
+    Path | None,
+    typer.Option(help="Write layers, settings and skipped tensors to this JSON file."),
+]
+Include = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Only layers whose whole name matches this glob, such as '*mlp*'; may be repeated."
+    ),
+]
+Exclude = Annotated[
+    list[str] | None,
+    typer.Option(help="Not the layers whose whole name matches this glob; may be repeated."),
+]
+ShowSkipped = Annotated[
+    bool, typer.Option("--show-skipped", help="List the skipped tensors by name.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar and no table, only errors.")]
+
+
+def sampling_of(
+    rows: int | None, q: float | None, per_dim: int | None, full: bool
+) -> FixedAspectSampling | FullMatrix:
+    """The windows that were asked for; None is a default.
+
+    Raises:
+        ValueError: whole matrices, and a setting of windows.
+    """
+    from farms_fast.spectra.windows import FixedAspectSampling, FullMatrix
+
+    if full:
+        if clashing := window_options(rows, q, per_dim):
+            raise ValueError(f"full: takes whole matrices, so it cannot go with {clashing}")
+        return FullMatrix()
+    default = FixedAspectSampling()
+    return FixedAspectSampling(
+        rows=default.rows if rows is None else rows,
+        q=default.q if q is None else q,
+        per_dim=default.per_dim if per_dim is None else per_dim,
+    )
+
+
+def window_options(rows: int | None, q: float | None, per_dim: int | None) -> str:
+    """Those settings of windows that were given, by their options; empty for none."""
+    given = {"--rows": rows, "--q": q, "--per-dim": per_dim}
+    return ", ".join(option for option, value in given.items() if value is not None)
+
+
+def parse_dtype(text: str) -> torch.dtype:
+    """The precision of that name."""
+    import torch
+
+    known = {"float64": torch.float64, "float32": torch.float32}
+    if text not in known:
+        raise ValueError(f"dtype: expected one of {', '.join(known)}, got {text!r}")
+    return known[text]

@@ -1,0 +1,83 @@
+"""What the commands that read saved analyses share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from farms_fast.core.text import printable
+from farms_fast.results.analysis import Analysis
+from farms_fast.results.store import ResultsStore, RunInfo
+
+__all__ = ["SavedAnalysis", "layers_done", "load_run", "load_saved"]
+
+SavedAnalysis = Annotated[
+    Path,
+    typer.Argument(
+        help="A store of `farms-fast analyze --store`, or a JSON file of an analysis.",
+        show_default=False,
+    ),
+]
+
+_SQLITE = b"SQLite format 3\x00"
+
+
+def load_saved(path: Path, run: int | None = None, option: str = "run") -> Analysis:
+    """Reads an analysis from a store or from a JSON file, whichever the file is.
+
+    A run that is not finished gives the layers that are there, with a note on stderr.
+
+    Args:
+        path: the file.
+        run: a run of a store by its number; None is the newest.
+        option: the option that gave the run, for messages.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is neither, or has no such run.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"no such file: {str(path)!r}")
+    with path.open("rb") as stream:
+        is_store = stream.read(len(_SQLITE)) == _SQLITE
+    if not is_store:
+        if run is not None:
+            raise ValueError(f"{option}: {str(path)!r} is no results store, it has no runs")
+        try:
+            return Analysis.from_json(path)
+        except ValueError as error:
+            raise ValueError(f"{error}; expected a results store or such a file") from error
+    analysis, info = load_run(path, run, option)
+    if info.finished is None:
+        text = f"note: run {info.id} of {path.name} is not finished: {layers_done(info)} layers"
+        typer.echo(printable(text), err=True)
+    return analysis
+
+
+def load_run(path: Path, run: int | None, option: str = "run") -> tuple[Analysis, RunInfo]:
+    """A run of a store, the newest where none is named, and what is known of it.
+
+    Args:
+        path: the store.
+        run: a run by its number; None is the newest.
+        option: the option that gave the run, for messages.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no results store, or has no such run.
+    """
+    with ResultsStore(path, create=False) as store:
+        infos = store.runs()
+        known = [info.id for info in infos]
+        if run is not None and run not in known:
+            numbers = ", ".join(map(str, known)) or "none (it has no runs)"
+            raise ValueError(f"{option}: expected one of {numbers}, got {run}")
+        analysis = Analysis(*store.read(run))
+    return analysis, infos[-1] if run is None else infos[known.index(run)]
+
+
+def layers_done(info: RunInfo) -> str:
+    """How many layers a run has of how many, a question mark where that is not known yet."""
+    return f"{info.layers}/{'?' if info.total is None else info.total}"

@@ -1,1 +1,0 @@
-"""The commands of ``farms-fast`` besides ``analyze``, and what all of them share."""

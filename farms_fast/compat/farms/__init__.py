@@ -1,0 +1,1 @@
+"""The published estimators of FARMS and AlphaPruning."""

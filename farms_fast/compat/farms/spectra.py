@@ -1,0 +1,233 @@
+"""From a module to the fitted spectra of its layers, all layers together."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from farms_fast.compat.farms.published_windows import PublishedWindows
+from farms_fast.compat.farms.tails import TailRule
+from farms_fast.core.arguments import check_module
+from farms_fast.core.arrays import FLOATING
+from farms_fast.core.packing import group_by_budget
+from farms_fast.engine.solve import SolveTask, fit_pools, make_pools, solve_side_by_side
+from farms_fast.engine.streams import STREAMS, make_streams
+from farms_fast.spectra.power_law import STATUSES
+from farms_fast.weights.layers import module_tensor, sparse_layout
+
+__all__ = [
+    "FitWarning",
+    "FittedSpectrum",
+    "WindowedLayer",
+    "fitted_spectra",
+    "kernel_positions",
+    "warn_of_missing_fit",
+    "weights_of",
+]
+
+# Eigenvalues that are held on the device at once, unless one layer has more.
+_VALUES_PER_BATCH = 2**24
+
+
+class FitWarning(UserWarning):
+    """A layer has no power-law fit; the message says which and why."""
+
+
+@dataclass(frozen=True)
+class WindowedLayer:
+    """A layer and its windows.
+
+    Attributes:
+        name: the module's.
+        stack: (S, R, C), any strides.
+        windows: of every matrix of the stack.
+        scale: what the eigenvalues are multiplied with.
+    """
+
+    name: str
+    stack: Tensor
+    windows: PublishedWindows
+    scale: float = 1.0
+
+    @property
+    def count(self) -> int:
+        """Eigenvalues of all windows."""
+        return len(self.stack) * self.windows.count * self.windows.order
+
+
+@dataclass(frozen=True)
+class FittedSpectrum:
+    """A spectrum and its fit.
+
+    Attributes:
+        evals: all eigenvalues, float64, ascending, NaN last.
+        entered: those that entered the fit.
+        alpha: NaN without a fit, 0 without a candidate for xmin, which is what the published scan
+            ends with.
+        D: NaN without a fit, 1 without a candidate.
+        status: one of `farms_fast.spectra.power_law.STATUSES`.
+    """
+
+    evals: NDArray[np.float64]
+    entered: NDArray[np.float64]
+    alpha: float
+    D: float
+    status: str
+
+    @property
+    def spectral_norm(self) -> float:
+        """The largest eigenvalue."""
+        return float(self.evals[-1]) if self.evals.size else math.nan
+
+    @property
+    def alpha_hat(self) -> float:
+        """Alpha times log10 of the largest eigenvalue; NaN for a zero matrix."""
+        largest = self.spectral_norm
+        return self.alpha * math.log10(largest) if largest > 0 else math.nan
+
+    @cached_property
+    def norm(self) -> float:
+        """The sum of all eigenvalues."""
+        return float(self.evals.sum()) if self.evals.size else math.nan
+
+    @property
+    def stable_rank(self) -> float:
+        """Sum over largest."""
+        return self.norm / self.spectral_norm if self.spectral_norm else math.nan
+
+    @property
+    def norm_stable_rank(self) -> float:
+        """Mean eigenvalue."""
+        return self.norm / self.evals.size if self.evals.size else math.nan
+
+
+def weights_of(net: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Name and weight of every Linear and Conv2d, subclasses included, as named_modules has them.
+
+    Raises:
+        TypeError: not a module, or a weight that is not dense and real floating.
+        ValueError: a weight without data, or on a device that is neither CPU nor CUDA.
+    """
+    check_module("net", net)
+    for name, module in net.named_modules():
+        if not isinstance(module, nn.Linear | nn.Conv2d):
+            continue
+        path = f"{name}.weight" if name else "weight"
+        if isinstance(module.weight, nn.parameter.UninitializedParameter):
+            raise ValueError(f"net: {path} is not initialised, run the module once")
+        tensor = module_tensor(net, path)
+        if sparse_layout(tensor) or tensor.dtype not in FLOATING:
+            kind = sparse_layout(tensor) or str(tensor.dtype).removeprefix("torch.")
+            raise TypeError(f"net: expected {path} dense and real floating, got {kind}")
+        if tensor.device.type not in ("cpu", "cuda"):
+            raise ValueError(f"net: expected {path} on cpu or cuda, got {tensor.device}")
+        yield name, tensor
+
+
+def kernel_positions(weight: Tensor) -> Tensor:
+    """A convolution's (out, in, i, j) as the stack (i · j, out, in); a linear weight as (1, R, C).
+
+    Example:
+        >>> kernel_positions(torch.zeros(8, 4, 3, 3)).shape
+        torch.Size([9, 8, 4])
+    """
+    return weight.flatten(2).permute(2, 0, 1) if weight.ndim == 4 else weight.unsqueeze(0)
+
+
+def fitted_spectra(
+    layers: Sequence[WindowedLayer], rule: TailRule, memory: int = 0
+) -> list[list[FittedSpectrum]]:
+    """Solves and fits all layers, windows of one order together.
+
+    Args:
+        layers: the layers; those without windows have one empty spectrum.
+        rule: of every fit.
+        memory: bytes of workspace, 0 for the default of `ops.window_eigvalsh`.
+
+    Returns:
+        The spectra of each layer, in the order given.
+    """
+    spectra: list[list[FittedSpectrum]] = [[] for _ in layers]
+    batches = group_by_budget(
+        [index for index, layer in enumerate(layers) if layer.count],
+        key=lambda i: (layers[i].stack.device, layers[i].stack.dtype, layers[i].windows.order),
+        size=lambda i: layers[i].count,
+        budget=_VALUES_PER_BATCH,
+    )
+    for together in group_by_budget(
+        batches,
+        key=lambda batch: layers[batch[0]].stack.device,
+        size=lambda batch: sum(layers[i].count for i in batch),
+        budget=_VALUES_PER_BATCH,
+    ):
+        solved = _solved([[layers[i] for i in batch] for batch in together], rule, memory)
+        for index in (i for batch in together for i in batch):
+            count = layers[index].windows.spectra
+            spectra[index] = [next(solved) for _ in range(count)]
+    empty = np.empty(0)
+    return [own or [FittedSpectrum(empty, empty, math.nan, math.nan, "too_few")] for own in spectra]
+
+
+def _solved(
+    batches: Sequence[Sequence[WindowedLayer]], rule: TailRule, memory: int
+) -> Iterator[FittedSpectrum]:
+    """Every spectrum of every layer of batches of one device."""
+    layers = [layer for batch in batches for layer in batch]
+    device = layers[0].stack.device
+    tasks = [
+        SolveTask.of([(x.windows, len(x.stack)) for x in batch], memory, number % STREAMS)
+        for number, batch in enumerate(batches)
+    ]
+    current = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    streams = make_streams(device, current)
+    evals = solve_side_by_side(tasks, [layer.stack for layer in layers], streams)
+    parts = [
+        part for task, own in zip(tasks, evals, strict=True) for part in own.split(task.windows)
+    ]
+    scaled = [part.flatten() * x.scale for x, part in zip(layers, parts, strict=True)]
+    lengths = [
+        len(part) // layer.windows.spectra
+        for layer, part in zip(layers, scaled, strict=True)
+        for _ in range(layer.windows.spectra)
+    ]
+    ((spectra, fits),) = fit_pools(torch.cat(scaled), make_pools(lengths, device), rule)
+    # The one place where the host waits for the device.
+    results = torch.stack([fits.alpha, fits.D, fits.status.to(torch.float64)], dim=1).tolist()
+    values = spectra.cpu().numpy()
+    for own, (alpha, distance, code) in zip(
+        np.split(values, np.cumsum(lengths)[:-1]), results, strict=True
+    ):
+        yield _fitted(own, alpha, distance, STATUSES[int(code)], rule.threshold)
+
+
+def _fitted(
+    evals: NDArray[np.float64], alpha: float, distance: float, status: str, threshold: float | None
+) -> FittedSpectrum:
+    if not np.isfinite(evals[-1]):
+        status = "nonfinite"
+    if status == "no_candidate":
+        alpha, distance = 0.0, 1.0
+    elif status != "ok":
+        alpha, distance = math.nan, math.nan
+    above = evals > (-math.inf if threshold is None else threshold)
+    entered = evals[above] if above.any() else evals
+    return FittedSpectrum(evals, entered, alpha, distance, status)
+
+
+def warn_of_missing_fit(name: str, spectra: Sequence[FittedSpectrum], stacklevel: int) -> None:
+    """A `FitWarning` where a layer, or a block of it, has no fit."""
+    missing = [one.status for one in spectra if one.status != "ok"]
+    if not missing:
+        return
+    blocks = f" in {len(missing)} of {len(spectra)} blocks" if len(spectra) > 1 else ""
+    kinds = ", ".join(dict.fromkeys(missing))
+    text = f"layer {name!r}: no power-law fit{blocks} ({kinds})"
+    warnings.warn(text, FitWarning, stacklevel=stacklevel + 1)

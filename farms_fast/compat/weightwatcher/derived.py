@@ -1,0 +1,180 @@
+"""Layers made of other layers: slices, differences from a base model, products of adapters."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from torch import Tensor
+
+from farms_fast.compat.weightwatcher.layers import WeightLayer, WeightLayers, layers_of
+from farms_fast.compat.weightwatcher.options import Options
+
+__all__ = ["find_layers"]
+
+
+def find_layers(model: object, base_model: object, options: Options) -> WeightLayers:
+    """The layers of a model, or their differences from a base model's.
+
+    Args:
+        model: a module, a mapping of names to tensors, or the path of a checkpoint.
+        base_model: likewise, or None.
+        options: checked options.
+
+    Raises:
+        FileNotFoundError: a path that does not exist.
+        TypeError: something that holds no weights.
+        ValueError: a filter that matches nothing, weights that cannot be read, or a base model
+            whose matrices have other shapes.
+    """
+    own = layers_of(model, options)
+    layers = own.layers
+    if base_model is not None:
+        layers = _differences(layers, layers_of(base_model, options, "base_model").layers)
+    elif options.peft:
+        layers = _adapters(layers, options.peft == "with_base")
+    elif not options.pool:
+        layers = [part for layer in layers for part in _slices(layer, options)]
+    return WeightLayers(layers, own.skipped)
+
+
+def _slices(layer: WeightLayer, options: Options) -> list[WeightLayer]:
+    """A convolution's kernel positions as layers of their own; any other layer as it is."""
+    if layer.layer_type != "conv2d":
+        return [dataclasses.replace(layer, extra={"slice_id": 0})]
+    count = layer.shape[0]
+    return [
+        dataclasses.replace(
+            layer,
+            shape=(1, *layer.shape[1:]),
+            load=partial(_position, layer, position),
+            scale=count / 2 if options.conv2d_norm else 1.0,
+            extra={"slice_id": position},
+        )
+        for position in range(count)
+    ]
+
+
+def _position(layer: WeightLayer, position: int) -> Tensor:
+    return layer.load()[position : position + 1]
+
+
+def _differences(
+    layers: Sequence[WeightLayer], base_layers: Sequence[WeightLayer]
+) -> list[WeightLayer]:
+    """Every layer less the base model's; the base's layers are met in order, by name."""
+    made: list[WeightLayer] = []
+    alone: list[str] = []
+    waiting = list(base_layers)
+    for layer in layers:
+        if not waiting or layer.name not in waiting[0].name:
+            alone.append(layer.longname)
+            made.append(layer)
+            continue
+        made.append(_difference(layer, waiting.pop(0)))
+    if alone:
+        warnings.warn(
+            "base_model: nothing to subtract from, so analysed as they are: " + ", ".join(alone),
+            stacklevel=4,
+        )
+    return made
+
+
+def _difference(layer: WeightLayer, base: WeightLayer) -> WeightLayer:
+    transposed = (*base.shape[:2], base.shape[3], base.shape[2])
+    if layer.shape not in (base.shape, transposed):
+        raise ValueError(
+            f"base_model: expected {layer.longname!r} of shape {layer.shape}, got {base.shape}"
+        )
+
+    def load() -> Tensor:
+        subtrahend = base.load()
+        if layer.shape != base.shape:
+            subtrahend = subtrahend.mT
+        weight = layer.load()
+        return weight - subtrahend.to(weight.device)
+
+    return dataclasses.replace(layer, load=load)
+
+
+def _adapters(layers: Sequence[WeightLayer], with_base: bool) -> list[WeightLayer]:
+    """The products B A of LoRA adapters; with the base, the layers and their sums with them too."""
+    made: list[WeightLayer] = []
+    base: WeightLayer | None = None
+    first: WeightLayer | None = None
+    for layer in layers:
+        adapter = layer.layer_type == "dense" and "lora_" in layer.longname
+        if not adapter:
+            base = layer
+            if with_base:
+                made.append(dataclasses.replace(layer, extra={"peft": False}))
+        elif "lora_A" in layer.longname:
+            first = layer
+        elif "lora_B" in layer.longname:
+            if first is None:
+                raise ValueError(f"peft: expected a lora_A before {layer.longname!r}, got none")
+            product = _product(first, layer)
+            if with_base and base is not None:
+                made.append(_sum(layer, product, base, first.shape[2] > first.shape[3]))
+            made.append(product)
+            first = None
+    return made
+
+
+def _product(a: WeightLayer, b: WeightLayer) -> WeightLayer:
+    turn_a = a.shape[2] > a.shape[3]
+    inner, columns = sorted(a.shape[2:])
+    rows, width = b.shape[2:]
+    turn_b = width != inner
+    if turn_b:
+        rows, width = width, rows
+    if width != inner:
+        raise ValueError(
+            f"peft: expected {b.longname!r} to have a side of {inner}, as {a.longname!r}, "
+            f"got {b.shape[2:]}"
+        )
+
+    def load() -> Tensor:
+        left, right = b.load(), a.load()
+        return (left.mT if turn_b else left) @ (right.mT if turn_a else right)
+
+    return _made_of(a, ("lora_A", "lora_BA"), (rows, columns), load, inner)
+
+
+def _sum(b: WeightLayer, product: WeightLayer, base: WeightLayer, turned: bool) -> WeightLayer:
+    rows, columns = product.shape[2:]
+    expected = (columns, rows) if turned else (rows, columns)
+    if base.shape[2:] != expected:
+        raise ValueError(
+            f"peft: expected {base.longname!r} of shape {expected} for its adapter, "
+            f"got {base.shape[2:]}"
+        )
+
+    def load() -> Tensor:
+        change = product.load()
+        return base.load()[:1] + (change.mT if turned else change)
+
+    return _made_of(b, ("lora_B", "lora_W_plus_AB"), expected, load, product.components)
+
+
+def _made_of(
+    layer: WeightLayer,
+    renamed: tuple[str, str],
+    shape: tuple[int, int],
+    load: Callable[[], Tensor],
+    components: int,
+) -> WeightLayer:
+    """A layer of one matrix that an adapter's layer stands for."""
+    return dataclasses.replace(
+        layer,
+        name=layer.name.replace(*renamed),
+        longname=layer.longname.replace(*renamed),
+        N=max(shape),
+        M=min(shape),
+        shape=(1, 1, *shape),
+        load=load,
+        components=components,
+        extra={"peft": True},
+    )

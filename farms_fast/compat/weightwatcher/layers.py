@@ -1,0 +1,310 @@
+"""Which weights WeightWatcher analyses, under which id and name, and as which matrices.
+
+The rules are WeightWatcher 0.7.7's for PyTorch: a module counts by the words in its class, a tensor
+of a state dict by its number of dimensions. They differ from those of `farms_fast.analyze` on
+purpose.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from farms_fast.compat.weightwatcher.options import LAYER_TYPES, Options
+from farms_fast.weights.module_tensors import ON_META
+from farms_fast.weights.sources import MappingSource, PickleSource, SafetensorsSource, open_source
+
+_Source = MappingSource | SafetensorsSource | PickleSource
+
+__all__ = ["WeightLayer", "WeightLayers", "layers_of"]
+
+# A class counts by the first of these words in its name, the name of its module included, or by
+# the first of these classes that it is derived from.
+_KINDS: tuple[tuple[str, tuple[type[nn.Module], ...], str], ...] = (
+    ("linear", (nn.Linear,), "dense"),
+    ("conv1d", (nn.Conv1d,), "conv1d"),
+    ("conv2d", (nn.Conv2d,), "conv2d"),
+    ("embedding", (nn.Embedding,), "embedding"),
+    ("norm", (), "norm"),
+)
+
+
+@dataclass(frozen=True)
+class WeightLayer:
+    """A row of the table to come: matrices of equal shape and what WeightWatcher says of them.
+
+    Attributes:
+        layer_id: position among the modules, or among the weights of a state dict.
+        name: last part of the module's name; the whole name in a state dict.
+        longname: the whole name.
+        layer_type: one of `LAYER_TYPES`.
+        N: longer side of the matrices (not always of an even number of kernel positions).
+        M: shorter side, likewise.
+        rf: kernel positions, 1 without a kernel.
+        shape: (P, B, R, C): P matrices, each a batch of B (1 unless the weight has 3 dimensions).
+        load: the weights in this shape, float32 (float64 of float64 NumPy arrays); not written.
+        components: how many of the largest singular values of each of the P count.
+        scale: what eigenvalues are multiplied by.
+        extra: further columns.
+    """
+
+    layer_id: int
+    name: str
+    longname: str
+    layer_type: str
+    N: int
+    M: int
+    rf: int
+    shape: tuple[int, int, int, int]
+    load: Callable[[], Tensor]
+    components: int
+    scale: float = 1.0
+    extra: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def order(self) -> int:
+        """Eigenvalues of one matrix."""
+        return min(self.shape[2:])
+
+
+@dataclass(frozen=True)
+class WeightLayers:
+    """Layers to analyse, and why the other weights are not.
+
+    Attributes:
+        layers: in order.
+        skipped: long names to reasons.
+    """
+
+    layers: list[WeightLayer]
+    skipped: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Weight:
+    layer_id: int
+    name: str
+    longname: str
+    layer_type: str
+    shape: tuple[int, ...]
+    load: Callable[[], Tensor]
+
+
+def layers_of(model: object, options: Options, argument: str = "model") -> WeightLayers:
+    """The layers of a model that are within the options' ranges.
+
+    Args:
+        model: a module, a mapping of names to tensors, or the path of a checkpoint.
+        options: checked options.
+        argument: what the caller knows the model as.
+
+    Raises:
+        FileNotFoundError: a path that does not exist.
+        TypeError: something that holds no weights.
+        ValueError: a filter that matches nothing, or weights that cannot be read.
+    """
+    weights, skipped = _weights(model, options.start_ids, argument)
+    if without_data := [name for name, reason in skipped.items() if reason == ON_META]:
+        told = f"{argument}: the weight of {', '.join(map(repr, without_data[:3]))}"
+        told += f" and of {len(without_data) - 3} more" if len(without_data) > 3 else ""
+        if not weights:
+            raise ValueError(f"{told} {ON_META}")
+        warnings.warn(f"{told} {ON_META}", stacklevel=4)
+    chosen = _filtered(weights, options.layers)
+    layers: list[WeightLayer] = []
+    for weight in weights:
+        if weight.layer_id not in chosen:
+            skipped[weight.longname] = "left out by layers"
+            continue
+        layer = _layer(weight, options.conv2d_norm)
+        if reason := _out_of_range(layer, options):
+            skipped[weight.longname] = reason
+        else:
+            layers.append(layer)
+    return WeightLayers(layers, skipped)
+
+
+def _weights(model: object, start_ids: int, argument: str) -> tuple[list[_Weight], dict[str, str]]:
+    if isinstance(model, nn.Module):
+        return _module_weights(model, start_ids)
+    if isinstance(model, Mapping):
+        inner = model.get("state_dict", model)
+        tensors = inner if isinstance(inner, Mapping) else model
+        arrays = {name for name, value in tensors.items() if isinstance(value, np.ndarray)}
+        source = MappingSource(tensors)
+        names = [header.name for header in source.headers]
+        return _named_weights(source, names, start_ids or 1, arrays)
+    if not isinstance(model, (str, os.PathLike)):
+        expected = "a torch.nn.Module, a mapping of names to tensors, or a path"
+        raise TypeError(f"{argument}: expected {expected}, got {type(model).__name__}")
+    opened = open_source(model)
+    if not isinstance(opened, (SafetensorsSource, PickleSource)):
+        raise ValueError(
+            f"{argument}: expected a checkpoint of whole weights, got the adapter {str(model)!r}: "
+            "give the module with the adapter in it, and peft=True"
+        )
+    names = [header.name for header in opened.headers]
+    # safetensors files list their tensors by name, and so do their indexes.
+    ordered = sorted(names) if isinstance(opened, SafetensorsSource) else names
+    return _named_weights(opened, ordered, start_ids)
+
+
+def _module_weights(model: nn.Module, start_ids: int) -> tuple[list[_Weight], dict[str, str]]:
+    weights: list[_Weight] = []
+    skipped: dict[str, str] = {}
+    for layer_id, (longname, module) in enumerate(model.named_modules(), start=start_ids):
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, Tensor):
+            continue
+        layer_type = _module_type(module)
+        # The root has no name of its own.
+        longname = longname or type(module).__name__
+        if reason := _unusable(layer_type, weight):
+            skipped[longname] = reason
+            continue
+        name, shape = longname.rpartition(".")[2], tuple(weight.shape)
+        load = partial(_module_weight, module)
+        weights.append(_Weight(layer_id, name, longname, layer_type, shape, load))
+    return weights, skipped
+
+
+def _named_weights(
+    source: _Source, names: Sequence[str], start_id: int, arrays: Collection[str] = ()
+) -> tuple[list[_Weight], dict[str, str]]:
+    weights: list[_Weight] = []
+    skipped: dict[str, str] = {}
+    layer_id = start_id - 1
+    headers = {header.name: header for header in source.headers}
+    for full in names:
+        name = full.removesuffix(".weight")
+        if name == full:
+            skipped[full] = "its name does not end in .weight"
+            continue
+        layer_id += 1
+        header = headers[full]
+        layer_type = {2: "dense", 4: "conv2d"}.get(len(header.shape), "")
+        if header.shape and header.shape[0] < 2:
+            layer_type = ""
+        if not header.dtype.is_floating_point:
+            skipped[name] = f"dtype {header.dtype} is not of real numbers"
+        elif not layer_type:
+            skipped[name] = f"no matrix: shape {tuple(header.shape)}"
+        else:
+            load = partial(_stored_weight, source, full, full in arrays)
+            weights.append(_Weight(layer_id, name, name, layer_type, tuple(header.shape), load))
+    return weights, skipped
+
+
+def _module_type(module: nn.Module) -> str:
+    described = str(type(module)).lower()
+    for word, classes, layer_type in _KINDS:
+        if word in described or isinstance(module, classes):
+            return layer_type
+    return ""
+
+
+def _unusable(layer_type: str, weight: Tensor) -> str:
+    if layer_type in ("", "norm"):
+        return "not a linear, convolution or embedding class"
+    if weight.is_meta:
+        return ON_META
+    if weight.layout != torch.strided:
+        return "not a dense tensor"
+    if not weight.dtype.is_floating_point:
+        return f"dtype {weight.dtype} is not of real numbers"
+    if weight.ndim < 2 or (layer_type == "conv2d" and weight.ndim != 4) or weight.numel() == 0:
+        return f"no matrix: shape {tuple(weight.shape)}"
+    return ""
+
+
+def _module_weight(module: nn.Module) -> Tensor:
+    # WeightWatcher computes in float64 on weights that have been float32.
+    return cast(Tensor, module.weight).detach().float()
+
+
+def _stored_weight(source: _Source, name: str, is_array: bool) -> Tensor:
+    weight = source.load(name)
+    # WeightWatcher leaves NumPy arrays as they are.
+    return weight if is_array and weight.dtype == torch.float64 else weight.detach().float()
+
+
+def _filtered(weights: Sequence[_Weight], chosen: Iterable[int | str]) -> set[int]:
+    """Ids of the weights that the filters leave; of names, ids and types the first kind decides."""
+    every = {weight.layer_id for weight in weights}
+    ids = [entry for entry in chosen if isinstance(entry, int)]
+    types = [entry for entry in chosen if entry in LAYER_TYPES]
+    names = [entry for entry in chosen if isinstance(entry, str) and entry not in LAYER_TYPES]
+    if names:
+        dropped = [name.removeprefix("-") for name in names if name.startswith("-")]
+        if dropped and len(dropped) != len(names):
+            raise ValueError(
+                f"layers: expected names to keep or names to drop (-name), got both: {names}"
+            )
+        wanted = dropped or names
+        known = list(dict.fromkeys(weight.name for weight in weights))
+        if unknown := [name for name in wanted if name not in known]:
+            some = ", ".join(map(repr, known[:20])) + (", ..." if len(known) > 20 else "")
+            raise ValueError(f"layers: expected some of {some}; got {unknown[0]!r}")
+        matched = {weight.layer_id for weight in weights if weight.name in wanted}
+        return every - matched if dropped else matched
+    if ids:
+        if unknown_ids := [entry for entry in ids if abs(entry) not in every]:
+            raise ValueError(
+                f"layers: expected ids of layers with weights, some of {sorted(every)}; "
+                f"got {unknown_ids[0]}"
+            )
+        if min(ids) < 0:
+            return every - {-entry for entry in ids}
+        return set(ids)
+    if types:
+        return {weight.layer_id for weight in weights if weight.layer_type in types}
+    return every
+
+
+def _layer(weight: _Weight, conv2d_norm: bool) -> WeightLayer:
+    rf, scale = 1, 1.0
+    shape: tuple[int, int, int, int]
+    if weight.layer_type == "conv2d":
+        out, inner, *kernel = weight.shape
+        rf = math.prod(kernel)
+        N, M = out, inner
+        # Its sides change places once at every kernel position where there are fewer rows.
+        if out < inner and rf % 2 == 1 and out + inner >= sum(kernel):
+            N, M = inner, out
+        # Matrices with more columns than rows are turned, which a shuffle's order depends on.
+        shape = (rf, 1, max(out, inner), min(out, inner))
+        scale = 0.5 if conv2d_norm else 1.0
+
+        def load() -> Tensor:
+            order = (2, 3, 1, 0) if out < inner else (2, 3, 0, 1)
+            return weight.load().permute(order).reshape(shape)
+    else:
+        N, M = max(weight.shape), min(weight.shape)
+        rows, columns = weight.shape[-2:]
+        shape = (1, math.prod(weight.shape[:-2]), rows, columns)
+
+        def load() -> Tensor:
+            return weight.load().reshape(shape)
+
+    told = weight.layer_id, weight.name, weight.longname, weight.layer_type
+    return WeightLayer(*told, N, M, rf, shape, load, components=M * rf, scale=scale)
+
+
+def _out_of_range(layer: WeightLayer, options: Options) -> str:
+    evals = layer.M * layer.rf if options.pool else layer.M
+    if options.min_evals and evals < options.min_evals:
+        return f"{evals} eigenvalues, fewer than min_evals={options.min_evals}"
+    if options.max_evals and evals > options.max_evals:
+        return f"{evals} eigenvalues, more than max_evals={options.max_evals}"
+    if options.max_N < layer.N:
+        return f"N={layer.N}, more than max_N={options.max_N}"
+    return ""

@@ -1,0 +1,1 @@
+"""What every floor stands on: compiled ops, argument checks, arrays, files, text, progress."""

@@ -1,0 +1,97 @@
+"""Reports how far a run is: a bar on a terminal, silence elsewhere, or the caller's function."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+from farms_fast.core.text import printable
+
+Progress = Callable[[int, int, str], None]
+
+_clock = time.monotonic
+
+
+@contextlib.contextmanager
+def reporter(
+    progress: bool | Progress, layers: int, windows: int, unit: str = "windows"
+) -> Iterator[Callable[[str, int, bool], None]]:
+    """A function to call with every layer that is done.
+
+    Args:
+        progress: True for a bar on stderr where that is a terminal, False for nothing, or a
+            function that is called in the bar's place with layers done, layers in all and a name.
+        layers: how many there are.
+        windows: how many windows they have together.
+        unit: what these are called, where they are something else.
+
+    Yields:
+        `report(name, windows, computed)`: the layer's name, its windows, and whether they had to be
+        computed; the rate since the start, and the time left by it, count only those.
+    """
+    done = 0
+
+    def tell(name: str, count: int, computed: bool) -> None:
+        nonlocal done
+        done += 1
+        if callable(progress):
+            progress(done, layers, name)
+
+    if callable(progress) or not progress or not sys.stderr.isatty():
+        yield tell
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn
+    from rich.progress import Progress as Bar
+
+    bar = Bar(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.fields[layers]}", markup=False),
+        TextColumn("{task.completed:,.0f}/{task.total:,.0f} " + unit, markup=False),
+        TextColumn("{task.fields[rate]}", markup=False),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    start = _clock()
+    with bar:
+        task = bar.add_task("", total=windows, layers=f"0/{layers} layers", rate="")
+        computed = known = 0
+
+        def show(name: str, count: int, is_new: bool) -> None:
+            nonlocal computed, known
+            tell(name, count, is_new)
+            if is_new:
+                computed += count
+            else:
+                # What was there already is not work: it shortens the bar instead of moving it.
+                known += count
+            bar.update(
+                task,
+                completed=computed,
+                total=windows - known,
+                description=printable(name)[-40:],
+                layers=f"{done}/{layers} layers",
+                rate=pace(computed, windows - known - computed, _clock() - start),
+            )
+
+        yield show
+
+
+def pace(done: int, left: int, seconds: float) -> str:
+    """How fast it goes and how long it will take, from all that was done since the start.
+
+    The layers of a batch are reported all at once, so what lies between two reports says nothing.
+
+    Example:
+        >>> pace(1800, 900, 60.0), pace(0, 900, 60.0), pace(5, 9000, 10.0)
+        ('30/s, 0:00:30 left', '', '0.5/s, 5:00:00 left')
+    """
+    if done <= 0 or seconds <= 0:
+        return ""
+    rate = done / seconds
+    left_seconds = round(left / rate)
+    time_left = f"{left_seconds // 3600}:{left_seconds // 60 % 60:02}:{left_seconds % 60:02}"
+    return f"{rate:,.0f}/s, {time_left} left" if rate >= 10 else f"{rate:.2g}/s, {time_left} left"

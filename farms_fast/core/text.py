@@ -1,0 +1,32 @@
+"""Numbers and text of unknown origin as a terminal or a page may show them."""
+
+from __future__ import annotations
+
+import math
+
+__all__ = ["fixed", "printable"]
+
+
+def fixed(value: float, digits: int = 3, *, sign: bool = False) -> str:
+    """A number with so many digits after its point; a dash for what is not finite.
+
+    Example:
+        >>> fixed(2.5), fixed(-0.0001, 2, sign=True), fixed(math.nan)
+        ('2.500', '+0.00', '-')
+    """
+    if not math.isfinite(value):
+        return "-"
+    # Rounded first: what is nearly nothing has no sign.
+    return f"{round(float(value), digits) + 0.0:{'+' if sign else ''}.{digits}f}"
+
+
+def printable(text: str) -> str:
+    r"""Text of unknown origin with everything that a terminal would act on written as escapes.
+
+    Example:
+        >>> print(printable("a\x1b[31mb\u202e"))
+        a\x1b[31mb\u202e
+    """
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
+    )

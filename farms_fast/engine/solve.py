@@ -1,0 +1,198 @@
+"""Windows to eigenvalues, eigenvalues to pooled sorted spectra, spectra to fits.
+
+Every analysis takes this way: `analyze` batch by batch, `LiveAnalysis` with everything prepared
+once, the published estimators and the WeightWatcher table for all layers of a device together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Protocol, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from farms_fast.core.packing import split_by_budget
+from farms_fast.engine.streams import fork_join
+from farms_fast.spectra.esd import window_eigenvalues
+from farms_fast.spectra.power_law import packed_offsets, sort_spectra
+
+Fits = TypeVar("Fits", covariant=True)
+
+
+class Windows(Protocol):
+    """Equal windows of every matrix of a stack: a `WindowGrid`, or the published ones."""
+
+    @property
+    def order(self) -> int:
+        """Eigenvalues of a window."""
+
+    def table(self, weight: int = 0, entries: int = 1) -> NDArray[np.int64]:
+        """Rows of the ops' window table, (windows, 6)."""
+
+
+@dataclass(frozen=True)
+class SolveTask:
+    """Windows of one order, of stacks of one device and dtype, that one call solves.
+
+    Attributes:
+        table: the window table, on the CPU, where the op reads it.
+        windows: of each stack.
+        order: k of every window.
+        workspace: bytes for Gram matrices and workspace to begin with; 0 for the op's default.
+        stream: which of the streams takes it where tasks run side by side.
+    """
+
+    table: Tensor
+    windows: tuple[int, ...]
+    order: int
+    workspace: int = 0
+    stream: int = 0
+
+    @classmethod
+    def of(
+        cls, stacks: Sequence[tuple[Windows, int]], workspace: int = 0, stream: int = 0
+    ) -> SolveTask:
+        """The task of stacks in this order, each told by its windows and its number of matrices.
+
+        Example:
+            >>> from farms_fast import FullMatrix
+            >>> task = SolveTask.of([(FullMatrix().grid(3, 5), 2), (FullMatrix().grid(4, 3), 1)])
+            >>> task.windows, task.order
+            ((2, 1), 3)
+        """
+        tables = [
+            windows.table(number, entries) for number, (windows, entries) in enumerate(stacks)
+        ]
+        table = torch.from_numpy(np.concatenate(tables))
+        return cls(table, tuple(map(len, tables)), stacks[0][0].order, workspace, stream)
+
+    def solve(
+        self,
+        stacks: Sequence[Tensor],
+        dtype: torch.dtype = torch.float64,
+        solver: str | None = None,
+    ) -> Tensor:
+        """Eigenvalues; when a CUDA device's memory ends, again with half of the workspace.
+
+        Args:
+            stacks: (S, R, C) each.
+            dtype: float64 or float32.
+            solver: a solver's name, None to choose.
+
+        Returns:
+            (windows, k) of that dtype, each row ascending; only launched on CUDA.
+
+        Raises:
+            torch.OutOfMemoryError: one matrix and its workspace do not fit.
+        """
+        workspace = self.workspace
+        while True:
+            try:
+                return window_eigenvalues(stacks, self.table, self.order, dtype, solver, workspace)
+            except torch.OutOfMemoryError:
+                if not stacks[0].is_cuda:
+                    raise
+                torch.cuda.empty_cache()
+                workspace //= 2
+                # One matrix and its workspace must fit; below that the op names what it needs.
+                if workspace < self.order**2 * dtype.itemsize:
+                    raise
+
+
+def solve_side_by_side(
+    tasks: Sequence[SolveTask],
+    stacks: Sequence[Tensor],
+    streams: Sequence[torch.cuda.Stream],
+    dtype: torch.dtype = torch.float64,
+    solver: str | None = None,
+) -> list[Tensor]:
+    """Solves several tasks at once, each on its stream.
+
+    Args:
+        tasks: of one device.
+        stacks: of all tasks, in their order.
+        streams: of the device, see `farms_fast.engine.streams.fork_join`.
+        dtype: as for `SolveTask.solve`.
+        solver: as for `SolveTask.solve`.
+
+    Returns:
+        The eigenvalues of each task, for the current stream.
+    """
+    rest = iter(stacks)
+    evals = []
+    with fork_join(streams) as contexts:
+        for task in tasks:
+            own = list(islice(rest, len(task.windows)))
+            with contexts[task.stream]:
+                evals.append(task.solve(own, dtype, solver))
+    return evals
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Spectra that lie one after the other, and are sorted and fitted in one call.
+
+    Attributes:
+        begin: of their values among all values.
+        end: of them.
+        offsets: (spectra + 1,), int64, on the device, from `begin`.
+    """
+
+    begin: int
+    end: int
+    offsets: Tensor
+
+    def sort(self, values: Tensor) -> Tensor:
+        """The pool's part of all values, each spectrum ascending with NaN last."""
+        return sort_spectra(values[self.begin : self.end], self.offsets)
+
+
+def make_pools(
+    lengths: Sequence[int], device: torch.device, max_values: int | None = None
+) -> list[Pool]:
+    """Pools of spectra of these lengths, in their order.
+
+    Args:
+        lengths: values of each spectrum.
+        device: where the values are.
+        max_values: of one pool, unless a single spectrum has more; None for one pool.
+
+    Example:
+        >>> [(p.begin, p.end) for p in make_pools([4, 4, 9], torch.device("cpu"), max_values=8)]
+        [(0, 8), (8, 17)]
+    """
+    limit = sum(lengths) if max_values is None else max_values
+    pools = []
+    begin = 0
+    for part in split_by_budget(lengths, int, limit):
+        end = begin + sum(part)
+        pools.append(Pool(begin, end, packed_offsets(part, device)))
+        begin = end
+    return pools
+
+
+class Rule(Protocol[Fits]):
+    """How sorted spectra are fitted."""
+
+    def fit_at(self, packed: Tensor, offsets: Tensor) -> Fits:
+        """Fits packed ascending spectra that begin and end at offsets on the same device."""
+
+
+def fit_pools(
+    values: Tensor, pools: Sequence[Pool], rule: Rule[Fits]
+) -> Iterator[tuple[Tensor, Fits]]:
+    """The sorted spectra of one pool after the other, and their fits, without waiting for a device.
+
+    Args:
+        values: (total,), float64, the spectra of all pools.
+        pools: see `make_pools`.
+        rule: see `farms_fast.spectra.bootstrap.FitRule`.
+    """
+    for pool in pools:
+        spectra = pool.sort(values)
+        yield spectra, rule.fit_at(spectra, pool.offsets)

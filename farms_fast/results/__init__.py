@@ -1,0 +1,1 @@
+"""Records of layers, analyses, comparisons, their files and the results store."""

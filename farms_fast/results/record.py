@@ -1,0 +1,355 @@
+"""The record of one layer: its spectrum, its fit, its metrics and how far to trust them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from farms_fast.engine.stages import LayerState
+from farms_fast.spectra.metrics import spectrum_metrics
+from farms_fast.spectra.power_law import PowerLawFit, fit_message
+from farms_fast.views.notebook import record_html
+from farms_fast.views.plots import plot_esd
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["LayerRecord", "Uncertainty"]
+
+Array = npt.NDArray[np.float64]
+
+_NAN = math.nan
+
+
+def _no_values() -> Array:
+    return np.empty(0, dtype=np.float64)
+
+
+def _no_windows() -> Array:
+    return np.empty((0, 0), dtype=np.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class Uncertainty:
+    """How far a layer's alpha depends on which windows were taken.
+
+    Attributes:
+        window_alphas: float64 (windows,), the alpha of each window alone; NaN where it has none.
+        alpha_se: bootstrap standard error of the pooled alpha.
+        alpha_low: lower end of its 95 % bootstrap interval.
+        alpha_high: upper end of that interval.
+        alpha_even: alpha of the even-numbered windows pooled.
+        alpha_odd: alpha of the odd-numbered windows pooled.
+
+    Example:
+        >>> Uncertainty(alpha_even=2.0, alpha_odd=2.5).split_half
+        0.5
+    """
+
+    window_alphas: Array = field(default_factory=_no_values)
+    alpha_se: float = _NAN
+    alpha_low: float = _NAN
+    alpha_high: float = _NAN
+    alpha_even: float = _NAN
+    alpha_odd: float = _NAN
+
+    @property
+    def split_half(self) -> float:
+        """|alpha_even - alpha_odd|."""
+        return abs(self.alpha_even - self.alpha_odd)
+
+
+@dataclass(eq=False)
+class LayerRecord:
+    """Everything that is known about one layer.
+
+    The metrics are those of `spectrum_metrics`, NaN where they do not
+    exist; `alpha` is NaN unless `status` is "ok". The fields of the uncertainty are those of
+    `Uncertainty` and are NaN when there is one window.
+
+    Attributes:
+        name: the layer's name.
+        kind: what it is: "linear", "conv2d", ...
+        shape: (S, R, C), a stack of S matrices of R x C.
+        status: "ok", the status of a fit that failed ("too_few", "degenerate_tail",
+            "no_candidate"), "nonfinite" (NaN or infinity in the weights), or "error" (see message).
+        message: what went wrong, empty when nothing did.
+        windows: number of windows over the whole stack.
+        window_rows: rows of one window.
+        window_cols: columns of one window.
+        dropped: eigenvalues that the fit left out because they were zero or not finite.
+        window_alpha_mean: mean of the finite `window_alphas`.
+        window_alpha_std: their sample standard deviation (n - 1).
+        split_half: |alpha_even - alpha_odd|.
+        window_alphas: float64 (windows,), the alpha of each window alone.
+        window_evals: float64 (windows, k), ascending, the eigenvalues of each window. Those of a
+            record from a results store are read when first asked for, and kept from then on.
+
+    Example:
+        >>> import numpy as np
+        >>> from farms_fast.spectra.power_law import PowerLawFit
+        >>> fit = PowerLawFit(alpha=2.5, D=0.1, xmin=1.0, n_tail=3, n=4, dropped=0,
+        ...                   status="ok", xmin_rule="median")
+        >>> record = LayerRecord.from_spectra(
+        ...     "fc", "linear", (1, 4, 4), np.array([[0.5, 1.0], [2.0, 4.0]]), fit, 2, 2)
+        >>> record.windows, record.spectral_norm, record.evals.tolist()
+        (2, 4.0, [0.5, 1.0, 2.0, 4.0])
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, int, int]
+    status: str
+    message: str = ""
+    windows: int = 0
+    window_rows: int = 0
+    window_cols: int = 0
+    alpha: float = _NAN
+    D: float = _NAN
+    sigma: float = _NAN
+    xmin: float = _NAN
+    xmax: float = _NAN
+    num_pl_spikes: int = 0
+    norm: float = _NAN
+    log_norm: float = _NAN
+    spectral_norm: float = _NAN
+    log_spectral_norm: float = _NAN
+    alpha_weighted: float = _NAN
+    log_alpha_norm: float = _NAN
+    stable_rank: float = _NAN
+    matrix_rank: int | float = _NAN
+    entropy: float = _NAN
+    mp_softrank: float = _NAN
+    Q: float = _NAN
+    M: int = 0
+    N: int = 0
+    num_evals: int = 0
+    dropped: int = 0
+    window_alpha_mean: float = _NAN
+    window_alpha_std: float = _NAN
+    alpha_se: float = _NAN
+    alpha_low: float = _NAN
+    alpha_high: float = _NAN
+    alpha_even: float = _NAN
+    alpha_odd: float = _NAN
+    split_half: float = _NAN
+    window_alphas: Array = field(default_factory=_no_values, repr=False)
+    window_evals: Array = field(default_factory=_no_windows, repr=False)
+
+    @classmethod
+    def from_spectra(
+        cls,
+        name: str,
+        kind: str,
+        shape: tuple[int, int, int],
+        window_evals: Array,
+        fit: PowerLawFit,
+        window_rows: int,
+        window_cols: int,
+        uncertainty: Uncertainty | None = None,
+        *,
+        evals: Array | None = None,
+        eps: float = float(np.finfo(np.float64).eps),
+        message: str = "",
+    ) -> LayerRecord:
+        """Builds the record of a layer whose eigenvalues are known.
+
+        Args:
+            name: the layer's name.
+            kind: the layer's kind.
+            shape: the stack's shape (S, R, C).
+            window_evals: float64 (windows, k), the eigenvalues of each window, each row ascending.
+            fit: the power-law fit of all of them pooled; its status becomes the record's.
+            window_rows: rows of one window.
+            window_cols: columns of one window.
+            uncertainty: the spread over the windows; None where it was not asked for. Ignored when
+                there is one window, which has no spread.
+            evals: the pooled eigenvalues in ascending order, if the caller has them already. The
+                metrics are computed from them; they are not kept.
+            eps: unit roundoff of the arithmetic that gave the eigenvalues.
+            message: what went wrong; by default the fit's status in words.
+
+        Raises:
+            ValueError: if window_evals is not two-dimensional or evals is not as long.
+        """
+        per_window = np.asarray(window_evals, dtype=np.float64)
+        if per_window.ndim != 2:
+            raise ValueError(
+                f"window_evals: expected shape (windows, k), got {per_window.shape}",
+            )
+        pooled = np.sort(per_window, axis=None) if evals is None else np.asarray(evals, np.float64)
+        if pooled.shape != (per_window.size,):
+            raise ValueError(f"evals: expected shape ({per_window.size},), got {pooled.shape}")
+
+        metrics: dict[str, Any] = dict(
+            spectrum_metrics(pooled, fit, window_rows, window_cols, eps=eps)
+        )
+        spread = uncertainty if uncertainty and len(per_window) > 1 else Uncertainty()
+        alphas = np.asarray(spread.window_alphas, dtype=np.float64)
+        finite = alphas[np.isfinite(alphas)]
+        return cls(
+            name=name,
+            kind=kind,
+            shape=shape,
+            status=fit.status,
+            message=message or fit_message(fit),
+            windows=len(per_window),
+            window_rows=window_rows,
+            window_cols=window_cols,
+            dropped=fit.dropped,
+            window_alpha_mean=float(finite.mean()) if finite.size else _NAN,
+            window_alpha_std=float(finite.std(ddof=1)) if finite.size > 1 else _NAN,
+            alpha_se=spread.alpha_se,
+            alpha_low=spread.alpha_low,
+            alpha_high=spread.alpha_high,
+            alpha_even=spread.alpha_even,
+            alpha_odd=spread.alpha_odd,
+            split_half=spread.split_half,
+            window_alphas=alphas,
+            window_evals=per_window,
+            **metrics,
+        )
+
+    @classmethod
+    def without_spectrum(
+        cls, name: str, kind: str, shape: tuple[int, int, int], status: str, message: str
+    ) -> LayerRecord:
+        """Builds the record of a layer that has no eigenvalues, with the reason.
+
+        Args:
+            name: the layer's name.
+            kind: the layer's kind.
+            shape: the stack's shape (S, R, C).
+            status: "nonfinite" or "error".
+            message: what went wrong, in one sentence.
+
+        Example:
+            >>> record = LayerRecord.without_spectrum(
+            ...     "fc", "linear", (1, 4, 4), "nonfinite", "3 of 16 weights are NaN")
+            >>> record.status, record.alpha
+            ('nonfinite', nan)
+        """
+        return cls(name=name, kind=kind, shape=shape, status=status, message=message)
+
+    @classmethod
+    def of(cls, state: LayerState, eps: float) -> LayerRecord:
+        """The record of a layer that a run has finished.
+
+        Args:
+            state: with its failure, or its eigenvalues and fits.
+            eps: unit roundoff of the arithmetic that gave the eigenvalues.
+        """
+        spec, grid, fits = state.layer.spec, state.layer.grid, state.fits
+        if state.failure is not None:
+            return cls.without_spectrum(spec.name, spec.kind, spec.shape, *state.failure)
+        assert fits is not None
+        assert state.window_evals is not None
+        spread = Uncertainty(
+            fits.window_alphas, fits.standard_error, *fits.interval(), *fits.halves
+        )
+        return cls.from_spectra(
+            spec.name,
+            spec.kind,
+            spec.shape,
+            state.window_evals,
+            fits.pooled,
+            grid.rows,
+            grid.columns,
+            spread,
+            evals=fits.pooled_evals,
+            eps=eps,
+        )
+
+    @property
+    def evals(self) -> Array:
+        """The eigenvalues of all windows pooled, float64 (num_evals,), ascending.
+
+        Sorted anew each time, for holding them would double what a record takes.
+        """
+        return np.sort(self.read_window_evals(), axis=None)
+
+    def defer_window_evals(self, load: Callable[[], Array]) -> None:
+        """Drops `window_evals` and has them loaded when they are next asked for.
+
+        A copy or a pickle of the record has the values themselves.
+
+        Args:
+            load: returns float64 (windows, k).
+
+        Example:
+            >>> record = LayerRecord("fc", "linear", (1, 2, 2), "ok")
+            >>> record.defer_window_evals(lambda: np.array([[2.0, 3.0], [1.0, 4.0]]))
+            >>> record.evals.tolist()
+            [1.0, 2.0, 3.0, 4.0]
+        """
+        self.__dict__.pop("window_evals", None)
+        self.__dict__["_load_window_evals"] = load
+
+    def read_window_evals(self) -> Array:
+        """`window_evals`, not kept in the record where they have to be loaded."""
+        if "window_evals" in self.__dict__:
+            return self.window_evals
+        load: Callable[[], Array] = self.__dict__["_load_window_evals"]
+        return load()
+
+    @property
+    def has_spectrum(self) -> bool:
+        """Whether there are eigenvalues, known without loading those that have to be loaded."""
+        return "window_evals" not in self.__dict__ or self.window_evals.size > 0
+
+    if not TYPE_CHECKING:  # a type checker would take it for any attribute's
+
+        def __getattr__(self, name: str) -> Any:
+            """Loads `window_evals`: Python asks here for what the instance does not have."""
+            if name == "window_evals" and "_load_window_evals" in self.__dict__:
+                self.window_evals = self.read_window_evals()
+                return self.window_evals
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle takes: values instead of a way to load them."""
+        state = {**self.__dict__, "window_evals": self.read_window_evals()}
+        state.pop("_load_window_evals", None)
+        return state
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks."""
+        return record_html(self)
+
+    def plot_esd(self, ax: Axes | None = None) -> Axes:
+        """Draws the spectrum's density with the fitted tail; see `farms_fast.views.plots`.
+
+        Args:
+            ax: where to draw; None is a figure of its own.
+
+        Raises:
+            ImportError: if matplotlib is not installed.
+            ValueError: if the record has no spectrum.
+        """
+        return plot_esd(self, ax)
+
+    def scalars(self) -> dict[str, str | int | float]:
+        """The record without its arrays; the shape as `stack`, `rows` and `cols`."""
+        row: dict[str, str | int | float] = {}
+        for name in SCALAR_FIELDS:
+            if name == "shape":
+                row["stack"], row["rows"], row["cols"] = self.shape
+            else:
+                row[name] = getattr(self, name)
+        return row
+
+
+# What the files of an analysis are made of, in the order of the fields.
+ARRAY_FIELDS = ("window_alphas", "window_evals")
+TEXT_FIELDS = frozenset(("name", "kind", "status", "message"))
+SCALAR_FIELDS = tuple(f.name for f in dataclasses.fields(LayerRecord) if f.name not in ARRAY_FIELDS)
+INT_FIELDS = frozenset(
+    ("windows", "window_rows", "window_cols", "num_pl_spikes", "M", "N", "num_evals", "dropped")
+)
+CSV_COLUMNS = tuple(LayerRecord.without_spectrum("", "", (0, 0, 0), "", "").scalars())

@@ -1,0 +1,393 @@
+"""The results store: runs, each with its settings and the layers that it has finished."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sqlite3
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+
+from farms_fast.core.arguments import check_type, path_of
+from farms_fast.core.extension import __version__
+from farms_fast.core.jsonable import plain
+from farms_fast.results.record import CSV_COLUMNS, LayerRecord
+from farms_fast.results.store.file import StoreFile
+from farms_fast.results.store.rows import (
+    LAYER_COLUMNS,
+    LayerRow,
+    StoredWindowEvals,
+    pack,
+    sql_text,
+    text_of,
+    unpack,
+)
+from farms_fast.weights.layers import Skipped
+
+__all__ = ["ResultsStore", "RunInfo", "StoredRun"]
+
+_RECORD = ", ".join(f'"{name}"' for name in ("id", *CSV_COLUMNS, "window_alphas"))
+_INSERT = (
+    "INSERT INTO layers (run, position, "
+    + ", ".join(f'"{name}"' for name in LAYER_COLUMNS)
+    + f") VALUES ({', '.join('?' * (2 + len(LAYER_COLUMNS)))})"
+)
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What a store knows of one run besides its layers.
+
+    Attributes:
+        id: its number in the store.
+        started: when, UTC, ISO 8601.
+        finished: when all of its layers were there; None until then.
+        settings: how the layers are computed.
+        versions: of farms_fast, Python, NumPy, torch and SQLite when it started.
+        layers: layers that are stored.
+        total: layers that the model has; None if nobody has said.
+    """
+
+    id: int
+    started: str
+    finished: str | None
+    settings: dict[str, object]
+    versions: dict[str, str]
+    layers: int
+    total: int | None
+
+
+class ResultsStore:
+    """An SQLite file with the results of runs, written layer by layer.
+
+    Each layer is one transaction: after a kill at any moment the file has it whole or not at all.
+    Processes may write to one store at once; they wait for each other, at most `timeout` seconds.
+    The threads of one process may share this object; a forked process opens its own.
+
+    The tables are `runs`, `layers` (a column for each scalar of a record, NaN as NULL),
+    `spectra` (packed by `farms_fast.results.store.codec.encode`) and `skipped`.
+
+    Args:
+        path: the file.
+        timeout: seconds to wait for another writer.
+        create: whether to make the file if there is none.
+
+    Raises:
+        FileNotFoundError: if the file, or with `create` its directory, does not exist.
+        OSError: if it cannot be opened or written; a full disk names itself, and the layers that
+            are in the file stay readable.
+        TimeoutError: if another process has locked it for longer than the timeout.
+        ValueError: if it is not a results store, damaged, or of another format version.
+
+    Example:
+        >>> import tempfile
+        >>> record = LayerRecord("fc", "linear", (1, 4, 4), "ok", alpha=2.5)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with ResultsStore(folder + "/run.sqlite") as store:
+        ...         run = store.run({"xmin": "median"})
+        ...         if run.finished("fc", "digest of its weights") is None:
+        ...             run.put(0, record, "digest of its weights")
+        ...         run.complete(["fc"])
+        ...         store.read()[0][0].alpha
+        2.5
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], *, timeout: float = 60.0, create: bool = True
+    ) -> None:
+        self._file = StoreFile(path_of("path", path), timeout, create=create)
+        self.path = self._file.path
+
+    def __enter__(self) -> ResultsStore:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the file. Records that came from it open it again for their spectra."""
+        self._file.close()
+
+    def run(
+        self,
+        settings: Mapping[str, object],
+        *,
+        deciding: Collection[str] | None = None,
+        total: int | None = None,
+        force: bool = False,
+    ) -> StoredRun:
+        """Continues the newest run with these settings, or starts one.
+
+        Args:
+            settings: how the layers are computed, in values that JSON has a form for. A run that
+                is continued keeps the settings that it was started with.
+            deciding: the names of the settings that decide the numbers, and so which run it is;
+                None is all of them.
+            total: layers that the model has, for `runs`.
+            force: start a new run in any case. The older ones stay in the file, and without
+                `force` the new one is continued from then on.
+
+        Raises:
+            OSError: if the file cannot be written.
+            ValueError: if a name of `deciding` is none of the settings.
+        """
+        check_type("settings", settings, Mapping, "a mapping of names to values")
+        names = settings.keys() if deciding is None else set(deciding)
+        if unknown := sorted(names - settings.keys()):
+            raise ValueError(
+                f"deciding: expected names of settings ({', '.join(sorted(settings))}), "
+                f"got {', '.join(unknown)}"
+            )
+        key = json.dumps(plain({name: settings[name] for name in names}), sort_keys=True)
+        with self._file.writing() as connection:
+            found = None if force else newest_run(connection, key)
+            if found is None:
+                values = (key, json.dumps(plain(settings)), json.dumps(_versions()), _now(), total)
+                found = insert_run(connection, values)
+            elif total is not None:
+                connection.execute("UPDATE runs SET total = ? WHERE id = ?", (total, found))
+        return StoredRun(self._file, found)
+
+    def runs(self) -> list[RunInfo]:
+        """The runs in the order in which they were started."""
+        with self._file.reading() as connection:
+            rows = connection.execute(
+                "SELECT id, started, finished, settings, versions, total, (SELECT count(*) FROM "
+                "layers WHERE run = runs.id AND position IS NOT NULL) FROM runs ORDER BY id"
+            ).fetchall()
+        return [
+            RunInfo(number, started, finished, self._json(settings), self._json(versions), n, total)
+            for number, started, finished, settings, versions, total, n in rows
+        ]
+
+    def read(
+        self, run: int | None = None
+    ) -> tuple[list[LayerRecord], list[Skipped], dict[str, object]]:
+        """The layers of a run in the model's order, its skipped tensors and its settings.
+
+        A run that is not finished gives the layers that are there. Spectra are read from the file
+        when a record is first asked for them, so the file has to stay where it is.
+
+        Args:
+            run: the run's number; None is the newest.
+
+        Raises:
+            OSError: if the file cannot be read.
+            ValueError: if there is no such run, or the file is damaged.
+        """
+        with self._file.reading() as connection:
+            known = dict(connection.execute("SELECT id, settings FROM runs ORDER BY id"))
+            if not known:
+                raise ValueError(f"store: {self.path!r} holds no run")
+            number = max(known) if run is None else run
+            if number not in list(known):  # what has no hash is no run either
+                raise ValueError(
+                    f"run: expected one of {', '.join(map(str, known))}, got {number!r}"
+                )
+            layers = connection.execute(
+                f"SELECT {_RECORD} FROM layers WHERE run = ? AND position IS NOT NULL "
+                "ORDER BY position, id",
+                (number,),
+            ).fetchall()
+            skipped = connection.execute(
+                "SELECT name, shape, reason FROM skipped WHERE run = ? ORDER BY position", (number,)
+            ).fetchall()
+        return (
+            [read_record(self._file, row) for row in layers],
+            [
+                Skipped(text_of(name), tuple(self._json(shape)), text_of(reason))
+                for name, shape, reason in skipped
+            ],
+            self._json(known[number]),
+        )
+
+    def _json(self, text: str) -> Any:
+        try:
+            return json.loads(text)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"store: {self.path!r} is damaged ({error})") from error
+
+
+class StoredRun:
+    """One run of an opened store; `ResultsStore.run` makes them.
+
+    Attributes:
+        id: its number in the store.
+    """
+
+    def __init__(self, file: StoreFile, number: int) -> None:
+        self._file = file
+        self.id = number
+
+    def finished(self, name: str, digest: str) -> LayerRecord | None:
+        """The record of a layer that need not be computed again.
+
+        Args:
+            name: the layer's name.
+            digest: of the layer's weights as they are now.
+
+        Returns:
+            The record, its spectrum read when asked for; None if the run does not have the layer,
+            has it for other weights, or has it with status "error", which is worth another try.
+
+        Raises:
+            OSError: if the file cannot be read.
+            ValueError: if it is damaged.
+        """
+        with self._file.reading() as connection:
+            row = connection.execute(
+                f"SELECT {_RECORD} FROM layers WHERE run = ? AND name = ? AND digest = ? "
+                "AND status <> 'error'",
+                (self.id, sql_text(name), digest),
+            ).fetchone()
+        return None if row is None else read_record(self._file, row)
+
+    def put(self, index: int, record: LayerRecord, digest: str) -> None:
+        """Stores a layer, whole or not at all.
+
+        Where the run has the layer for the same weights already, that record stays (a run in two
+        processes computes some layers twice); any other is replaced.
+
+        Args:
+            index: the layer's position in the model.
+            record: its record, with the spectrum.
+            digest: of its weights.
+
+        Raises:
+            OSError: if it cannot be written; a full disk names itself.
+        """
+        self.put_many([(index, record, digest)])
+
+    def put_many(self, layers: Iterable[tuple[int, LayerRecord, str]]) -> None:
+        """Stores layers that were finished together, all or none, in one transaction.
+
+        Args:
+            layers: the arguments of `put` for each.
+
+        Raises:
+            OSError: if they cannot be written; a full disk names itself.
+        """
+        # Packing takes the longest, so it is done before others are kept from writing.
+        rows = [(index, pack(record, digest)) for index, record, digest in layers]
+        with self._file.writing() as connection:
+            for index, row in rows:
+                write_layer(connection, self.id, index, row)
+
+    def put_skipped(self, skipped: Sequence[Skipped]) -> None:
+        """Stores the tensors that are not layers, in place of those stored before.
+
+        Raises:
+            OSError: if they cannot be written.
+        """
+        rows = [
+            (self.id, i, sql_text(s.name), json.dumps(s.shape), sql_text(s.reason))
+            for i, s in enumerate(skipped)
+        ]
+        with self._file.writing() as connection:
+            connection.execute("DELETE FROM skipped WHERE run = ?", (self.id,))
+            connection.executemany("INSERT INTO skipped VALUES (?, ?, ?, ?, ?)", rows)
+
+    def complete(self, names: Sequence[str]) -> None:
+        """Marks the run as finished, with these layers in this order.
+
+        Stored layers that are not among them stay in the file, in case the model has them again,
+        but are no part of the run's analysis.
+
+        Args:
+            names: the model's layers in order.
+
+        Raises:
+            OSError: if it cannot be written.
+            ValueError: if a name is there twice, or a layer is not stored.
+        """
+        if len(set(names)) != len(names):
+            twice = next(name for i, name in enumerate(names) if name in names[:i])
+            raise ValueError(f"names: expected each layer once, got {twice!r} more than once")
+        with self._file.writing() as connection:
+            connection.execute("UPDATE layers SET position = NULL WHERE run = ?", (self.id,))
+            for position, name in enumerate(names):
+                changed = connection.execute(
+                    "UPDATE layers SET position = ? WHERE run = ? AND name = ?",
+                    (position, self.id, sql_text(name)),
+                ).rowcount
+                if not changed:
+                    raise ValueError(f"names: layer {name!r} is not stored, the run is unfinished")
+            connection.execute(
+                "UPDATE runs SET finished = coalesce(finished, ?), total = ? WHERE id = ?",
+                (_now(), len(names), self.id),
+            )
+
+
+def newest_run(connection: sqlite3.Connection, key: str) -> int | None:
+    """The number of the newest run with that key."""
+    (found,) = connection.execute("SELECT max(id) FROM runs WHERE key = ?", (key,)).fetchone()
+    return None if found is None else int(found)
+
+
+def insert_run(connection: sqlite3.Connection, values: Sequence[object]) -> int:
+    """Starts a run with its key, settings, versions, start and total; returns its number."""
+    cursor = connection.execute(
+        "INSERT INTO runs (key, settings, versions, started, total) VALUES (?, ?, ?, ?, ?)", values
+    )
+    assert cursor.lastrowid is not None
+    return cursor.lastrowid
+
+
+def write_layer(
+    connection: sqlite3.Connection, run: int, position: int | None, row: LayerRow
+) -> None:
+    """Puts a layer into a run, unless it is there for the same weights without an error."""
+    values = dict(zip(LAYER_COLUMNS, row.values, strict=True))
+    there = connection.execute(
+        "SELECT id, digest, status FROM layers WHERE run = ? AND name = ?", (run, values["name"])
+    ).fetchone()
+    if there is not None:
+        number, digest, status = there
+        if digest == values["digest"] and (status != "error" or values["status"] == "error"):
+            if position is not None:
+                connection.execute(
+                    "UPDATE layers SET position = ? WHERE id = ?", (position, number)
+                )
+            return
+        connection.execute("DELETE FROM layers WHERE id = ?", (number,))
+    number = connection.execute(_INSERT, (run, position, *row.values)).lastrowid
+    connection.executemany(
+        "INSERT INTO spectra VALUES (?, ?, ?, ?, ?)",
+        [(number, i, *part) for i, part in enumerate(row.parts)],
+    )
+    # A finished run that gets other layers is one to finish again.
+    connection.execute("UPDATE runs SET finished = NULL WHERE id = ?", (run,))
+
+
+def read_record(file: StoreFile, row: Sequence[Any]) -> LayerRecord:
+    """The record of a row of the table of layers, its spectrum to be read when asked for."""
+    number, *values = row
+    record = unpack(values, file.path)
+    record.defer_window_evals(StoredWindowEvals(file.path, file.timeout, number, record.name))
+    return record
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "farms_fast": __version__,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "torch": str(torch.__version__),
+        "sqlite": sqlite3.sqlite_version,
+    }

@@ -1,0 +1,184 @@
+"""Layer records as rows of a results store, and back to the same bits."""
+
+from __future__ import annotations
+
+import math
+import os
+import sqlite3
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from farms_fast.results.record import (
+    CSV_COLUMNS,
+    INT_FIELDS,
+    SCALAR_FIELDS,
+    TEXT_FIELDS,
+    LayerRecord,
+)
+from farms_fast.results.store.codec import decode, encode
+from farms_fast.results.store.file import StoreFile
+
+__all__ = [
+    "LAYER_COLUMNS",
+    "LayerRow",
+    "StoredWindowEvals",
+    "pack",
+    "sql_text",
+    "text_of",
+    "unpack",
+]
+
+Array = npt.NDArray[np.float64]
+
+# A value of SQLite is below 1 GB, and one part at a time is what reading and writing hold.
+_PART_BYTES = 16 * 2**20
+
+LAYER_COLUMNS = ("digest", *CSV_COLUMNS, "window_alphas")
+"""The columns of a layer that are the same in every store: all but id, run and position."""
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """A layer as it goes into the tables.
+
+    Attributes:
+        values: one value per name of LAYER_COLUMNS.
+        parts: per part of the spectrum its windows, their order k and the packed eigenvalues.
+    """
+
+    values: tuple[object, ...]
+    parts: Sequence[tuple[int, int, bytes]]
+
+
+def sql_text(text: str) -> str | bytes:
+    """The text, or its bytes where UTF-8 has no form for it (lone surrogates)."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "surrogatepass")
+    return text
+
+
+def text_of(value: str | bytes) -> str:
+    """What `sql_text` was given."""
+    return value.decode("utf-8", "surrogatepass") if isinstance(value, bytes) else value
+
+
+def pack(record: LayerRecord, digest: str) -> LayerRow:
+    """Turns a record into a row: the work that needs no access to the file."""
+    scalars = [_sql(value) for value in record.scalars().values()]
+    alphas = encode(np.asarray(record.window_alphas, dtype=np.float64))
+    per_window = np.asarray(record.read_window_evals(), dtype=np.float64)
+    windows, k = per_window.shape
+    step = max(1, _PART_BYTES // (8 * max(1, k)))
+    parts = [
+        (min(step, windows - begin), k, encode(per_window[begin : begin + step]))
+        for begin in range(0, windows, step)
+    ]
+    if not parts and k:
+        parts = [(0, k, encode(per_window))]
+    return LayerRow((digest, *scalars, alphas), parts)
+
+
+def unpack(row: Sequence[Any], path: str) -> LayerRecord:
+    """Turns a row into a record whose spectrum is still to be set.
+
+    Args:
+        row: the values of CSV_COLUMNS and window_alphas.
+        path: the store, for the message of an error.
+
+    Raises:
+        ValueError: if a value is not what that column holds.
+    """
+    *scalars, alphas = row
+    columns = dict(zip(CSV_COLUMNS, scalars, strict=True))
+    try:
+        values = {name: _field(name, columns) for name in SCALAR_FIELDS}
+        values["window_alphas"] = decode(alphas)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"store: {path!r} has a damaged record of layer {columns['name']!r} ({error})"
+        ) from error
+    return LayerRecord(**values)
+
+
+@dataclass(frozen=True)
+class StoredWindowEvals:
+    """Reads the eigenvalues of one stored layer when called.
+
+    Attributes:
+        path: the store.
+        timeout: seconds to wait while another process writes to it.
+        layer: the layer's row.
+        name: the layer's name.
+    """
+
+    path: str
+    timeout: float
+    layer: int
+    name: str
+
+    def __call__(self) -> Array:
+        """The eigenvalues, float64 (windows, k).
+
+        Raises:
+            OSError: if the store cannot be read.
+            ValueError: if the layer has been computed again since, or its bytes are damaged.
+        """
+        file = StoreFile(self.path, self.timeout, create=False)
+        try:
+            with file.reading() as connection:
+                (there,) = connection.execute(
+                    "SELECT count(*) FROM layers WHERE id = ?", (self.layer,)
+                ).fetchone()
+                if not there:
+                    raise ValueError(
+                        f"store: {self.path!r} no longer has this spectrum of layer "
+                        f"{self.name!r}, which has been computed again since"
+                    )
+                parts = [self._part(*part) for part in self._parts(connection)]
+        finally:
+            file.close()
+        if not parts:
+            return np.empty((0, 0), dtype=np.float64)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _parts(self, connection: sqlite3.Connection) -> sqlite3.Cursor:
+        return connection.execute(
+            "SELECT windows, k, evals FROM spectra WHERE layer = ? ORDER BY part", (self.layer,)
+        )
+
+    def _part(self, windows: int, k: int, packed: bytes) -> Array:
+        try:
+            return decode(packed).reshape(windows, k)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"store: {os.fspath(self.path)!r} has a damaged spectrum of layer "
+                f"{self.name!r} ({error})"
+            ) from error
+
+
+def _sql(value: str | int | float) -> object:
+    if isinstance(value, str):
+        return sql_text(value)
+    if isinstance(value, (int, np.integer)):
+        return int(value)
+    return None if math.isnan(value) else float(value)
+
+
+def _field(name: str, columns: dict[str, Any]) -> Any:
+    if name == "shape":
+        return (int(columns["stack"]), int(columns["rows"]), int(columns["cols"]))
+    value = columns[name]
+    if name in TEXT_FIELDS:
+        return text_of(value)
+    if name in INT_FIELDS:
+        return int(value)
+    if value is None:
+        return math.nan
+    # The rank is an integer wherever it is known.
+    return value if name == "matrix_rank" and isinstance(value, int) else float(value)

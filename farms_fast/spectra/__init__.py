@@ -1,0 +1,1 @@
+"""Windows, eigenvalues, power-law fits, metrics and the bootstrap over windows."""

@@ -1,0 +1,351 @@
+"""Power-law fit of a spectrum's tail: alpha, its distance D and where the tail starts.
+
+With `l` the ascending positive finite eigenvalues, `N` their number and `n = N - i`, the
+tail that starts at index `i` has the maximum-likelihood exponent
+
+`alpha(i) = 1 + n / (sum_{j >= i} ln l_j - n ln l_i)`
+
+and the Kolmogorov-Smirnov distance
+
+`D(i) = max_{j >= i} |1 - (l_j / l_i)^(1 - alpha(i)) - (j - i) / n|`
+
+(Clauset, Shalizi and Newman, SIAM Review 51, 2009). Three rules choose `i`; see
+`fit_power_law`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import accumulate
+
+import torch
+
+from farms_fast.core import ops
+from farms_fast.core.arguments import MOST_BINS, check_int, check_type
+from farms_fast.core.arrays import on_stream_of, to_tensor
+
+__all__ = [
+    "STATUSES",
+    "XMIN_RULES",
+    "PowerLawFit",
+    "PowerLawFits",
+    "fit_power_law",
+    "fit_power_laws",
+    "packed_offsets",
+    "sort_spectra",
+    "xmin_rule",
+]
+
+#: What a fit can end as, in the order of the op's status codes.
+STATUSES = ("ok", "too_few", "degenerate_tail", "no_candidate", "nonfinite")
+
+#: Every accepted name of a rule, and the rule it means.
+XMIN_RULES = {
+    "median": "median",
+    "xmin_mid": "median",
+    "ks": "ks",
+    "goodness-of-fit": "ks",
+    "peak": "peak",
+    "xmin_peak": "peak",
+    "fix-finger": "peak",
+}
+
+
+@dataclass(frozen=True)
+class PowerLawFit:
+    """Fit of one spectrum.
+
+    Attributes:
+        alpha: exponent of the density, above 1; NaN unless `status` is `"ok"`.
+        D: Kolmogorov-Smirnov distance between tail and fit; NaN unless ok.
+        xmin: smallest value of the tail; NaN unless ok.
+        n_tail: values in the tail; 0 unless ok.
+        n: values that entered the fit, the tail and what lies below it.
+        dropped: values that did not enter: zero, negative or not finite.
+        status: `"ok"`; `"too_few"`: fewer than two values in the tail;
+            `"degenerate_tail"`: the tail's values are all equal; `"no_candidate"`: no value
+            near the peak; `"nonfinite"`: there were values, none of them finite.
+        xmin_rule: the rule that chose `xmin`: `"median"`, `"ks"` or `"peak"`.
+    """
+
+    alpha: float
+    D: float
+    xmin: float
+    n_tail: int
+    n: int
+    dropped: int
+    status: str
+    xmin_rule: str = "median"
+
+    @property
+    def sigma(self) -> float:
+        """Standard error of alpha for independent values, `(alpha - 1) / sqrt(n_tail)`."""
+        return (self.alpha - 1) / math.sqrt(self.n_tail) if self.n_tail > 0 else math.nan
+
+
+@dataclass(frozen=True)
+class PowerLawFits:
+    """Fits of many spectra, one entry of each tensor per spectrum, on the spectra's device.
+
+    Attributes:
+        alpha: float64; see `PowerLawFit` for this and the following.
+        D: float64.
+        xmin: float64.
+        n_tail: int64.
+        n: int64.
+        dropped: int64.
+        status: int64, an index into `STATUSES`.
+        xmin_rule: the rule, one for all.
+    """
+
+    alpha: torch.Tensor
+    D: torch.Tensor
+    xmin: torch.Tensor
+    n_tail: torch.Tensor
+    n: torch.Tensor
+    dropped: torch.Tensor
+    status: torch.Tensor
+    xmin_rule: str
+
+    @property
+    def sigma(self) -> torch.Tensor:
+        """Standard errors of alpha; NaN where a fit is not ok."""
+        return (self.alpha - 1) / torch.sqrt(self.n_tail.to(self.alpha.dtype))
+
+    def __len__(self) -> int:
+        return self.alpha.numel()
+
+    def __getitem__(self, index: int) -> PowerLawFit:
+        """Fit of one spectrum; waits for the device."""
+        return self.part(slice(index, index + 1)).to_list()[0]
+
+    def part(self, spectra: slice) -> PowerLawFits:
+        """The fits of some of the spectra."""
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        del tensors["xmin_rule"]
+        return replace(self, **{name: tensor[spectra] for name, tensor in tensors.items()})
+
+    def to_list(self) -> list[PowerLawFit]:
+        """All fits on the host; waits for the device once."""
+        reals = torch.stack((self.alpha, self.D, self.xmin))
+        integers = torch.stack((self.n_tail, self.n, self.dropped, self.status))
+        return [
+            PowerLawFit(alpha, distance, xmin, n_tail, n, dropped, STATUSES[status], self.xmin_rule)
+            for alpha, distance, xmin, n_tail, n, dropped, status in zip(
+                *reals.tolist(), *integers.tolist(), strict=True
+            )
+        ]
+
+
+def xmin_rule(name: str) -> str:
+    """Canonical name of a rule: `"median"`, `"ks"` or `"peak"`.
+
+    Args:
+        name: a canonical name or an alias, a key of `XMIN_RULES`.
+
+    Raises:
+        ValueError: for any other name.
+
+    Example:
+        >>> xmin_rule("fix-finger")
+        'peak'
+    """
+    if not isinstance(name, str) or name not in XMIN_RULES:
+        choices = ", ".join(repr(choice) for choice in XMIN_RULES)
+        raise ValueError(f"xmin: expected one of {choices}; got {name!r}")
+    return XMIN_RULES[name]
+
+
+def fit_power_law(
+    evals: object,
+    xmin: str = "median",
+    xmin_pos: float = 2,
+    bins: int = 100,
+    *,
+    compat: str | None = None,
+) -> PowerLawFit:
+    """Fits a power law to the tail of one spectrum.
+
+    Args:
+        evals: eigenvalues, 1-D and floating, in any order: a NumPy array, a torch tensor on CPU
+            or CUDA, or an array of another library that has `__dlpack__`. It is not written.
+            Values that are not positive and finite are dropped and counted.
+        xmin: where the tail starts. `"median"` (`"xmin_mid"`): at index `int(N / xmin_pos)`.
+            `"ks"` (`"goodness-of-fit"`): at the first index of least D that leaves two values
+            in the tail. `"peak"` (`"xmin_peak"`, `"fix-finger"`): likewise among the values
+            between 0.95 and 1.5 times the left edge of the fullest bin of `log10 l`.
+        xmin_pos: used by `"median"`; finite and above 1.
+        bins: histogram bins, used by `"peak"`; 1 to 2^20.
+        compat: `"farms"` repeats a slip of the published FARMS code under `"peak"`: its lower
+            end is `log10` of 0.95 times the edge.
+
+    Returns:
+        The fit. A spectrum that cannot be fitted is no error: `status` says why.
+
+    Raises:
+        TypeError: if `evals` is no floating array, or a parameter is no number.
+        ValueError: if `evals` is not 1-D or empty, or a parameter is out of range or unknown.
+
+    Example:
+        >>> import numpy as np
+        >>> fit = fit_power_law(np.exp(np.arange(4.0)), xmin_pos=4)
+        >>> fit.status, round(fit.alpha, 6), fit.n_tail
+        ('ok', 2.0, 3)
+    """
+    with on_stream_of(evals):
+        values = _spectrum(evals)
+        # A comparison costs a hundredth of a sort, and most spectra come sorted. NaN compares as
+        # false.
+        ascending = bool((values[1:] >= values[:-1]).all())
+        ordered = values.contiguous() if ascending else torch.sort(values).values
+        offsets = torch.tensor([0, ordered.numel()], device=ordered.device)
+        return fit_power_laws(ordered, offsets, xmin, xmin_pos, bins, compat=compat)[0]
+
+
+def packed_offsets(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Where packed spectra of these lengths begin, and the last one ends; int64, on the device.
+
+    Example:
+        >>> packed_offsets([4, 2], torch.device("cpu"))
+        tensor([0, 4, 6])
+    """
+    offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int64, device="cpu")
+    return offsets.to(device, non_blocking=True)
+
+
+def sort_spectra(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """Packed spectra, each in ascending order with NaN last, without waiting for a device.
+
+    It takes two sorts of all values, however many spectra there are.
+
+    Args:
+        values: (total,), the spectra one after the other.
+        offsets: as for `fit_power_laws`; they begin at 0 and end at the total.
+
+    Example:
+        >>> import torch
+        >>> sort_spectra(torch.tensor([3.0, 1.0, 2.0, 0.5]), torch.tensor([0, 2, 4])).tolist()
+        [1.0, 3.0, 0.5, 2.0]
+    """
+    ascending, indices = values.sort()
+    spectra = offsets.numel() - 1
+    if spectra == 1:
+        return ascending
+    # Few bits sort faster.
+    narrow = torch.uint8 if spectra <= 256 else torch.int32
+    numbers = torch.arange(spectra, dtype=narrow, device=values.device)
+    owners = numbers.repeat_interleave(offsets.diff(), output_size=values.numel())
+    return ascending[owners[indices].sort(stable=True).indices]
+
+
+def fit_power_laws(
+    spectra: torch.Tensor,
+    offsets: torch.Tensor,
+    xmin: str = "median",
+    xmin_pos: float = 2,
+    bins: int = 100,
+    *,
+    compat: str | None = None,
+) -> PowerLawFits:
+    """Fits a power law to the tail of each of many packed spectra, without waiting for a device.
+
+    Args:
+        spectra: float64, 1-D, contiguous: the spectra one after the other, each ascending with
+            NaN last.
+        offsets: int64, one more entry than there are spectra, on the same device; spectrum `s`
+            is `spectra[offsets[s]:offsets[s + 1]]`.
+        xmin: as in `fit_power_law`, and so are `xmin_pos`, `bins` and `compat`.
+        xmin_pos: see there.
+        bins: see there.
+        compat: see there.
+
+    Raises:
+        TypeError: if a tensor has another dtype, or a parameter is no number.
+        ValueError: if a tensor has another shape or device, or a parameter is out of range.
+
+    Example:
+        >>> import torch
+        >>> packed = torch.exp(torch.tensor([0.0, 1.0, 2.0, 3.0, 5.0, 5.0], dtype=torch.float64))
+        >>> fits = fit_power_laws(packed, torch.tensor([0, 4, 6]), xmin_pos=4)
+        >>> [fit.status for fit in fits.to_list()]
+        ['ok', 'degenerate_tail']
+    """
+    rule = xmin_rule(xmin)
+    position = _xmin_pos(xmin_pos)
+    n_bins = check_int("bins", bins, least=1, most=MOST_BINS)
+    if compat not in (None, "farms"):
+        raise ValueError(f"compat: expected None or 'farms', got {compat!r}")
+    _require_packed(spectra, offsets)
+    alpha, distance, tail_start, n_tail, status, dropped = ops.fit_power_law(
+        spectra, offsets, rule, position, n_bins, compat == "farms"
+    )
+    return PowerLawFits(
+        alpha=alpha,
+        D=distance,
+        xmin=tail_start,
+        n_tail=n_tail,
+        n=torch.diff(offsets) - dropped,
+        dropped=dropped,
+        status=status,
+        xmin_rule=rule,
+    )
+
+
+def _spectrum(evals: object) -> torch.Tensor:
+    """One spectrum as a float64 tensor on its own device, perhaps sharing the caller's memory."""
+    tensor, _ = to_tensor("evals", evals, real=True)
+    if tensor.ndim != 1:
+        raise ValueError(f"evals: expected one spectrum (1-D), got shape {tuple(tensor.shape)}")
+    if tensor.numel() == 0:
+        raise ValueError("evals: expected at least one value, got none")
+    return tensor.to(torch.float64)
+
+
+def _xmin_pos(xmin_pos: float) -> float:
+    try:
+        position = float(xmin_pos)
+    except (TypeError, ValueError):
+        got = type(xmin_pos).__name__
+        raise TypeError(f"xmin_pos: expected a number above 1, got {got}") from None
+    if not (math.isfinite(position) and position > 1):
+        raise ValueError(f"xmin_pos: expected a finite number above 1, got {xmin_pos!r}")
+    return position
+
+
+def _require_packed(spectra: torch.Tensor, offsets: torch.Tensor) -> None:
+    for name, tensor, dtype in (
+        ("spectra", spectra, torch.float64),
+        ("offsets", offsets, torch.int64),
+    ):
+        check_type(name, tensor, torch.Tensor, "a torch tensor")
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name}: expected {dtype}, got {tensor.dtype}")
+        if tensor.ndim != 1:
+            raise ValueError(f"{name}: expected 1-D, got shape {tuple(tensor.shape)}")
+    if offsets.numel() == 0:
+        raise ValueError("offsets: expected one entry more than spectra, got none")
+    if not spectra.is_contiguous():
+        raise ValueError("spectra: expected a contiguous tensor")
+    if spectra.device != offsets.device:
+        raise ValueError(
+            f"offsets: expected the spectra's device {spectra.device}, got {offsets.device}"
+        )
+
+
+def nonfinite_message(bad: int, windows: int) -> str:
+    """Why a layer has no fit whose eigenvalues are not finite in so many of its windows."""
+    return f"NaN, infinity or overflow in {bad} of {windows} windows"
+
+
+def fit_message(fit: PowerLawFit) -> str:
+    """Why a fit failed, for the reader of a report; empty where it did not."""
+    used = f"{fit.n} eigenvalues, {fit.dropped} dropped, xmin rule {fit.xmin_rule!r}"
+    return {
+        "ok": "",
+        "too_few": f"too few positive eigenvalues for a fit ({used})",
+        "degenerate_tail": f"the eigenvalues of the tail are all equal ({used})",
+        "no_candidate": f"no eigenvalue qualifies as xmin ({used})",
+        "nonfinite": f"the spectrum has values that are not finite ({used})",
+    }.get(fit.status, f"the fit ended as {fit.status!r} ({used})")

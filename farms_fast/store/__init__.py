@@ -1,6 +1,0 @@
-"""Results on disk as they come: one SQLite file that survives a kill at any moment."""
-
-from farms_fast.store.merging import merge
-from farms_fast.store.results_store import ResultsStore, RunInfo, StoredRun
-
-__all__ = ["ResultsStore", "RunInfo", "StoredRun", "merge"]

@@ -1,0 +1,1 @@
+"""The truth that tests compare with."""

@@ -1,0 +1,1 @@
+"""From models and files to the matrices of their layers."""

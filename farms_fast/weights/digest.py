@@ -1,0 +1,132 @@
+"""Digests of weights: whether a layer is still what it was when it was analysed.
+
+A tensor's digest depends on its dtype, shape and values, bit by bit, and on nothing else: not on
+strides, device or where it came from. It is BLAKE2b over pieces of 16 MiB, which several threads
+hash at once, and then over the pieces' digests; no more than a few pieces are ever copied.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from farms_fast.weights.recipes import canonical_json, region_read
+from farms_fast.weights.stacks import LayerSpec
+
+__all__ = ["layer_digest_of", "tensor_digest"]
+
+# Part of the digest: another size of piece is another digest.
+_PIECE = 16 * 2**20
+_SIZE = 20
+_THREADS = max(1, min(8, os.cpu_count() or 1))
+
+
+def tensor_digest(tensor: torch.Tensor) -> str:
+    """Digest of dtype, shape and values.
+
+    Args:
+        tensor: dense, on any device, with any strides; not written.
+
+    Returns:
+        40 hexadecimal digits.
+
+    Raises:
+        ValueError: the tensor has no data (meta device) or is not dense.
+
+    Example:
+        >>> import torch
+        >>> weight = torch.arange(6.0).reshape(2, 3)
+        >>> tensor_digest(weight.T.contiguous().T) == tensor_digest(weight)
+        True
+        >>> tensor_digest(weight.reshape(3, 2)) == tensor_digest(weight)
+        False
+    """
+    if tensor.layout is not torch.strided or tensor.is_meta:
+        what = "the meta device" if tensor.is_meta else str(tensor.layout)
+        raise ValueError(f"tensor: expected a dense tensor with data, got one of {what}")
+    tensor = tensor.detach()
+    per_piece = _PIECE // tensor.element_size()
+    bounds = [
+        (start, min(start + per_piece, tensor.numel()))
+        for start in range(0, tensor.numel(), per_piece)
+    ]
+
+    def digest(bound: tuple[int, int]) -> bytes:
+        state = hashlib.blake2b(digest_size=_SIZE)
+        for run in _runs(tensor, *bound):
+            state.update(_bytes(run))
+        return state.digest()
+
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    head = f"tensor {dtype} {tuple(tensor.shape)}".encode()
+    if len(bounds) > 1:
+        with ThreadPoolExecutor(_THREADS) as pool:
+            pieces = b"".join(pool.map(digest, bounds))
+    else:
+        pieces = b"".join(map(digest, bounds))
+    return hashlib.blake2b(head + pieces, digest_size=_SIZE).hexdigest()
+
+
+def layer_digest_of(spec: LayerSpec, tensors: Sequence[torch.Tensor]) -> str:
+    """Digest of a layer whose tensors are loaded.
+
+    It covers the layer's name, kind and shape, the identity of its recipe, and what the stack is
+    made from: of a fused tensor, the rows of this layer alone.
+
+    Args:
+        spec: the layer.
+        tensors: as `LayerSpec.to_stack` takes them.
+
+    Returns:
+        40 hexadecimal digits.
+
+    Raises:
+        ValueError: there are more or fewer tensors than the layer has, or one has no data.
+        TypeError: `to_stack` is a caller's own and no plain function.
+
+    Example:
+        >>> import torch
+        >>> from farms_fast.weights.recipes import AsStored
+        >>> spec = LayerSpec("fc", "linear", ("fc",), (1, 4, 3), torch.float32, AsStored())
+        >>> layer_digest_of(spec, [torch.ones(4, 3)]) == layer_digest_of(spec, [torch.zeros(4, 3)])
+        False
+    """
+    if len(tensors) != len(spec.tensors):
+        raise ValueError(
+            f"tensors: expected {len(spec.tensors)} for layer {spec.name!r}, got {len(tensors)}"
+        )
+    made = {"name": spec.name, "kind": spec.kind, "shape": spec.shape, "recipe": spec.to_stack}
+    state = hashlib.blake2b(canonical_json(made).encode(), digest_size=_SIZE)
+    for tensor in region_read(spec.to_stack, tuple(tensors)):
+        state.update(tensor_digest(tensor).encode())
+    return state.hexdigest()
+
+
+def _bytes(run: torch.Tensor) -> memoryview:
+    held = run.resolve_conj().resolve_neg().cpu().contiguous()
+    # One element has whatever stride it was cut out with.
+    return held.as_strided(held.shape, (1,)).view(torch.uint8).numpy().data
+
+
+def _runs(tensor: torch.Tensor, start: int, stop: int) -> Iterator[torch.Tensor]:
+    """Elements `start` to `stop` in the order of a contiguous tensor, as 1-D tensors."""
+    if tensor.is_contiguous():
+        yield tensor.view(-1)[start:stop]
+    elif tensor.dim() == 1:
+        yield tensor[start:stop]
+    else:
+        inner = tensor[0].numel()
+        first, last = -(-start // inner), stop // inner
+        if first > last:  # within one entry of the first dimension
+            yield from _runs(tensor[last], start - last * inner, stop - last * inner)
+            return
+        if start < first * inner:
+            yield from _runs(tensor[first - 1], start - (first - 1) * inner, inner)
+        if first < last:
+            yield tensor[first:last].reshape(-1)
+        if last * inner < stop:
+            yield from _runs(tensor[last], 0, stop - last * inner)

@@ -1,0 +1,297 @@
+"""From the tensors of a model to layers, each a stack of equal matrices.
+
+`layers_from_headers` knows names, shapes and dtypes only; `layers_from_module` also knows what
+kind of module owns a tensor. Neither reads a weight. Every tensor ends either in a layer or in the
+list of skipped ones, with its reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from farms_fast.core.arguments import check_module, unmatched_pattern
+from farms_fast.weights.formats.lora_modules import Wrapper, module_wrappers, visible_name
+from farms_fast.weights.formats.quantised import dequantised_headers
+from farms_fast.weights.model_config import ModelConfig
+from farms_fast.weights.module_tensors import (
+    module_tensor,
+    own_tensors,
+    sparse_layout,
+    tensor_identity,
+)
+from farms_fast.weights.recipes import Computed
+from farms_fast.weights.rules.header_index import HeaderIndex, Weight
+from farms_fast.weights.rules.layer_rules import RULES, unusable
+from farms_fast.weights.rules.module_rules import layers_by_owner
+from farms_fast.weights.rules.operator_layers import merge_complex_parts, module_notes
+from farms_fast.weights.stacks import (
+    LayerSpec,
+    Part,
+    Patterns,
+    Skipped,
+    TensorHeader,
+    WeightCandidate,
+    WeightTransform,
+)
+
+__all__ = [
+    "LayerSpec",
+    "Skipped",
+    "TensorHeader",
+    "layers_from_headers",
+    "layers_from_module",
+    "module_tensor",
+    "sparse_layout",
+    "tensor_identity",
+]
+
+
+@dataclass(frozen=True)
+class _Owned:
+    """A tensor of a module, under the name that it has when nothing is wrapped.
+
+    `reason` says why it is no weight of its own, and is empty when it may be one.
+    """
+
+    header: TensorHeader
+    owner: nn.Module
+    reason: str
+
+
+def layers_from_headers(
+    headers: Sequence[TensorHeader],
+    include: Patterns = None,
+    exclude: Patterns = None,
+    *,
+    config: ModelConfig | None = None,
+    change: WeightTransform | None = None,
+) -> tuple[list[LayerSpec], list[Skipped]]:
+    """Layers of a checkpoint, from the names, shapes and dtypes of its tensors.
+
+    A grouped convolution cannot be told from an ungrouped one by its header, nor a transposed one
+    without a bias: both are read as `(out, in, *kernel)`. Their modules tell more.
+
+    Args:
+        headers: one for each tensor; the layers come in this order.
+        include: None, a glob or several, matched with case against layer names. A layer that it
+            matches is analysed even when it is left out by default, as embeddings are.
+        exclude: as `include`; it has the last word.
+        config: the model's, for what headers do not tell: how many key heads a fused projection
+            has, how a weight is quantised.
+        change: what an adapter makes of the weights, quantised ones being restored by then.
+
+    Returns:
+        The layers to analyse and the tensors that are not analysed, both in order.
+
+    Raises:
+        ValueError: two headers have one name, `include` is empty, or a pattern matches no name.
+        TypeError: a pattern is not a string, or `change` no function.
+
+    Example:
+        >>> import torch
+        >>> headers = [
+        ...     TensorHeader("conv.weight", (8, 4, 3, 3), torch.float32),
+        ...     TensorHeader("conv.bias", (8,), torch.float32),
+        ... ]
+        >>> layers, skipped = layers_from_headers(headers)
+        >>> layers[0].name, layers[0].kind, layers[0].shape
+        ('conv', 'conv2d', (9, 8, 4))
+        >>> skipped[0].name, skipped[0].reason
+        ('conv.bias', 'vector, not a matrix')
+    """
+    names = [header.name for header in headers]
+    if len(set(names)) != len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"headers: expected each name once, got {twice!r} more than once")
+    weights = _changed(merge_complex_parts(dequantised_headers(headers, config)), change)
+    index = HeaderIndex((header for header, _ in weights), config)
+    answers = [(header, reason or _layers_of(Weight(header, index))) for header, reason in weights]
+    return _select(answers, index, include, exclude)
+
+
+def layers_from_module(
+    module: nn.Module,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    *,
+    change: WeightTransform | None = None,
+) -> tuple[list[LayerSpec], list[Skipped]]:
+    """Layers of a module, from the types of its submodules and the shapes of their parameters.
+
+    Buffers are not analysed, but for those that hold a quantised weight. A parametrised, pruned or
+    normalised weight, and one in a LoRA layer as PEFT makes it, is taken as the module uses it. A
+    `config` attribute as Hugging Face's models have it is read. Of tied weights the first that is
+    analysed counts, the others are skipped.
+
+    Args:
+        module: any module; it is neither run nor changed.
+        include: as in `layers_from_headers`.
+        exclude: as in `layers_from_headers`.
+        change: as in `layers_from_headers`.
+
+    Returns:
+        The layers to analyse and the tensors that are not analysed, both in module order.
+
+    Raises:
+        ValueError: `include` is empty, or a pattern matches no name.
+        TypeError: `module` is not a module, a pattern is not a string, or `change` no function.
+
+    Example:
+        >>> from torch import nn
+        >>> layers, skipped = layers_from_module(nn.Sequential(nn.Linear(8, 4), nn.ReLU()))
+        >>> [(layer.name, layer.tensors, layer.shape) for layer in layers]
+        [('0', ('0.weight',), (1, 4, 8))]
+        >>> skipped
+        [Skipped(name='0.bias', shape=(4,), reason='vector, not a matrix')]
+    """
+    check_module("module", module)
+    wrappers = module_wrappers(module)
+    owned: list[_Owned] = []
+    for prefix, owner in module.named_modules(remove_duplicate=False):
+        for leaf, tensor, reason in own_tensors(owner, prefix):
+            name = f"{prefix}.{leaf}" if prefix else leaf
+            visible, elsewhere = visible_name(name, wrappers)
+            lazy = isinstance(tensor, nn.parameter.UninitializedParameter)
+            header = TensorHeader(
+                visible,
+                () if lazy else tuple(tensor.shape),
+                tensor.dtype,
+                None if lazy else tensor_identity(tensor),
+                () if visible == name else (name,),
+            )
+            if parametrize.is_parametrized(owner, leaf):
+                # Computed just now and gone in a moment: the next one may lie in the same place.
+                header = replace(header, identity=(id(owner), leaf))
+            owned.append(_Owned(header, owner, reason or sparse_layout(tensor) or elsewhere))
+    config = _config_of(module)
+    # A weight that is made of several tensors takes the position of the first.
+    positions = {name: n for n, item in enumerate(owned) for name in item.header.stored}
+    weights = [
+        weight if weight.reason else _as_wrapped(weight.header, wrappers)
+        for weight in dequantised_headers([i.header for i in owned if not i.reason], config)
+    ]
+    notes = module_notes(module)
+    weights = _changed(merge_complex_parts(weights, notes), change)
+    index = HeaderIndex((header for header, _ in weights), config, notes)
+    answers: list[tuple[int, TensorHeader, list[Part] | str]] = [
+        (number, item.header, item.reason) for number, item in enumerate(owned) if item.reason
+    ]
+    for header, reason in weights:
+        position = min((positions[n] for n in header.stored if n in positions), default=len(owned))
+        owner = owned[position].owner if position < len(owned) else None
+        answers.append((position, header, reason or _layers_of(Weight(header, index), owner)))
+    answers.sort(key=lambda answer: answer[0])
+    return _select([(header, answer) for _, header, answer in answers], index, include, exclude)
+
+
+def _changed(
+    weights: list[WeightCandidate], change: WeightTransform | None
+) -> list[WeightCandidate]:
+    if change is None:
+        return weights
+    if not callable(change):
+        raise TypeError(f"change: expected None or a function, got {type(change).__name__}")
+    return change(weights)
+
+
+def _as_wrapped(header: TensorHeader, wrappers: Mapping[str, Wrapper]) -> WeightCandidate:
+    """A weight with the updates of all LoRA layers around the module that has it."""
+    weight = WeightCandidate(header)
+    path = header.stored[0].rpartition(".")[0]
+    while not weight.reason and path.rpartition(".")[2] == "base_layer":
+        path = path.rpartition(".")[0]
+        if path not in wrappers:
+            break
+        weight = wrappers[path].updated(weight.header)
+    return weight
+
+
+def _config_of(module: nn.Module) -> ModelConfig | None:
+    """What a Hugging Face model knows of itself."""
+    to_dict = getattr(getattr(module, "config", None), "to_dict", None)
+    entries = to_dict() if callable(to_dict) else None
+    return ModelConfig.of(entries) if isinstance(entries, Mapping) else None
+
+
+def _layers_of(weight: Weight, owner: nn.Module | None = None) -> list[Part] | str:
+    """What the first rule with an answer makes of a weight, or why there are no layers."""
+    answer = unusable(weight)
+    if not answer and owner is not None:
+        answer = layers_by_owner(weight, owner)
+    for rule in RULES:
+        answer = answer or rule(weight)
+    if not answer or isinstance(answer, str):
+        return answer or f"{weight.rank}-D tensor: no rule makes matrices of it"
+    count, rows, cols = answer[0].shape
+    if min(rows, cols) > 1:
+        return answer
+    what = "depthwise or single-channel: " if count > 1 else ""
+    return f"{what}a {rows} x {cols} matrix has one singular value, no spectrum"
+
+
+def _select(
+    answers: Sequence[tuple[TensorHeader, list[Part] | str]],
+    index: HeaderIndex,
+    include: Patterns,
+    exclude: Patterns,
+) -> tuple[list[LayerSpec], list[Skipped]]:
+    """Applies the patterns, and takes tied weights once."""
+    included, excluded = _patterns("include", include), _patterns("exclude", exclude)
+    layers: list[LayerSpec] = []
+    skipped: list[Skipped] = []
+    names: list[str] = []
+    first_use: dict[Hashable, str] = {}
+    for header, answer in answers:
+        if isinstance(answer, str):
+            name = index.layer_name(header.name)
+            names.append(name)
+            skipped.append(Skipped(name, header.shape, answer))
+            continue
+        for number, part in enumerate(answer):
+            names.append(part.name)
+            key = None if header.identity is None else (header.identity, len(answer), number)
+            reason = _left_out(part, included, excluded)
+            if not reason and key in first_use:
+                reason = f"tied to {first_use[key]}"
+            if reason:
+                shape = part.shape if len(answer) > 1 else header.shape
+                skipped.append(Skipped(part.name, shape, reason))
+                continue
+            if key is not None:
+                first_use[key] = part.name
+            combine, stack = header.combine, part.to_stack
+            recipe = stack if combine is None else Computed(combine, stack)
+            dtype, tensors = header.dtype, header.stored
+            layers.append(LayerSpec(part.name, part.kind, tensors, part.shape, dtype, recipe))
+    for argument, patterns in (("include", included), ("exclude", excluded)):
+        for pattern in patterns or ():
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise unmatched_pattern(argument, pattern, names)
+    return layers, skipped
+
+
+def _left_out(part: Part, included: list[str] | None, excluded: list[str] | None) -> str:
+    for pattern in excluded or ():
+        if fnmatchcase(part.name, pattern):
+            return f"excluded by {pattern!r}"
+    if included is None:
+        return part.left_out
+    if any(fnmatchcase(part.name, pattern) for pattern in included):
+        return ""
+    return "not matched by include"
+
+
+def _patterns(argument: str, value: Patterns) -> list[str] | None:
+    if value is None:
+        return None
+    patterns = [value] if isinstance(value, str) else value
+    if not isinstance(patterns, Sequence) or not all(isinstance(p, str) for p in patterns):
+        raise TypeError(f"{argument}: expected None, a glob or a sequence of globs, got {value!r}")
+    if argument == "include" and not patterns:
+        raise ValueError("include: expected None or at least one glob, got an empty sequence")
+    return list(patterns)

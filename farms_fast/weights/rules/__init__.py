@@ -1,0 +1,1 @@
+"""Which tensors are layers, and how each becomes a stack of matrices."""

@@ -1,0 +1,135 @@
+"""A weight as the rules see it: its header, its names and its neighbours in the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from farms_fast.weights.model_config import ModelConfig
+from farms_fast.weights.stacks import TensorHeader
+
+__all__ = ["HeaderIndex", "Weight", "leaf_name"]
+
+# Names of layers that GPT-2 stores (in, out).
+_GPT2_LEAVES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
+
+
+def leaf_name(name: str) -> str:
+    """What stands after the last dot."""
+    return name.rpartition(".")[2]
+
+
+class HeaderIndex:
+    """The tensors of a model by name.
+
+    Args:
+        headers: of all of its weights.
+        config: of the model.
+        notes: what the modules tell, from `farms_fast.weights.rules.operator_layers.module_notes`.
+    """
+
+    def __init__(
+        self,
+        headers: Iterable[TensorHeader],
+        config: ModelConfig | None = None,
+        notes: Mapping[str, str] | None = None,
+    ) -> None:
+        self.by_name = {header.name: header for header in headers}
+        self.config = config or ModelConfig()
+        self.notes = notes or {}
+
+    def layer_name(self, tensor_name: str) -> str:
+        """The tensor's name without a trailing `.weight`, unless another tensor has that name."""
+        base = tensor_name.removesuffix(".weight")
+        return tensor_name if base in self.by_name else base
+
+    def same_module(self, tensor_name: str, leaf: str) -> TensorHeader | None:
+        """The tensor `leaf` of the same module, if there is one."""
+        parent, dot, _ = tensor_name.rpartition(".")
+        return self.by_name.get(parent + dot + leaf)
+
+    def sibling_layer(self, tensor_name: str, leaf: str) -> TensorHeader | None:
+        """The weight of the layer `leaf` beside the tensor's.
+
+        `a.down_proj` for `a.up_proj`, and `a.down_proj.weight` for `a.up_proj.weight`.
+        """
+        parent, dot, _ = tensor_name.removesuffix(".weight").rpartition(".")
+        suffix = ".weight" if leaf_name(tensor_name) == "weight" else ""
+        return self.by_name.get(f"{parent}{dot}{leaf}{suffix}")
+
+    @cached_property
+    def has_transposed_gpt2_layers(self) -> bool:
+        """Whether some `c_*` weight is proven to be stored (in, out), so that all of them are."""
+        weights = (Weight(header, self) for header in self.by_name.values())
+        return any(
+            weight.bias_proves_transposed or weight.is_transposed_c_attn
+            for weight in weights
+            if weight.has_gpt2_name and weight.rank == 2
+        )
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A tensor that the rules make layers of.
+
+    Attributes:
+        header: of the tensor.
+        index: of its model.
+    """
+
+    header: TensorHeader
+    index: HeaderIndex
+
+    @cached_property
+    def name(self) -> str:
+        """Name of the layer."""
+        return self.index.layer_name(self.header.name)
+
+    @property
+    def leaf(self) -> str:
+        """The tensor's name within its module, `weight` of most."""
+        return leaf_name(self.header.name)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the tensor."""
+        return self.header.shape
+
+    @property
+    def rank(self) -> int:
+        """The number of its dimensions."""
+        return len(self.header.shape)
+
+    @property
+    def bias(self) -> TensorHeader | None:
+        """The bias beside a tensor called `weight`."""
+        return self.index.same_module(self.header.name, "bias") if self.leaf == "weight" else None
+
+    @property
+    def bias_proves_transposed(self) -> bool:
+        """Whether it is stored (in, out, ...): its bias has the length of the second dimension."""
+        if self.bias is None or self.rank < 2:
+            return False
+        out, inputs = self.shape[:2]
+        return self.bias.shape == (inputs,) and inputs != out
+
+    @property
+    def has_gpt2_name(self) -> bool:
+        """Whether the layer is called like one of GPT-2's that are stored (in, out)."""
+        return leaf_name(self.name) in _GPT2_LEAVES
+
+    @property
+    def is_transposed_c_attn(self) -> bool:
+        """Whether the shape alone proves a fused projection to be stored (in, out)."""
+        rows, cols = self.shape
+        return leaf_name(self.header.name.removesuffix(".weight")) == "c_attn" and cols == 3 * rows
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether a matrix is stored (in, out): proven, or of a GPT-2 whose other layers are."""
+        if self.bias_proves_transposed or not self.has_gpt2_name:
+            return self.bias_proves_transposed
+        # A square weight proves nothing by itself, but the layout is one for the whole model.
+        square = self.shape[0] == self.shape[1]
+        return self.is_transposed_c_attn or (square and self.index.has_transposed_gpt2_layers)

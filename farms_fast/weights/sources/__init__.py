@@ -1,0 +1,157 @@
+"""Where weights come from: a module, a mapping of tensors, or a checkpoint on disk.
+
+A source tells its layers from headers alone and loads one tensor at a time. Nothing here writes to
+a caller's tensor or to a file, and nothing in a file is ever executed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from farms_fast.weights.sources.adapter import AdapterSource
+from farms_fast.weights.sources.base import HeaderSource, Patterns, Source
+from farms_fast.weights.sources.files import PICKLE_SUFFIXES, PickleSource, SafetensorsSource
+from farms_fast.weights.sources.folder import (
+    adapter_config,
+    checkpoint_holds,
+    named_base,
+    open_adapter,
+    open_folder,
+)
+from farms_fast.weights.sources.memory import MappingSource, ModuleSource
+
+__all__ = [
+    "AdapterSource",
+    "MappingSource",
+    "ModuleSource",
+    "Patterns",
+    "PickleSource",
+    "SafetensorsSource",
+    "Source",
+    "checkpoint_holds",
+    "checkpoints_of",
+    "open_source",
+]
+
+Model = nn.Module | Mapping[str, Any] | str | os.PathLike[str]
+
+
+def open_source(
+    model: Model, *, base: Model | None = None
+) -> HeaderSource | ModuleSource | AdapterSource:
+    """Open whatever holds weights.
+
+    Args:
+        model: a module; a mapping of names to tensors or NumPy arrays; or a path. A path may be a
+            `.safetensors` file, a pickled state dict (`.pt`, `.pth`, `.bin`, `.ckpt`), or
+            a folder with, in this order of preference, `adapter_config.json` (a PEFT adapter),
+            `model.safetensors`, an index of safetensors shards, a single safetensors file,
+            `pytorch_model.bin` or its index. A folder's `config.json` is read where headers do
+            not tell enough.
+        base: for the folder of a LoRA adapter, the model that it changes: anything that `model`
+            may be but an adapter. None takes the config's `base_model_name_or_path` if that is a
+            path that exists.
+
+    Returns:
+        A source. Pickles are read with `weights_only`: what is not plain tensors is refused. Of
+        an adapter, the layers are those of its base, with the weights that are in effect. The
+        update alone is of low rank, and so has no spectrum to fit; its factors are analysed as
+        they are when the path of its file is given.
+
+    Raises:
+        FileNotFoundError: the path, or a file that an index names, does not exist.
+        ValueError: the file or folder holds no readable weights, an index names a file outside its
+            folder, a mapping holds no tensor, an adapter has no base, or `base` is given for what
+            is no adapter.
+        TypeError: `model` is none of these, or an array in a mapping is not of numbers.
+
+    Example:
+        >>> import torch
+        >>> source = open_source({"fc.weight": torch.ones(4, 3)})
+        >>> layers, skipped = source.layers()
+        >>> layers[0].to_stack(source.load(layers[0].tensors[0])).shape
+        torch.Size([1, 4, 3])
+    """
+    path = _path_of("model", model)
+    config = adapter_config(path) if path is not None and path.is_dir() else None
+    if path is None or config is None:
+        if base is not None:
+            raise ValueError("base: expected None, because the model is no folder of an adapter")
+        return _open("model", model)
+    return AdapterSource(_open_base(path, config, base), open_adapter(path), config)
+
+
+def checkpoints_of(
+    path: str | os.PathLike[str], base: str | os.PathLike[str] | None = None
+) -> list[Path]:
+    """The paths that `open_source` reads for these arguments: an adapter's config may name one."""
+    found = [Path(path).expanduser()]
+    if base is None:
+        config = adapter_config(found[0]) if found[0].is_dir() else None
+        named = None if config is None else named_base(config)
+    else:
+        named = Path(base).expanduser()
+    return found if named is None else [*found, named]
+
+
+def _open_base(
+    folder: Path, config: Mapping[str, Any], base: Model | None
+) -> HeaderSource | ModuleSource:
+    if base is None:
+        local = named_base(config)
+        if local is None:
+            named = config.get("base_model_name_or_path")
+            raise ValueError(
+                f"{folder}: expected the base of this adapter, whose config names {named!r}, which"
+                " is no path here: give it as base, or analyse the adapter's factors as they are"
+                " by giving the path of its file"
+            )
+        base = local
+    path = _path_of("base", base)
+    if path is not None and path.is_dir() and adapter_config(path) is not None:
+        raise ValueError(f"base: expected a model, got another adapter: {str(path)!r}")
+    return _open("base", base)
+
+
+def _path_of(argument: str, model: object) -> Path | None:
+    """The path of a model on disk, None of one in memory."""
+    if isinstance(model, (nn.Module, Mapping)):
+        return None
+    if not isinstance(model, (str, os.PathLike)) or not isinstance(os.fspath(model), str):
+        raise TypeError(
+            f"{argument}: expected a torch.nn.Module, a mapping of names to tensors, or a path, "
+            f"got {type(model).__name__}"
+        )
+    if not os.fspath(model):
+        raise ValueError(f"{argument}: expected a path, got an empty string")
+    return Path(model).expanduser()
+
+
+def _open(argument: str, model: Model) -> HeaderSource | ModuleSource:
+    if isinstance(model, nn.Module):
+        return ModuleSource(model)
+    if isinstance(model, Mapping):
+        return MappingSource(model, f"state dict of {len(model)} entries")
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return open_folder(path)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{argument}: expected a file or folder of weights, got {str(path)!r}, which does not"
+            " exist (a model of a hub has to be downloaded first)"
+        )
+    if path.suffix == ".safetensors":
+        return SafetensorsSource({path: None}, str(path))
+    if path.suffix in PICKLE_SUFFIXES:
+        return PickleSource({path: None}, str(path))
+    arrays = path.suffix == ".npz"
+    in_python = " (in Python, analyze(dict(numpy.load(path))) takes it)" if arrays else ""
+    raise ValueError(
+        f"{argument}: expected a folder or a file ending in .safetensors,"
+        f" {', '.join(PICKLE_SUFFIXES)}, got {str(path)!r}{in_python}"
+    )

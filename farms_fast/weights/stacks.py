@@ -1,0 +1,138 @@
+"""What is known of tensors, weights and layers before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+__all__ = [
+    "LayerSpec",
+    "Part",
+    "Patterns",
+    "Skipped",
+    "TensorHeader",
+    "ToTensor",
+    "WeightCandidate",
+    "WeightTransform",
+]
+
+Patterns = str | Sequence[str] | None
+# A recipe of `farms_fast.weights.recipes`, or a caller's own function.
+ToTensor = Callable[..., torch.Tensor]
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One layer: which tensors it reads and how they become a stack of matrices.
+
+    Attributes:
+        name: module name, or tensor name without a trailing `.weight`; a part of a fused tensor
+            has its role appended (`attn.in_proj.q`, `lstm.weight_ih_l0.f`).
+        kind: `linear`, `attention`, `conv1d`..`conv3d`, `conv_transpose1d`..
+            `conv_transpose3d`, `lstm`, `gru`, `rnn`, `experts`, `bilinear`,
+            `spectral`, `stacked` (any other stack of matrices) or `embedding`.
+        tensors: names of the source tensors in the order in which `to_stack` takes them. There are
+            several where a weight is computed: a quantised one with its scales, one with its LoRA
+            update.
+        shape: `(S, R, C)`: S equal matrices of R rows and C columns.
+        dtype: of the stored tensor, or of the computed weight. A `spectral` layer that stores
+            real and imaginary parts apart has a real dtype and gives a complex stack.
+        to_stack: loaded tensors to the `(S, R, C)` stack.
+    """
+
+    name: str
+    kind: str
+    tensors: tuple[str, ...]
+    shape: tuple[int, int, int]
+    dtype: torch.dtype
+    to_stack: ToTensor
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A tensor, or a part of one, that is not analysed, and why.
+
+    Attributes:
+        name: its layer name.
+        shape: of the tensor; of the stack when a whole layer was left out.
+        reason: one line for the reader of a report.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """What is known of a weight before it is loaded.
+
+    Attributes:
+        name: its name in the checkpoint or module.
+        shape: its dimensions.
+        dtype: as stored, or as `combine` returns it.
+        identity: equal for two names of one and the same memory, None when that is not known.
+        tensors: names of the stored tensors that it is computed from; empty for a stored one.
+        combine: those tensors, loaded, to the weight; None for a stored one.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    identity: Hashable | None = None
+    tensors: tuple[str, ...] = ()
+    combine: ToTensor | None = None
+
+    @classmethod
+    def computed(
+        cls,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        parts: Sequence[TensorHeader],
+        combine: ToTensor,
+    ) -> TensorHeader:
+        """The header of a weight that `combine` makes of stored parts."""
+        known = all(part.identity is not None for part in parts)
+        identity = (*(part.identity for part in parts), combine) if known else None
+        tensors = tuple(name for part in parts for name in part.stored)
+        return cls(name, shape, dtype, identity, tensors, combine)
+
+    @property
+    def stored(self) -> tuple[str, ...]:
+        """Names of the tensors to load."""
+        return self.tensors or (self.name,)
+
+
+class WeightCandidate(NamedTuple):
+    """A weight that may become layers, and why it does not; an empty reason leaves it to rules."""
+
+    header: TensorHeader
+    reason: str = ""
+
+
+# What an adapter, or a caller, makes of the weights of a model.
+WeightTransform = Callable[[Sequence[WeightCandidate]], list[WeightCandidate]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A layer that a rule makes of one tensor.
+
+    Attributes:
+        name: as in `LayerSpec`.
+        kind: as in `LayerSpec`.
+        shape: `(S, R, C)`.
+        to_stack: as in `LayerSpec`, of one tensor.
+        left_out: why only an include pattern brings the layer into an analysis; empty for a layer
+            that is analysed by default.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, int, int]
+    to_stack: ToTensor
+    left_out: str = ""
