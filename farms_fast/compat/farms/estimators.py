@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from farms_fast.compat.arguments import positive
+from farms_fast.compat.arguments import choice, positive
 from farms_fast.compat.farms.published_windows import (
     block_windows,
     sampled_windows,
