@@ -15,12 +15,14 @@ from typing import Annotated
 
 import typer
 
+import farms_fast
+from farms_fast import run_analysis
 from farms_fast.cli.compare import register as register_compare
 from farms_fast.cli.console import (
     EXIT_LAYERS_FAILED,
     check_outputs,
+    cli_errors,
     echo,
-    one_line_errors,
     terminal_width,
 )
 from farms_fast.cli.export import register as register_exports
@@ -52,6 +54,7 @@ from farms_fast.cli.report import register as register_report
 from farms_fast.cli.tables import all_skipped, counted, fit_table, skipped_lines
 from farms_fast.core.arguments import parse_memory
 from farms_fast.core.text import fixed, printable
+from farms_fast.engine.distributed import Ranks, local_device, torchrun_group
 from farms_fast.results.analysis import Analysis
 from farms_fast.results.record import LayerRecord
 
@@ -95,18 +98,7 @@ _COLUMNS: tuple[tuple[str, int, Callable[[LayerRecord], str]], ...] = (
 
 
 def format_table(records: Sequence[LayerRecord], width: int) -> str:
-    """Lays the records out as a plain table of at most that many columns.
-
-    Columns are left out, the least important first, until the names have room; then names are
-    shortened in their middle. Numbers are never cut: name and alpha stay even where they are wider
-    than the terminal.
-
-    Args:
-        records: the layers.
-        width: columns of the terminal.
-
-    Returns:
-        Lines without trailing spaces, the heading first.
+    """The records as a plain table, in at most `width` columns if name and alpha fit (`fit_table`).
 
     Example:
         >>> from farms_fast.results.record import LayerRecord
@@ -136,8 +128,6 @@ def _summary(analysis: Analysis, seconds: float) -> str:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        import farms_fast
-
         typer.echo(f"farms-fast {farms_fast.__version__}")
         raise typer.Exit
 
@@ -157,9 +147,7 @@ def _common(
 @app.command()
 def info() -> None:
     """Print how this installation was built and what it can use."""
-    import farms_fast
-
-    with one_line_errors():
+    with cli_errors():
         for key, value in farms_fast.build_info().items():
             echo(f"{key}: {value}")
 
@@ -212,10 +200,7 @@ def analyze(
     Exit codes: 0 every layer is ok, 1 some layers failed, 2 bad usage or bad input,
     130 interrupted, 141 the reader of the table has left.
     """
-    with one_line_errors(model="path"), contextlib.ExitStack() as context:
-        from farms_fast.engine.distributed import Ranks, local_device, torchrun_group
-        from farms_fast.run_analysis import analyze as analyze_model
-
+    with cli_errors(model="path"), contextlib.ExitStack() as context:
         sampling = sampling_of(rows, q, per_dim, full)
         check_outputs(path, base, store=store, csv=csv, json=json)
         group = context.enter_context(torchrun_group())
@@ -223,7 +208,7 @@ def analyze(
         where = device if device is not None else local_device()
 
         start = time.perf_counter()
-        analysis = analyze_model(
+        analysis = run_analysis.analyze(
             path,
             sampling,
             xmin,

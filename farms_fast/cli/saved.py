@@ -1,4 +1,4 @@
-"""What the commands that read saved analyses share."""
+"""Reads saved analyses for the commands."""
 
 from __future__ import annotations
 
@@ -25,9 +25,7 @@ _SQLITE = b"SQLite format 3\x00"
 
 
 def load_saved(path: Path, run: int | None = None, option: str = "run") -> Analysis:
-    """Reads an analysis from a store or from a JSON file, whichever the file is.
-
-    A run that is not finished gives the layers that are there, with a note on stderr.
+    """Reads an analysis from a store or a JSON file, with a note on stderr for an unfinished run.
 
     Args:
         path: the file.
@@ -35,8 +33,8 @@ def load_saved(path: Path, run: int | None = None, option: str = "run") -> Analy
         option: the option that gave the run, for messages.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is neither, or has no such run.
+        FileNotFoundError: there is no such file.
+        ValueError: it is neither, or has no such run.
     """
     if not path.exists():
         raise FileNotFoundError(f"no such file: {str(path)!r}")
@@ -57,17 +55,7 @@ def load_saved(path: Path, run: int | None = None, option: str = "run") -> Analy
 
 
 def load_run(path: Path, run: int | None, option: str = "run") -> tuple[Analysis, RunInfo]:
-    """A run of a store, the newest where none is named, and what is known of it.
-
-    Args:
-        path: the store.
-        run: a run by its number; None is the newest.
-        option: the option that gave the run, for messages.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is no results store, or has no such run.
-    """
+    """Reads a run of a store, the newest by default, with its `RunInfo`; errors as `load_saved`."""
     with ResultsStore(path, create=False) as store:
         infos = store.runs()
         known = [info.id for info in infos]
@@ -79,5 +67,5 @@ def load_run(path: Path, run: int | None, option: str = "run") -> tuple[Analysis
 
 
 def layers_done(info: RunInfo) -> str:
-    """How many layers a run has of how many, a question mark where that is not known yet."""
+    """Finished layers of all layers; a question mark for a total that is not known yet."""
     return f"{info.layers}/{'?' if info.total is None else info.total}"
