@@ -17,14 +17,6 @@ from farms_fast.core.text import fixed, printable
 from farms_fast.results.comparison import Comparison, LayerDifference, nothing_in_common
 from farms_fast.results.comparison import compare as compare_analyses
 
-__all__ = ["compare", "format_comparison", "register"]
-
-
-def register(app: typer.Typer) -> None:
-    """Adds the command to an application."""
-    app.command()(compare)
-
-
 _SORTS: dict[str, Callable[[LayerDifference], float]] = {
     "difference": lambda layer: -abs(layer.difference),
     "z": lambda layer: -abs(layer.z),

@@ -14,17 +14,6 @@ import typer
 from farms_fast.core.text import printable
 from farms_fast.weights.sources import checkpoint_holds, checkpoints_of
 
-__all__ = [
-    "EXIT_BAD_INPUT",
-    "EXIT_INTERRUPTED",
-    "EXIT_LAYERS_FAILED",
-    "EXIT_READER_LEFT",
-    "check_outputs",
-    "cli_errors",
-    "echo",
-    "terminal_width",
-]
-
 EXIT_LAYERS_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
@@ -53,10 +42,8 @@ def check_outputs(
 ) -> None:
     """Checks, before the work, that every file can be written, none twice, and none that is read.
 
-    Args:
-        checkpoint: the model that is read, if any.
-        base: the base model of an adapter.
-        paths: files by the options that name them, the ones to read included.
+    `checkpoint` and `base` are models that are read; `paths` are files by their options, those that
+    are read included.
     """
     read = [] if checkpoint is None else checkpoints_of(checkpoint, base)
     taken: dict[Path, str] = {}

@@ -14,17 +14,9 @@ from farms_fast.cli.tables import text_table
 from farms_fast.core.text import printable
 from farms_fast.results.store import ResultsStore
 
-__all__ = ["export", "register", "runs"]
-
 Store = Annotated[
     Path, typer.Argument(help="The file of `farms-fast analyze --store`.", show_default=False)
 ]
-
-
-def register(app: typer.Typer) -> None:
-    """Adds the commands of this module to an application."""
-    app.command()(export)
-    app.command()(runs)
 
 
 def export(

@@ -17,7 +17,8 @@ import typer
 
 import farms_fast
 from farms_fast import run_analysis
-from farms_fast.cli.compare import register as register_compare
+from farms_fast.cli import options
+from farms_fast.cli.compare import compare
 from farms_fast.cli.console import (
     EXIT_LAYERS_FAILED,
     check_outputs,
@@ -25,40 +26,16 @@ from farms_fast.cli.console import (
     echo,
     terminal_width,
 )
-from farms_fast.cli.export import register as register_exports
-from farms_fast.cli.options import (
-    AnalysisJson,
-    AspectRatio,
-    Base,
-    Bootstrap,
-    CheckpointPath,
-    Device,
-    Dtype,
-    Exclude,
-    Full,
-    Include,
-    Memory,
-    MetricsCsv,
-    PerDim,
-    Quiet,
-    Rows,
-    ShowSkipped,
-    Solver,
-    Xmin,
-    parse_dtype,
-    sampling_of,
-)
+from farms_fast.cli.export import export, runs
 from farms_fast.cli.plan import plan
 from farms_fast.cli.prune import prune
-from farms_fast.cli.report import register as register_report
+from farms_fast.cli.report import report
 from farms_fast.cli.tables import all_skipped, counted, fit_table, skipped_lines
 from farms_fast.core.arguments import parse_memory
 from farms_fast.core.text import fixed, printable
 from farms_fast.engine.distributed import Ranks, local_device, torchrun_group
 from farms_fast.results.analysis import Analysis
 from farms_fast.results.record import LayerRecord
-
-__all__ = ["app", "format_table", "main", "parse_memory"]
 
 app = typer.Typer(
     name="farms-fast",
@@ -154,26 +131,26 @@ def info() -> None:
 
 @app.command()
 def analyze(
-    path: CheckpointPath,
-    rows: Rows = None,
-    q: AspectRatio = None,
-    per_dim: PerDim = None,
-    full: Full = False,
-    xmin: Xmin = "median",
+    path: options.CheckpointPath,
+    rows: options.Rows = None,
+    q: options.AspectRatio = None,
+    per_dim: options.PerDim = None,
+    full: options.Full = False,
+    xmin: options.Xmin = "median",
     xmin_pos: Annotated[
         float, typer.Option(help="median: the tail starts at the N / this-th eigenvalue of N.")
     ] = 2.0,
     bins: Annotated[int, typer.Option(help="peak: bins of the histogram, at most 2^20.")] = 100,
-    bootstrap: Bootstrap = 100,
-    device: Device = None,
-    dtype: Dtype = "float64",
-    solver: Solver = None,
-    memory: Memory = None,
-    include: Include = None,
-    exclude: Exclude = None,
-    csv: MetricsCsv = None,
-    json: AnalysisJson = None,
-    base: Base = None,
+    bootstrap: options.Bootstrap = 100,
+    device: options.Device = None,
+    dtype: options.Dtype = "float64",
+    solver: options.Solver = None,
+    memory: options.Memory = None,
+    include: options.Include = None,
+    exclude: options.Exclude = None,
+    csv: options.MetricsCsv = None,
+    json: options.AnalysisJson = None,
+    base: options.Base = None,
     store: Annotated[
         Path | None,
         typer.Option(
@@ -184,8 +161,8 @@ def analyze(
     force: Annotated[
         bool, typer.Option("--force", help="With --store: compute all layers anew.")
     ] = False,
-    show_skipped: ShowSkipped = False,
-    quiet: Quiet = False,
+    show_skipped: options.ShowSkipped = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Fit the spectrum of every layer of a checkpoint and print a table.
 
@@ -201,7 +178,7 @@ def analyze(
     130 interrupted, 141 the reader of the table has left.
     """
     with cli_errors(model="path"), contextlib.ExitStack() as context:
-        sampling = sampling_of(rows, q, per_dim, full)
+        sampling = options.sampling_of(rows, q, per_dim, full)
         check_outputs(path, base, store=store, csv=csv, json=json)
         group = context.enter_context(torchrun_group())
         leads = Ranks.of(group).leads
@@ -216,7 +193,7 @@ def analyze(
             bins=bins,
             bootstrap=bootstrap,
             device=where,
-            dtype=parse_dtype(dtype),
+            dtype=options.parse_dtype(dtype),
             solver=solver,
             memory=None if memory is None else parse_memory(memory),
             include=include or None,
@@ -257,11 +234,8 @@ def _report(analysis: Analysis, seconds: float, show_skipped: bool) -> None:
         echo(line)
 
 
-app.command()(plan)
-app.command()(prune)
-register_exports(app)
-register_report(app)
-register_compare(app)
+for _command in (plan, prune, export, runs, report, compare):
+    app.command()(_command)
 
 
 def main() -> None:

@@ -10,25 +10,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from farms_fast.cli import options
 from farms_fast.cli.console import check_outputs, cli_errors, echo
-from farms_fast.cli.options import (
-    AspectRatio,
-    Base,
-    Bootstrap,
-    CheckpointPath,
-    Dtype,
-    Exclude,
-    Full,
-    Include,
-    Memory,
-    PerDim,
-    Rows,
-    ShowSkipped,
-    Solver,
-    Xmin,
-    parse_dtype,
-    sampling_of,
-)
 from farms_fast.cli.tables import all_skipped, counted, skipped_lines, text_table
 from farms_fast.core.arguments import (
     MOST_RESAMPLES,
@@ -45,17 +28,15 @@ from farms_fast.engine.plan import plan as plan_layers
 from farms_fast.weights.layers import Skipped
 from farms_fast.weights.sources import open_source
 
-__all__ = ["plan"]
-
 
 def plan(
-    path: CheckpointPath,
-    rows: Rows = None,
-    q: AspectRatio = None,
-    per_dim: PerDim = None,
-    full: Full = False,
-    xmin: Xmin = "median",
-    bootstrap: Bootstrap = 100,
+    path: options.CheckpointPath,
+    rows: options.Rows = None,
+    q: options.AspectRatio = None,
+    per_dim: options.PerDim = None,
+    full: options.Full = False,
+    xmin: options.Xmin = "median",
+    bootstrap: options.Bootstrap = 100,
     device: Annotated[
         str | None,
         typer.Option(
@@ -63,16 +44,16 @@ def plan(
             show_default="cuda if there is one, else cpu",
         ),
     ] = None,
-    dtype: Dtype = "float64",
-    solver: Solver = None,
-    memory: Memory = None,
-    base: Base = None,
-    include: Include = None,
-    exclude: Exclude = None,
+    dtype: options.Dtype = "float64",
+    solver: options.Solver = None,
+    memory: options.Memory = None,
+    base: options.Base = None,
+    include: options.Include = None,
+    exclude: options.Exclude = None,
     json: Annotated[
         Path | None, typer.Option(help="Write batches and layers with their costs to this file.")
     ] = None,
-    show_skipped: ShowSkipped = False,
+    show_skipped: options.ShowSkipped = False,
 ) -> None:
     """Print what an analysis would take, without reading the weights.
 
@@ -86,7 +67,7 @@ def plan(
     Exit codes: 0 the plan is there, 2 bad usage or bad input.
     """
     with cli_errors(model="path"):
-        sampling = sampling_of(rows, q, per_dim, full)
+        sampling = options.sampling_of(rows, q, per_dim, full)
         check_outputs(path, base, json=json)
         machine = _machine(device)
         _check_solver(solver, machine)
@@ -97,7 +78,7 @@ def plan(
             None if memory is None else parse_memory(memory),
             xmin=xmin,
             bootstrap=natural("bootstrap", bootstrap, most=MOST_RESAMPLES),
-            dtype=parse_dtype(dtype),
+            dtype=options.parse_dtype(dtype),
             machine=machine,
         )
         skipped = [*skipped, *planned.skipped]

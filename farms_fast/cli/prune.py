@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from farms_fast.adapters.pruning.blocks import Blocks
     from farms_fast.adapters.pruning.sparsities import Allocation
 
-__all__ = ["prune"]
-
 
 @takes_options(PruningOptions)
 def prune(context: typer.Context, **given: Any) -> None:

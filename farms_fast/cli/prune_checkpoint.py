@@ -9,8 +9,6 @@ from typing import Any
 
 from farms_fast.core.optional import optional_import
 
-__all__ = ["Checkpoint", "load_checkpoint"]
-
 
 @dataclass(frozen=True)
 class Checkpoint:

@@ -10,17 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 import torch
 import typer
 
-from farms_fast.cli.options import (
-    AspectRatio,
-    Device,
-    Dtype,
-    PerDim,
-    Quiet,
-    Rows,
-    parse_dtype,
-    sampling_of,
-    window_options,
-)
+from farms_fast.cli import options
 from farms_fast.core.arguments import natural, parse_memory
 from farms_fast.results.analysis import Analysis
 from farms_fast.spectra.power_law import xmin_rule
@@ -28,8 +18,6 @@ from farms_fast.spectra.windows import FixedAspectSampling, Sampling
 
 if TYPE_CHECKING:
     from farms_fast.adapters.pruning.sparsities import Allocation
-
-__all__ = ["LONGEST", "PruningOptions", "parse_pattern"]
 
 _ALLOCATIONS = ("farms", "alpha", "owl", "uniform")
 #: The default tokens of a sample, if the model takes as many.
@@ -116,9 +104,9 @@ class PruningOptions:
             help="--evaluate: tokens from one window to the next.", show_default="as --seqlen"
         ),
     ] = None
-    rows: Rows = None
-    q: AspectRatio = None
-    per_dim: PerDim = None
+    rows: options.Rows = None
+    q: options.AspectRatio = None
+    per_dim: options.PerDim = None
     xmin: Annotated[
         str | None,
         typer.Option(
@@ -136,8 +124,8 @@ class PruningOptions:
     ] = None
     owl_lambda: Annotated[float, typer.Option(help="owl: half the width of densities.")] = 0.08
     owl_m: Annotated[float, typer.Option(help="owl: outliers are above M times the mean.")] = 5.0
-    device: Device = None
-    dtype: Dtype = "float64"
+    device: options.Device = None
+    dtype: options.Dtype = "float64"
     model_dtype: Annotated[
         str, typer.Option(help="Weights: auto (as stored), float32, float16 or bfloat16.")
     ] = "auto"
@@ -159,7 +147,7 @@ class PruningOptions:
         ),
     ] = None
     seed: Annotated[int, typer.Option(help="Of the choice of samples.")] = 0
-    quiet: Quiet = False
+    quiet: options.Quiet = False
 
     @property
     def pattern(self) -> tuple[int, int] | None:
@@ -214,14 +202,14 @@ class PruningOptions:
         kind = self.allocation_kind
         if self.compat not in (None, "farms"):
             raise ValueError(f"compat: expected 'farms', got {self.compat!r}")
-        given = window_options(self.rows, self.q, self.per_dim)
+        given = options.window_options(self.rows, self.q, self.per_dim)
         if given and kind != "farms":
             raise ValueError(f"allocation: {kind} has no windows, so it cannot go with {given}")
         if self.compat and not self.uses_alphas:
             raise ValueError(f"allocation: {kind} cannot go with --compat")
         if kind != "farms":
-            return sampling_of(None, None, None, True)
-        windows = sampling_of(self.rows, self.q, self.per_dim, False)
+            return options.sampling_of(None, None, None, True)
+        windows = options.sampling_of(self.rows, self.q, self.per_dim, False)
         return dataclasses.replace(cast(FixedAspectSampling, windows), compat=self.compat)
 
     @property
@@ -245,7 +233,7 @@ class PruningOptions:
             raise ValueError(f"{who} needs --calibration wikitext2, c4 or a text file")
         if not needs_text and self.calibration is not None:
             raise ValueError(f"{who} reads no text, got {self.calibration!r}")
-        parse_dtype(self.dtype)
+        options.parse_dtype(self.dtype)
         for argument, source in (("calibration", self.calibration), ("evaluate", self.evaluate)):
             if source is not None:
                 check_source(source, argument)

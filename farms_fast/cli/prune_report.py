@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from farms_fast.adapters.pruning.sequential import PrunedLayer, PruningReport
     from farms_fast.adapters.pruning.sparsities import Allocation
 
-__all__ = ["report_lines"]
-
 
 def report_lines(
     report: PruningReport,
@@ -23,14 +21,7 @@ def report_lines(
     perplexities: Mapping[str, float],
     unknown: Sequence[str],
 ) -> Iterator[str]:
-    """The lines to print.
-
-    Args:
-        report: result of `prune_model`.
-        allocated: the ratios that were asked for.
-        perplexities: perplexity "before" and "after".
-        unknown: tensors of the checkpoint that the model lacks.
-    """
+    """The lines to print; `unknown` are tensors of the checkpoint that the model lacks."""
     rows = []
     of_block: dict[str, list[PrunedLayer]] = {}
     for layer in report.layers:

@@ -10,13 +10,6 @@ import typer
 from farms_fast.cli.console import check_outputs, cli_errors
 from farms_fast.cli.saved import SavedAnalysis, load_saved
 
-__all__ = ["register", "report"]
-
-
-def register(app: typer.Typer) -> None:
-    """Adds the command to an application."""
-    app.command()(report)
-
 
 def report(
     source: SavedAnalysis,

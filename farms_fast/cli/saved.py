@@ -11,8 +11,6 @@ from farms_fast.core.text import printable
 from farms_fast.results.analysis import Analysis
 from farms_fast.results.store import ResultsStore, RunInfo
 
-__all__ = ["SavedAnalysis", "layers_done", "load_run", "load_saved"]
-
 SavedAnalysis = Annotated[
     Path,
     typer.Argument(
@@ -27,14 +25,8 @@ _SQLITE = b"SQLite format 3\x00"
 def load_saved(path: Path, run: int | None = None, option: str = "run") -> Analysis:
     """Reads an analysis from a store or a JSON file, with a note on stderr for an unfinished run.
 
-    Args:
-        path: the file.
-        run: a run of a store by its number; None is the newest.
-        option: the option that gave the run, for messages.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is neither, or has no such run.
+    `run` is a run of a store by its number, by default the newest, and `option` its name in
+    messages. FileNotFoundError and ValueError for what is missing, or is neither.
     """
     if not path.exists():
         raise FileNotFoundError(f"no such file: {str(path)!r}")

@@ -13,8 +13,6 @@ from collections.abc import Collection, Iterator, Sequence
 from farms_fast.core.text import printable
 from farms_fast.weights.layers import Skipped
 
-__all__ = ["all_skipped", "counted", "fit_table", "shorten", "skipped_lines", "text_table"]
-
 _GAP = 2
 _NAME_FLOOR = 28
 _SHORTEST_NAME = 8
@@ -27,16 +25,10 @@ def text_table(
     left: Collection[str] = (),
     first_width: int = 0,
 ) -> list[str]:
-    """Lays texts out in columns, aligned to the right, and cuts none.
+    """Lays printable texts out in columns, aligned to the right, and cuts none.
 
-    Args:
-        headings: one for each column.
-        rows: printable texts, one for each column.
-        left: headings of the columns that are aligned to the left.
-        first_width: the least width of the first column.
-
-    Returns:
-        Lines without trailing spaces, the headings first.
+    Returns lines without trailing spaces, the headings first. `left` has the headings of columns
+    that are aligned to the left, `first_width` the least width of the first column.
 
     Example:
         >>> text_table(["name", "n"], [["fc", "12"]], left=["name"])
@@ -80,9 +72,6 @@ def fit_table(
         columns: for each its heading, its importance, and its texts, one a name.
         width: columns of the terminal.
         left: headings of the columns that are aligned to the left.
-
-    Returns:
-        Lines without trailing spaces, the heading first.
 
     Example:
         >>> print(fit_table(["fc1"], [("alpha", 2, ["2.5"]), ("D", 1, ["0.1"])], 30))

@@ -12,16 +12,6 @@ import torch
 
 from farms_fast.core.arguments import is_real, natural
 
-__all__ = [
-    "check_pattern",
-    "check_target",
-    "check_weight",
-    "lowest",
-    "lowest_in_groups",
-    "lowest_in_rows",
-    "split_in_proportion",
-]
-
 
 def lowest(scores: torch.Tensor, count: int) -> torch.Tensor:
     """Marks exactly `count` of the lowest scores, which have no NaN: bool (rows, cols).

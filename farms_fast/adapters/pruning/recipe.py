@@ -8,11 +8,8 @@ from collections.abc import Mapping, Sequence
 
 from farms_fast.adapters.pruning.masks import check_pattern
 from farms_fast.adapters.pruning.pruners import pruner
-from farms_fast.adapters.pruning.sparsegpt import check_damping
-from farms_fast.adapters.pruning.sparsities import Allocation
+from farms_fast.adapters.pruning.sparsities import Allocation, check_positive
 from farms_fast.core.arguments import is_real, natural
-
-__all__ = ["to_recipe"]
 
 # llm-compressor takes the score at index int(number * sparsity), which is past the end at 1.
 _LARGEST = 0.99999
@@ -74,7 +71,7 @@ def to_recipe(
     """
     pruner(method)
     natural("block", block, least=1)
-    check_damping(damping)
+    check_positive("damping", damping)
     given = ratios.ratios if isinstance(ratios, Allocation) else ratios
     for argument, value in (("ratios", given), ("n_m", {} if n_m is None else n_m)):
         if not isinstance(value, Mapping):

@@ -18,8 +18,6 @@ from farms_fast.adapters.pruning.sequential import PruningReport
 from farms_fast.core.extension import __version__
 from farms_fast.core.jsonable import plain
 
-__all__ = ["SETTINGS_FILE", "check_output", "new_folder", "report_as_dict", "save_pruned"]
-
 #: The report's file name in the folder of the model.
 SETTINGS_FILE = "farms_fast_pruning.json"
 
@@ -49,17 +47,8 @@ def check_output(path: str | os.PathLike[str]) -> Path:
 def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a folder beside the target that takes the target's name at the end.
 
-    After an error the folder is deleted, and nothing has the target's name. A killed process leaves
-    it under a name that begins with a point and ends in `.partial`. Errors are those of
-    `check_output`.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as parent:
-        ...     with new_folder(parent + "/out") as folder:
-        ...         _ = (folder / "a.txt").write_text("a")
-        ...     sorted(p.name for p in Path(parent).rglob("*"))
-        ['a.txt', 'out']
+    An error deletes the folder; a killed process leaves it under a name that begins with a point
+    and ends in `.partial`. Errors are those of `check_output`.
     """
     target = check_output(path)
     partial = target.with_name(f".{target.name[:100]}.{secrets.token_hex(6)}.partial")
@@ -88,17 +77,8 @@ def report_as_dict(
     if not isinstance(settings, (Mapping, NoneType)):
         raise TypeError(f"settings: expected values by name, got {type(settings).__name__}")
     layers = [
-        {
-            "name": layer.name,
-            "block": layer.block,
-            "shape": layer.shape,
-            "ratio": layer.target,
-            "n_m": layer.n_m,
-            "zeros": layer.zeros,
-            "zeros_before": layer.zeros_before,
-            "reached": layer.reached,
-            "pruned_by": layer.pruned_by,
-        }
+        {"ratio": layer.target, "reached": layer.reached}
+        | {name: value for name, value in vars(layer).items() if name != "target"}
         for layer in report.layers
     ]
     document = {

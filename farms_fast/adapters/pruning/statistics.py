@@ -9,8 +9,6 @@ import torch
 
 from farms_fast.core.arguments import check_dtype, natural, resolve_device
 
-__all__ = ["InputStatistics", "check_statistics", "full_float32"]
-
 
 class InputStatistics:
     """Running means over the input tokens of a layer.

@@ -14,16 +14,6 @@ from farms_fast.adapters.pruning.modules import input_embeddings
 from farms_fast.core.arguments import natural
 from farms_fast.core.optional import optional_import
 
-__all__ = [
-    "calibration_tokens",
-    "check_positions",
-    "check_source",
-    "check_tokens",
-    "longest_sequence",
-    "text_tokens",
-    "token_ids",
-]
-
 # Data sets by name: path on the hub and options. Of C4, one of 1024 files is for calibration and
 # one of 8 for evaluation, as in the literature.
 _DATASETS: dict[str, tuple[str, dict[str, Any]]] = {
