@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,10 +15,10 @@ from torch import nn
 from farms_fast import run_analysis
 from farms_fast.cli.console import EXIT_LAYERS_FAILED, cli_errors, echo
 from farms_fast.cli.options import parse_dtype, takes_options
-from farms_fast.cli.prune_checkpoint import load_checkpoint
 from farms_fast.cli.prune_options import LONGEST, PruningOptions
 from farms_fast.cli.prune_report import report_lines
 from farms_fast.core.arguments import default_device, resolve_device
+from farms_fast.core.optional import optional_import
 from farms_fast.core.text import printable
 
 if TYPE_CHECKING:
@@ -71,8 +73,7 @@ def _run(options: PruningOptions) -> tuple[list[str], str | None]:
 
     times = _StageTimes()
     device = resolve_device(options.device, default_device())
-    checkpoint = load_checkpoint(options.model, options.model_dtype, not options.quiet)
-    model, tokenizer = checkpoint.model, checkpoint.tokenizer
+    model, tokenizer, unknown = _load(options.model, options.model_dtype, not options.quiet)
     blocks = find_blocks(model)
     _check_layers(blocks, options.pattern)
     seqlen = options.seqlen or min(LONGEST, longest_sequence(model) or LONGEST)
@@ -142,16 +143,50 @@ def _run(options: PruningOptions) -> tuple[list[str], str | None]:
         "allocation": allocated.to_dict(),
         "perplexity": perplexities,
         "failure": failure,
-        "tensors_without_place": checkpoint.unknown,
+        "tensors_without_place": unknown,
     }
     save_pruned(model, options.out, report, tokenizer=tokenizer, settings=settings, recipe=recipe)
     times.end_stage("saving")
-    lines = [*report_lines(report, allocated, perplexities, checkpoint.unknown), str(times)]
+    lines = [*report_lines(report, allocated, perplexities, unknown), str(times)]
     if note := options.note():
         lines.insert(0, note)
     if recipe is None:
         lines.append("no recipe.yaml: llm-compressor has no N:M by magnitude")
     return lines, failure
+
+
+def _load(name: str, dtype: str, progress: bool) -> tuple[Any, Any, tuple[str, ...]]:
+    """Loads a model of transformers from a folder or the hub, on the CPU.
+
+    Returns the model, its tokenizer, and the names of tensors that the model has no place for.
+    """
+    if dtype not in ("auto", "float32", "float16", "bfloat16"):
+        raise ValueError(f"model-dtype: expected auto, float32, float16 or bfloat16, got {dtype!r}")
+    with optional_import("transformers", extra="pruning", needed_for="prune"):
+        import transformers
+    if not progress or not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+    # transformers would take a missing path for a name on the hub.
+    folder = Path(name).expanduser()
+    if name.startswith((".", "/", "~")) or folder.exists():
+        if not folder.is_dir():
+            raise FileNotFoundError(f"model: expected a folder, got {name!r}, which is none")
+        name = str(folder)
+    try:
+        model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, output_loading_info=True
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # of many types: pickle's, safetensors', torch's
+        what = str(error) or type(error).__name__
+        raise ValueError(f"model: {name!r} could not be loaded: {what}") from error
+    missing = sorted(loaded["missing_keys"])
+    if missing:  # transformers initialises them at random
+        raise ValueError(
+            f"model: expected all weights of a causal language model, got {name!r}, which has "
+            f"nothing for {missing[0]!r} of {type(model).__name__} ({len(missing)} missing)"
+        )
+    return model, tokenizer, tuple(sorted(loaded["unexpected_keys"]))
 
 
 def _check_layers(blocks: Blocks, pattern: tuple[int, int] | None) -> None:

@@ -16,7 +16,7 @@ from farms_fast.adapters.pruning.sparsities import (
     scale_to_total,
     weight_counts,
 )
-from farms_fast.core.arguments import is_real
+from farms_fast.core.arguments import check_type, is_real
 
 
 def outlier_ratio(scores: Iterable[torch.Tensor], threshold: float = 5.0) -> float:
@@ -35,8 +35,7 @@ def outlier_ratio(scores: Iterable[torch.Tensor], threshold: float = 5.0) -> flo
         25.0
     """
     check_positive("threshold", threshold)
-    if not isinstance(scores, Iterable):
-        raise TypeError(f"scores: expected tensors, got {type(scores).__name__}")
+    check_type("scores", scores, Iterable, "tensors")
     every = list(scores)
     for given in every:
         if not isinstance(given, torch.Tensor):

@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from farms_fast.adapters.pruning.sequential import PruningReport
+from farms_fast.core.arguments import check_type
 from farms_fast.core.extension import __version__
 from farms_fast.core.jsonable import plain
 
@@ -30,8 +31,7 @@ def check_output(path: str | os.PathLike[str]) -> Path:
         FileExistsError: it is a file, or a folder that is not empty.
         FileNotFoundError: its parent folder does not exist.
     """
-    if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"out: expected the path of a folder, got {type(path).__name__}")
+    check_type("out", path, (str, os.PathLike), "the path of a folder")
     target = Path(os.path.abspath(Path(path).expanduser()))
     if target.is_dir():
         if any(target.iterdir()):
@@ -72,10 +72,8 @@ def report_as_dict(
         >>> list(report_as_dict(report, {"sparsity": 0.5}))[3:]
         ['method', 'sparsity', 'batch_size', 'settings', 'layers', 'skipped']
     """
-    if not isinstance(report, PruningReport):
-        raise TypeError(f"report: expected a PruningReport, got {type(report).__name__}")
-    if not isinstance(settings, (Mapping, NoneType)):
-        raise TypeError(f"settings: expected values by name, got {type(settings).__name__}")
+    check_type("report", report, PruningReport, "a PruningReport")
+    check_type("settings", settings, (Mapping, NoneType), "values by name")
     layers = [
         {"ratio": layer.target, "reached": layer.reached}
         | {name: value for name, value in vars(layer).items() if name != "target"}
@@ -131,8 +129,7 @@ def save_pruned(
                 f"{argument}: expected one with save_pretrained, as those of transformers have it, "
                 f"got {type(saved).__name__}"
             )
-    if not isinstance(recipe, (str, NoneType)):
-        raise TypeError(f"recipe: expected a text, got {type(recipe).__name__}")
+    check_type("recipe", recipe, (str, NoneType), "a text")
     document = json.dumps(report_as_dict(report, settings), indent=1, allow_nan=False)
     with new_folder(out) as folder:
         saver: Any = model

@@ -23,7 +23,7 @@ from farms_fast.adapters.pruning.statistics import (
     check_statistics,
     full_float32,
 )
-from farms_fast.core.arguments import natural
+from farms_fast.core.arguments import check_type, natural
 
 _MOST_DAMPING = 100.0
 
@@ -52,8 +52,7 @@ def inverse_factor(
         ([0.5, 0.5], [False, False], 1.0)
     """
     check_positive("damping", damping)
-    if not isinstance(hessian, torch.Tensor):
-        raise TypeError(f"hessian: expected a torch.Tensor, got {type(hessian).__name__}")
+    check_type("hessian", hessian, torch.Tensor, "a torch.Tensor")
     if hessian.ndim != 2 or hessian.shape[0] != hessian.shape[1]:
         raise ValueError(
             f"hessian: expected a square matrix (n, n), got shape {tuple(hessian.shape)}"
