@@ -8,11 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import typer
 from safetensors.numpy import load_file
 from typer.testing import CliRunner, Result
 
-from farms_fast.cli.export import register
+from farms_fast.cli.main import app
 from farms_fast.results.analysis import Analysis
 from farms_fast.results.store import ResultsStore
 from tests.support.records import assert_same, made_up
@@ -21,8 +20,6 @@ HOSTILE = "a\x1b[31mred\x1b[0m\n\u202e"
 
 
 def run(*arguments: str | Path) -> Result:
-    app = typer.Typer()
-    register(app)
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 

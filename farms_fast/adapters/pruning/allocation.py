@@ -28,14 +28,6 @@ from farms_fast.core.arguments import check_int, is_real
 from farms_fast.results.analysis import Analysis
 from farms_fast.spectra.windows import FixedAspectSampling
 
-__all__ = [
-    "EPSILON_PRESETS",
-    "allocate_sparsity",
-    "epsilon_preset",
-    "group_by_block",
-    "uniform_sparsity",
-]
-
 Array = npt.NDArray[np.float64]
 Counts = int | Sequence[int] | Mapping[str, int]
 
