@@ -17,7 +17,8 @@ import torch
 from farms_fast import Analysis, FixedAspectSampling, analyze
 from farms_fast.engine import distributed
 from farms_fast.engine.distributed import torchrun_group
-from farms_fast.results.run_recorder import Keeping, Kept, _StoreKeeping
+from farms_fast.engine.stages import LayerState
+from farms_fast.results.run_recorder import RunRecorder, _StoreRecorder
 from farms_fast.results.store import ResultsStore
 from tests.records import stored
 from tests.test_resume import assert_equal, weights_of
@@ -34,15 +35,16 @@ def weights() -> dict[str, torch.Tensor]:
 
 def logging_to(path: Path) -> None:
     """Has every layer that is computed written to a file, before it is stored."""
-    for kind in (Keeping, _StoreKeeping):
-        keep = kind.keep
+    for kind in (RunRecorder, _StoreRecorder):
 
-        def logged(self: Any, layers: Sequence[Kept], keep: Any = keep) -> None:
+        def logged(
+            self: Any, states: Sequence[LayerState], *rest: Any, take: Any = kind.take
+        ) -> None:
             with path.open("a") as log:
-                log.writelines(f"{kept.record.name}\n" for kept in layers if not kept.known)
-            keep(self, layers)
+                log.writelines(f"{state.layer.spec.name}\n" for state in states if not state.known)
+            take(self, states, *rest)
 
-        kind.keep = logged  # type: ignore[method-assign]
+        kind.take = logged  # type: ignore[method-assign]
 
 
 def logged(path: Path) -> list[str]:

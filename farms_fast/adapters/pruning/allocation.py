@@ -169,8 +169,9 @@ def uniform_sparsity(params: Mapping[str, int], sparsity: float) -> Allocation:
 
 def _kind(given: object) -> str:
     """What alphas are made of."""
-    sampling = given.settings.get("sampling", "") if isinstance(given, Analysis) else ""
-    return "farms" if str(sampling).startswith(FixedAspectSampling.__name__) else "alpha"
+    settings = given.settings if isinstance(given, Analysis) else None
+    is_farms = settings is not None and isinstance(settings.sampling, FixedAspectSampling)
+    return "farms" if is_farms else "alpha"
 
 
 def _layers(
