@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -24,7 +23,6 @@ from farms_fast.core.arguments import (
     path_of,
     resolve_device,
 )
-from farms_fast.core.extension import __version__
 from farms_fast.core.progress import Progress, reporter
 from farms_fast.engine.distributed import Ranks, share
 from farms_fast.engine.machine import machine_of
@@ -33,6 +31,7 @@ from farms_fast.engine.plan import plan
 from farms_fast.engine.stages import BatchStages, LayerState, Settings
 from farms_fast.results.analysis import Analysis
 from farms_fast.results.run_recorder import recording
+from farms_fast.results.settings import AnalysisSettings, declared_sampling
 from farms_fast.spectra.bootstrap import FitRule
 from farms_fast.spectra.windows import FixedAspectSampling, Sampling
 from farms_fast.weights.sources import AdapterSource, open_source
@@ -137,23 +136,20 @@ def analyze(
     of_base = None
     if base is not None and isinstance(source, AdapterSource):
         of_base = _absolute(base) or source.base.description
-    settings: dict[str, object] = {
-        "source": _absolute(model_or_state_dict_or_path) or source.description,
-        "base": of_base,
-        "include": _patterns(include),
-        "exclude": _patterns(exclude),
-        "sampling": str(sampling),
-        "xmin": rule.xmin,
-        "xmin_pos": float(xmin_pos) if rule.xmin == "median" else FitRule.xmin_pos,
-        "bins": int(bins) if rule.xmin == "peak" else FitRule.bins,
-        "bootstrap": resamples,
-        "dtype": str(precision).removeprefix("torch."),
-        "device": str(where),
-        "solver": solver or "auto",
-        "farms_fast": __version__,
-        "torch": str(torch.__version__),
-        "numpy": np.__version__,
-    }
+    settings = AnalysisSettings(
+        source=_absolute(model_or_state_dict_or_path) or source.description,
+        base=of_base,
+        include=_patterns(include),
+        exclude=_patterns(exclude),
+        sampling=declared_sampling(sampling),
+        xmin=rule.xmin,
+        xmin_pos=float(xmin_pos if rule.xmin == "median" else FitRule.xmin_pos),
+        bins=int(bins) if rule.xmin == "peak" else FitRule.bins,
+        bootstrap=resamples,
+        dtype=str(precision).removeprefix("torch."),
+        device=str(where),
+        solver=solver or "auto",
+    )
     planned = partial(
         plan,
         sampling=sampling,
@@ -186,7 +182,7 @@ def analyze(
                 source, Settings(where, precision, solver, rule, resamples), keep, is_known
             )
             run(mine.batches, stages, where, mine.overlapping)
-        return recorder.analysis(whole.names, [*skipped, *whole.skipped], settings)
+        return recorder.analysis(whole.names, [*skipped, *whole.skipped])
 
 
 def _absolute(model: object) -> str:
@@ -196,5 +192,5 @@ def _absolute(model: object) -> str:
     return os.path.abspath(Path(os.fsdecode(model)).expanduser())
 
 
-def _patterns(patterns: str | Sequence[str] | None) -> list[str]:
-    return [patterns] if isinstance(patterns, str) else list(patterns or ())
+def _patterns(patterns: str | Sequence[str] | None) -> tuple[str, ...]:
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns or ())

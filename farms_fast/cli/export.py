@@ -83,7 +83,7 @@ def runs(store: Store) -> None:
                 info.started,
                 info.finished or "-",
                 layers_done(info),
-                printable(str(info.settings.get("source", "-"))),
+                printable(info.settings.source),
             )
             for info in known
         ]

@@ -260,9 +260,10 @@ def _numbered(name: str) -> Iterator[tuple[str, str, str]]:
 
 
 def _kind(given: object) -> str:
-    """The allocation's name: "farms" for windows of one aspect ratio."""
-    sampling = given.settings.get("sampling", "") if isinstance(given, Analysis) else ""
-    return "farms" if str(sampling).startswith(FixedAspectSampling.__name__) else "alpha"
+    """What alphas are made of."""
+    settings = given.settings if isinstance(given, Analysis) else None
+    is_farms = settings is not None and isinstance(settings.sampling, FixedAspectSampling)
+    return "farms" if is_farms else "alpha"
 
 
 def _layers(
