@@ -8,14 +8,15 @@ CXX_SOURCES := $(shell find csrc -type f)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test build lint format compile compile-cuda bench bench-cuda clean FORCE
+.PHONY: help demo test test-fast build lint format compile compile-cuda bench bench-cuda clean FORCE
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo          analyse a trained model (all-MiniLM-L6-v2) and show its table"
-	@echo "make test          run the tests"
+	@echo "make test          run the tests, on all cores"
+	@echo "make test-fast     run the quick ones of all but adapters and benchmarks"
 	@echo "make build         set up the virtual environment and build the extension in place"
-	@echo "make lint          ruff, mypy and clang-format, changing nothing"
+	@echo "make lint          ruff, the import linter, mypy and clang-format, changing nothing"
 	@echo "make format        ruff and clang-format, in place"
 	@echo "make compile       compile the C++ files with warnings as errors"
 	@echo "make compile-cuda  likewise the CUDA files (needs nvcc, no GPU)"
@@ -26,9 +27,18 @@ help:
 
 build: $(VENV)/built
 
-# One test reads the demo's checkpoint.
+PARALLEL := -n auto --dist worksteal
+
+# One test reads the demo's checkpoint. What needs the GPU runs by itself, one test after the other.
 test: $(VENV)/built $(VENV)/test-tools $(VENV)/model
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
+	@if $(BIN)/python -c "import torch; raise SystemExit(not torch.cuda.is_available())"; then \
+	  set -x; $(BIN)/python -m pytest -m gpu; fi
+
+# The floors below the adapters, within a minute on two cores.
+test-fast: $(VENV)/built $(VENV)/test-tools $(VENV)/model
+	$(BIN)/python -m pytest $(PARALLEL) tests --ignore=tests/adapters --ignore=tests/benchmarks \
+	  -m "not slow and not gpu"
 
 demo: $(VENV)/built $(VENV)/model
 	@model=$$($(BIN)/python -c "import importlib.util as u; \
@@ -38,6 +48,7 @@ demo: $(VENV)/built $(VENV)/model
 lint: $(VENV)/built $(VENV)/test-tools $(VENV)/linters
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache --no-logo
 	$(BIN)/mypy
 	find csrc -type f -not -name '*.inc' -print0 | xargs -0 $(BIN)/clang-format --dry-run -Werror
 
@@ -112,5 +123,5 @@ $(VENV)/peers: $(VENV)/needs
 	@touch $@
 
 $(VENV)/linters: $(VENV)/needs
-	$(PIP) --quiet ruff mypy clang-format pandas-stubs
+	$(PIP) --quiet ruff mypy clang-format pandas-stubs import-linter
 	@touch $@

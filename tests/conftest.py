@@ -1,13 +1,20 @@
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
-import hypothesis
-import pytest
-import torch
+# Workers of pytest-xdist share the cores, so each computes on one of them. Libraries read this
+# when they are loaded; what a test starts inherits it.
+IN_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+if IN_WORKER:
+    os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
 
-from farms_fast import build_info
+import hypothesis  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from farms_fast import build_info  # noqa: E402
 
 # How long an example takes says nothing on a machine that does other things as well.
 hypothesis.settings.register_profile("farms_fast", deadline=None)
@@ -21,6 +28,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         reason = "this build has no CUDA ops"
     elif not torch.cuda.is_available():
         reason = "no CUDA device"
+    elif IN_WORKER:
+        reason = "tests of the GPU run by themselves, one after the other: pytest -m gpu"
     else:
         return
     skip = pytest.mark.skip(reason=reason)

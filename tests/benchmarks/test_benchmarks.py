@@ -26,6 +26,8 @@ from benchmarks.inputs import gaussian_windows, sets_past_cache, spectrum
 from farms_fast import fit_power_law
 from farms_fast.testing import reference
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -65,7 +67,7 @@ def test_the_quick_set_measures_every_case_against_peers(quick: Any) -> None:
         "gram": len(GRAM["quick"]),
         "fit": len(FIT["quick"]) * len(RULES),
         "jobs": 4,
-        "faces": 2,
+        "drop_ins": 2,
         "details": 2,
     }
     peers = {entry["extra_info"]["peer"] for entry in quick["benchmarks"]}

@@ -15,6 +15,8 @@ from benchmarks.effect.navier_stokes import simulate
 from benchmarks.effect.operators import TINY, DenoisingOperator, FourierOperator, parameter_count
 from farms_fast.adapters.sciml import write_pdebench
 
+pytestmark = pytest.mark.slow
+
 TOY = ["--profile", "toy"]
 
 

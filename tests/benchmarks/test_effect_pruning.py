@@ -16,6 +16,8 @@ from benchmarks.effect import llm_pruning
 from benchmarks.effect.pruning_table import chosen
 from benchmarks.effect.text import read_text, tokens_of
 
+pytestmark = pytest.mark.slow
+
 BYTES = 200_000
 ARGUMENTS = [
     "--quick", "--device", "cpu", "--seeds", "0", "1", "--sparsities", "0.5", "0.8",

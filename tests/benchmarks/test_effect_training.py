@@ -17,6 +17,8 @@ from benchmarks.effect.networks import network
 from farms_fast.adapters.training.cifar100 import load_cifar100
 from tests.adapters.training.test_tempbalance import write_archive
 
+pytestmark = pytest.mark.slow
+
 TINY = {"width": 4, "epochs": 2, "train": 24, "batch": 12, "seed": 43}
 
 

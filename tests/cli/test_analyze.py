@@ -468,6 +468,7 @@ def test_quiet_prints_nothing_but_writes(analysed: dict[str, Any], tmp_path: Pat
     assert json.loads((tmp_path / "a.json").read_text())["settings"] == {"xmin": "median"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_output_that_cannot_have_every_character(checkpoint: Path, encoding: str) -> None:
     done = subprocess.run(
@@ -480,6 +481,7 @@ def test_output_that_cannot_have_every_character(checkpoint: Path, encoding: str
     assert done.stderr == b""
 
 
+@pytest.mark.slow
 def test_reader_that_leaves_is_no_error(checkpoint: Path) -> None:
     command = [sys.executable, "-m", "farms_fast", "analyze", str(checkpoint), *SMALL]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -536,6 +538,7 @@ def test_info() -> None:
         assert f"{key}: {value}" in result.stdout
 
 
+@pytest.mark.slow
 def test_module_and_help() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "farms_fast", "analyze", "--help"],

@@ -111,6 +111,7 @@ def test_no_weight_is_read(
     assert run(hollow[name], "--device", "cuda").exit_code == 0
 
 
+@pytest.mark.slow
 def test_a_plan_of_138_gb_takes_the_memory_of_its_headers(hollow: dict[str, Path]) -> None:
     def peak(*arguments: str | Path) -> int:
         """Most bytes of a process of its own."""

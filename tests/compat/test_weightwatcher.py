@@ -360,7 +360,7 @@ def test_base_models_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match=r"base_model: expected '0' of shape .* got"):
         weightwatcher(small, base_model=large)
     longer = nn.Sequential(nn.Linear(20, 20), nn.Linear(20, 20))
-    with pytest.warns(UserWarning, match="base_model: nothing to subtract from.*: 1"):
+    with pytest.warns(UserWarning, match="base_model: .*: 1"):
         found = weightwatcher(longer, base_model=small)
     assert len(found) == 2
     with pytest.raises(ValueError, match="peft: expected False with a base_model"):
@@ -392,11 +392,9 @@ def test_on_the_gpu_as_on_the_cpu() -> None:
 
 def test_weights_on_the_meta_device_are_told_of() -> None:
     on_meta = nn.Sequential(nn.Linear(30, 30, device="meta"), nn.Linear(30, 30, device="meta"))
-    with pytest.raises(
-        ValueError, match="model: the weight of '0', '1' is on the meta device: load"
-    ):
+    with pytest.raises(ValueError, match=r"model: .*'0', '1'.*meta device"):
         weightwatcher(on_meta)
-    with pytest.warns(UserWarning, match="model: the weight of '0' is on the meta device: load"):
+    with pytest.warns(UserWarning, match="model: .*'0'.*meta device"):
         found = weightwatcher(nn.Sequential(on_meta[0], nn.Linear(30, 30)))
     assert found["name"].tolist() == ["1"]
 

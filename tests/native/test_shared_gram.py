@@ -15,7 +15,7 @@ from farms_fast.core import ops
 from farms_fast.spectra.windows import FixedAspectSampling, window_table
 from farms_fast.testing import reference
 from tests.native.test_ops import DTYPES
-from tests.support.matrix_zoo import error_bound
+from tests.support.bounds import assert_spectrum_of
 
 EPS = float(np.finfo(np.float64).eps)
 
@@ -57,8 +57,7 @@ def assert_grams(stack: torch.Tensor, table: torch.Tensor, device: torch.device)
 
 def assert_eigenvalues(found: np.ndarray, windows: list[np.ndarray]) -> None:
     for evals, window in zip(found, windows, strict=True):
-        expected = reference.eigenvalues(window)
-        assert np.abs(evals - expected).max() <= error_bound(expected)
+        assert_spectrum_of(window, evals)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -77,6 +76,7 @@ def test_llama_shapes_take_a_ninth_of_the_products(
 starts = st.lists(st.integers(0, 90), min_size=1, max_size=6, unique=True).map(sorted)
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(starts, starts, st.integers(1, 70), st.integers(1, 70), st.sampled_from(["cpu", "cuda"]))
 def test_plans_cover_every_window(
@@ -233,6 +233,7 @@ def test_a_value_that_is_not_finite_spoils_the_windows_that_hold_it(
                 assert np.array_equal(found[b], clean[b])
 
 
+@pytest.mark.slow
 def test_budgets_change_no_more_than_rounding(device: torch.device) -> None:
     entries = enough_entries(device)
     table = grid_table([0, 14, 30, 60, 80, 101], [0, 20, 50, 90], (200, 200), entries)
@@ -249,10 +250,7 @@ def test_float32_errs_by_its_own_rounding(device: torch.device) -> None:
     stack = torch.randn(entries, 301, 290)
     found = ops.window_eigvalsh([stack.to(device)], table, 200, torch.float32).cpu().numpy()
     assert found.dtype == np.float32
-    eps = float(np.finfo(np.float32).eps)
-    for evals, window in zip(found[:12], windows_of(stack, table[:12]), strict=True):
-        expected = reference.eigenvalues(window)
-        assert np.abs(evals - expected).max() <= 8 * 200 * eps * expected[-1]
+    assert_eigenvalues(found[:12], windows_of(stack, table[:12]))
 
 
 def test_windows_wider_than_the_rest_of_a_panel(device: torch.device) -> None:

@@ -8,7 +8,8 @@ import torch
 from numpy.typing import NDArray
 
 from farms_fast.core import ops
-from tests.support.matrix_zoo import ZOO, error_bound
+from tests.support.bounds import assert_within_bound
+from tests.support.matrix_zoo import ZOO
 
 pytestmark = pytest.mark.gpu
 
@@ -29,12 +30,6 @@ def lapack(gram: Values) -> Values:
 
 def solve(gram: torch.Tensor) -> torch.Tensor:
     return ops.eigvalsh(gram.cuda(), "two_stage").cpu()
-
-
-def assert_within_bound(evals: Values, expected: Values, label: str) -> None:
-    worst = np.abs(evals - expected).max()
-    assert worst <= error_bound(expected), f"{label}: {worst} of {error_bound(expected)}"
-    assert (np.diff(evals) >= 0).all(), label
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -272,9 +272,7 @@ def test_unknown_name_suggests_near_ones() -> None:
         an_analysis()["encoder.2.fc"]
     with pytest.raises(KeyError, match=r"no layer named 'zzz' \(3 layers\)"):
         an_analysis()["zzz"]
-    said = (
-        r"no layer named 0: names are text \('encoder\.0\.fc'\); \.layers\[0\] is the first layer"
-    )
+    said = r"no layer named 0: .*'encoder\.0\.fc'.*\.layers\[0\]"
     with pytest.raises(KeyError, match=said):
         an_analysis()[0]  # type: ignore[index]
 
@@ -417,7 +415,7 @@ def test_version_1_of_the_format_stays_readable(tmp_path: Path) -> None:
     assert (record.alpha, record.matrix_rank, record.shape) == (2.5, 4, (1, 2, 2))
     # Pooled eigenvalues that are not those of the windows come from no analysis.
     (tmp_path / "a.json").write_text(VERSION_1.replace("[0.5, 1.0, 2.0, 3.0]", "[0.5, 1.0, 2.0]"))
-    with pytest.raises(ValueError, match="evals of 'fc' are not its window_evals in order"):
+    with pytest.raises(ValueError, match=r"evals of 'fc' .*window_evals"):
         Analysis.from_json(tmp_path / "a.json")
 
 
@@ -467,6 +465,7 @@ def test_pandas_and_csv_agree(tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(read, frame, check_dtype=False, rtol=4e-16, atol=0)
 
 
+@pytest.mark.slow
 def test_without_pandas(tmp_path: Path) -> None:
     # None in sys.modules makes the import fail as if the package were not there.
     script = (
@@ -487,6 +486,7 @@ def test_without_pandas(tmp_path: Path) -> None:
     assert "pip install 'farms-fast[pandas]', or use to_csv" in done.stdout
 
 
+@pytest.mark.slow
 def test_pandas_is_not_imported_unasked() -> None:
     script = "import sys, farms_fast.cli.main; print('pandas' in sys.modules)"
     done = subprocess.run(

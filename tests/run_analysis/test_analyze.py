@@ -23,7 +23,7 @@ from farms_fast.core.progress import reporter
 from farms_fast.engine.plan import plan
 from farms_fast.testing import reference
 from farms_fast.weights.sources import MappingSource, ModuleSource, open_source
-from tests.support.matrix_zoo import error_bound
+from tests.support.bounds import error_bound
 from tests.support.purity import left_as_it_was
 
 SAMPLING = FixedAspectSampling(rows=10, per_dim=3)

@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from farms_fast import Analysis, FixedAspectSampling, LayerRecord, analyze
 from farms_fast.testing import reference
-from tests.support.matrix_zoo import error_bound
+from tests.support.bounds import error_bound
 
 SQUARE = ("attention.output.dense", *(f"attention.self.{x}" for x in ("key", "query", "value")))
 SHAPES = {

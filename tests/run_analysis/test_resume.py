@@ -188,7 +188,7 @@ def test_layers_with_nan_are_known_too(tmp_path: Path, computed: list[str]) -> N
 
 def test_a_store_that_cannot_be_written(tmp_path: Path) -> None:
     for missing in (tmp_path / "nowhere" / "run.sqlite", tmp_path / "no" / "where" / "run.sqlite"):
-        said = rf"^store: the directory of '{missing}' does not exist$"
+        said = rf"^store: .*'{missing}'"
         with pytest.raises(FileNotFoundError, match=said):
             analyze(weights_of(), SAMPLING, store=missing)
     other = tmp_path / "other"
@@ -216,6 +216,7 @@ def process(*arguments: object, ranks: int = 0) -> subprocess.CompletedProcess[s
     )
 
 
+@pytest.mark.slow
 def test_killed_at_twenty_moments(tmp_path: Path) -> None:
     result = process("kill", tmp_path / "run.sqlite", 20)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -227,6 +228,7 @@ def test_killed_at_twenty_moments(tmp_path: Path) -> None:
     assert told["equal to an unbroken run"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["share", "share_apart"])
 def test_ranks_share_the_layers(tmp_path: Path, how: str) -> None:
     result = process(how, tmp_path, ranks=2)
@@ -242,6 +244,7 @@ def test_ranks_share_the_layers(tmp_path: Path, how: str) -> None:
     assert [path.name for path in tmp_path.glob("run.sqlite*")] == ["run.sqlite"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["die", "die_apart"])
 def test_a_rank_that_dies_ends_the_run_and_loses_nothing(tmp_path: Path, how: str) -> None:
     path = tmp_path / "run.sqlite"

@@ -17,7 +17,8 @@ import torch
 
 from farms_fast import esd, fit_power_law
 from farms_fast.core.arrays import on_stream_of
-from tests.support.matrix_zoo import ZOO, error_bound
+from tests.support.bounds import error_bound
+from tests.support.matrix_zoo import ZOO
 
 # ------------------------------------------------------------------------------------------- SciPy
 

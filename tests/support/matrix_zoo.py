@@ -54,8 +54,3 @@ ZOO: dict[str, Callable[[int, np.random.Generator], Matrix]] = {
     "large": lambda k, rng: 1e30 * rng.standard_normal((k, k)),
     "small": lambda k, rng: 1e-30 * rng.standard_normal((k, k)),
 }
-
-
-def error_bound(evals: Matrix) -> float:
-    """8·k·ε·λ_max, what every float64 solver has to keep."""
-    return 8 * len(evals) * float(np.finfo(np.float64).eps) * float(evals[-1])

@@ -32,10 +32,13 @@ Wait = pytest.importorskip("selenium.webdriver.support.ui").WebDriverWait
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    BROWSER is None or DRIVER is None,
-    reason="no chromium and chromedriver on PATH (Debian: chromium, chromium-driver)",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        BROWSER is None or DRIVER is None,
+        reason="no chromium and chromedriver on PATH (Debian: chromium, chromium-driver)",
+    ),
+]
 
 FLAGS = (
     "--headless",

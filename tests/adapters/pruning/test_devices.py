@@ -59,6 +59,7 @@ class Pretended:
         return [module for module, device in self.places.items() if device == GPU]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "since"),
     # Embeddings run before each block and each batch, so four times before those of block 1.

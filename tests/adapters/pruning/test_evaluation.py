@@ -72,7 +72,7 @@ def test_leaves_the_model_as_it_was() -> None:
     assert all(module.training for module in model.modules())
     with torch.no_grad():
         model.lm_head.weight[3] = math.nan
-    message = "logits are NaN in the windows that start with token 0"
+    message = "logits are NaN .*token 0"
     with pytest.raises(ValueError, match=message) as caught:
         perplexity(model, some_tokens(1, 40)[0], seqlen=16)
     assert caught.value is not None

@@ -51,6 +51,7 @@ class Wide(nn.Module):
 
 
 # Block 1 runs twice, to be known and once it is pruned, each time in two batches.
+@pytest.mark.slow
 @pytest.mark.parametrize("since", [1, 2, 3, 4])
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
 @pytest.mark.parametrize("place", ["model.layers.1.self_attn.k_proj", "model.layers.1.mlp"])
@@ -166,7 +167,7 @@ def test_what_is_no_shortage_is_not_repeated() -> None:
 def test_says_where_one_sample_has_no_room(place: str, what: str) -> None:
     model = small_model().train()
     full = Full(model.get_submodule(place), most=0)
-    message = rf"^memory: cpu has no room for {what} of 16 tokens \(no room for 1\)$"
+    message = rf"^memory: cpu .*{what} of 16 tokens \(no room for 1\)$"
     with pytest.raises(ValueError, match=message):
         prune_model(model, "wanda", 0.5, some_tokens(6), batch_size=5)
     assert full.too_large == (3 if place != "model.embed_tokens" else 1)

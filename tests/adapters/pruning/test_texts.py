@@ -145,7 +145,7 @@ def test_a_sample_of_c4_comes_from_one_document(hub: list[Any]) -> None:
 
 
 def test_refuses_documents_that_are_too_short(hub: list[Any]) -> None:
-    message = "5 documents of more than 6 tokens, got 4 among the 8 documents of 'c4'"
+    message = "5 documents of more than 6 tokens, got 4 .*8 .*'c4'"
     with pytest.raises(ValueError, match=message):
         calibration_tokens(letters, "c4", samples=5, seqlen=6)
 
@@ -161,6 +161,6 @@ def test_says_that_the_hub_is_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> N
         raise ConnectionError("no route to host")
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    message = "'c4' could not be loaded (ConnectionError: no route to host): fetch it once"
-    with pytest.raises(OSError, match=re.escape(message)):
+    message = r"'c4' could not be loaded \(ConnectionError: no route to host\)"
+    with pytest.raises(OSError, match=message):
         text_tokens(letters, "c4")

@@ -323,5 +323,5 @@ def test_random_flows_are_solenoidal_of_speed_one_and_drawn_by_their_seed() -> N
 def test_a_flow_that_is_not_resolved_is_an_error() -> None:
     start = random_flow(1, 16, 0.3, seed=6)
     start[:, 2:] *= 40
-    with pytest.raises(FloatingPointError, match="eta: the flow is not resolved by 16 points"):
+    with pytest.raises(FloatingPointError, match=r"eta: .*16 points"):
         solve(start, [0.0, 1.0], 1e-5, 1e-5, steps=200)

@@ -324,7 +324,7 @@ class Evil:
 def test_a_pickle_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_archive(tmp_path, filenames=Evil())
-    with pytest.raises(ValueError, match=r"in the file 'train': it asks for (posix|nt)\.system"):
+    with pytest.raises(ValueError, match=r"'train'.* (posix|nt)\.system"):
         load_cifar100(tmp_path, verify=False)
     assert not (tmp_path / "stolen").exists()
 
@@ -347,15 +347,15 @@ def test_data_of_another_structure(tmp_path: Path, changes: dict[str, Any], mess
 
 
 def test_damaged_and_missing_files(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"expected cifar-100-python\.tar\.gz or its fold"):
+    with pytest.raises(FileNotFoundError, match=r"expected cifar-100-python\.tar\.gz"):
         load_cifar100(tmp_path)
     archive, _ = write_archive(tmp_path, count=200)
     whole_file = archive.read_bytes()
     archive.write_bytes(whole_file[: len(whole_file) // 2])
-    with pytest.raises(ValueError, match="path: expected a whole tar archive"):
+    with pytest.raises(ValueError, match=r"path: expected .*tar archive"):
         load_cifar100(archive, verify=False)
     archive.write_bytes(b"no archive")
-    with pytest.raises(ValueError, match="path: expected a whole tar archive"):
+    with pytest.raises(ValueError, match=r"path: expected .*tar archive"):
         load_cifar100(archive, verify=False)
     with tarfile.open(archive, "w:gz") as tar:
         tar.addfile(tarfile.TarInfo("cifar-100-python/train"), io.BytesIO())

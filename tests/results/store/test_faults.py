@@ -40,6 +40,7 @@ def in_processes(*arguments: object) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_and_resumed(path: Path) -> None:
     found = in_processes("kill", path, 20)
     layers = found["layers after each kill"]
@@ -50,10 +51,12 @@ def test_killed_at_random_moments_and_resumed(path: Path) -> None:
     assert sorted(os.listdir(path.parent)) == ["run.log", "run.sqlite"]
 
 
+@pytest.mark.slow
 def test_runs_at_once_on_one_store(path: Path) -> None:
     assert in_processes("at-once", path, "different") == {"runs": 3}
 
 
+@pytest.mark.slow
 def test_one_run_in_processes_at_once(path: Path) -> None:
     assert in_processes("at-once", path, "same") == {"runs": 1}
 
@@ -108,6 +111,7 @@ def test_full_disk(path: Path) -> None:
         assert len(stored(store)) == kept + 1
 
 
+@pytest.mark.slow
 def test_a_write_that_fails_says_that_layers_are_safe(path: Path) -> None:
     with ResultsStore(path) as store:
         store.run({}).put(0, made_up(0), "d")
@@ -135,6 +139,7 @@ def test_a_write_that_fails_says_that_layers_are_safe(path: Path) -> None:
     assert_same(Analysis.from_store(path)["layer.0"], made_up(0))
 
 
+@pytest.mark.slow
 def test_full_disk_while_merging(path: Path) -> None:
     parts = [path.parent / "a.sqlite", path.parent / "b.sqlite"]
     for number, part in enumerate(parts):
@@ -204,6 +209,7 @@ def test_interrupted_in_the_middle_of_a_layer(path: Path, monkeypatch: pytest.Mo
         assert [layer.name for layer in stored(store)] == ["layer.0", "layer.2"]
 
 
+@pytest.mark.slow
 def test_spectra_are_read_while_a_layer_is_being_written(path: Path) -> None:
     # Reading opens and closes the file again, which must not drop the writer's lock.
     with ResultsStore(path) as store:

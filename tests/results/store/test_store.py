@@ -255,7 +255,7 @@ def test_changed_weights_take_the_place_of_the_old(path: Path) -> None:
         assert store.runs()[0].finished is None
         assert_same(stored(store)["layer.0"], made_up(0, weights=1))
         assert rows_of(path, "SELECT count(*) FROM spectra") == [(2,)]
-        with pytest.raises(ValueError, match=r"no longer has this spectrum of layer 'layer\.0'"):
+        with pytest.raises(ValueError, match=r"no longer .*'layer\.0'"):
             _ = old.window_evals
 
 
@@ -299,9 +299,9 @@ def test_complete_needs_every_layer_once(path: Path) -> None:
     write_run(path, [made_up(0), made_up(1)])
     with ResultsStore(path) as store:
         run = store.run(SETTINGS)
-        with pytest.raises(ValueError, match=r"layer 'layer\.2' is not stored"):
+        with pytest.raises(ValueError, match=r"'layer\.2' is not stored"):
             run.complete(["layer.1", "layer.2"])
-        with pytest.raises(ValueError, match=r"each layer once, got 'layer\.1' more than once"):
+        with pytest.raises(ValueError, match=r"each layer once, got 'layer\.1'"):
             run.complete(["layer.1", "layer.1"])
         assert store.runs()[0].finished is None
         assert names(stored(store)) == ["layer.0", "layer.1"]
@@ -378,14 +378,14 @@ def test_other_files_are_refused_and_left_alone(path: Path, create: bool) -> Non
     path.unlink()
     change(path, "CREATE TABLE layers (name, alpha)")
     content = path.read_bytes()
-    with pytest.raises(ValueError, match="is a database of another program"):
+    with pytest.raises(ValueError, match="database of another program"):
         ResultsStore(path, create=create)
     assert path.read_bytes() == content
 
 
 def test_empty_file_is_a_new_store_or_none(path: Path) -> None:
     path.touch()
-    with pytest.raises(ValueError, match="is empty, it holds no results"):
+    with pytest.raises(ValueError, match="is empty"):
         ResultsStore(path, create=False)
     write_run(path, [made_up(0)])
     assert len(Analysis.from_store(path)) == 1

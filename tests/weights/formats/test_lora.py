@@ -271,7 +271,7 @@ def test_target_that_the_base_lacks_is_listed(opened) -> None:  # type: ignore[n
 
 def test_adapter_of_another_model_is_an_error(tmp_path: Path) -> None:
     source = open_source(write(tmp_path, pair("gone", 6, 6)), base=BASE)
-    with pytest.raises(ValueError, match=r"got none among 1 \(the first is for 'gone.weight'\)"):
+    with pytest.raises(ValueError, match=r"got none among 1 .*'gone.weight'"):
         source.layers()
 
 
@@ -336,13 +336,13 @@ def test_biases_of_an_adapter_are_listed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("named", [None, "", "org/model", 7])
 def test_adapter_without_a_base_is_an_error(tmp_path: Path, named: object) -> None:
     adapter = write(tmp_path, pair("q", 6, 6), base_model_name_or_path=named)
-    with pytest.raises(ValueError, match="expected the base of this adapter, whose config names"):
+    with pytest.raises(ValueError, match="expected the base of this adapter"):
         open_source(adapter)
 
 
 def test_base_that_is_an_adapter_is_an_error(tmp_path: Path) -> None:
     adapter = write(tmp_path, pair("q", 6, 6))
-    with pytest.raises(ValueError, match="base: expected a model, got another adapter"):
+    with pytest.raises(ValueError, match=r"base: expected a model, got .*adapter"):
         open_source(adapter, base=adapter)
 
 
@@ -398,5 +398,5 @@ def test_two_adapters_in_one_file_are_an_error() -> None:
     headers = [
         TensorHeader(f"q.lora_A.{name}.weight", (2, 6), torch.float32) for name in ("one", "two")
     ]
-    with pytest.raises(ValueError, match="expected the tensors of one adapter, got 2: one, two"):
+    with pytest.raises(ValueError, match=r"expected .*one adapter, got 2: one, two"):
         Adapter({"r": 2, "lora_alpha": 8}, headers, "here")

@@ -136,7 +136,7 @@ def test_truncated_safetensors_is_one_error(tmp_path: Path, keep: int) -> None:
     path = tmp_path / "cut.safetensors"
     save_file(WEIGHTS, path)
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(ValueError, match=r"cut.safetensors: expected a sound safetensors") as error:
+    with pytest.raises(ValueError, match=r"cut.safetensors: expected .*safetensors") as error:
         open_source(path)
     assert error.value.__suppress_context__
 
@@ -157,14 +157,14 @@ def test_truncated_safetensors_is_one_error(tmp_path: Path, keep: int) -> None:
 def test_safetensors_header_that_lies_is_one_error(tmp_path: Path, entry: object) -> None:
     path = tmp_path / "lie.safetensors"
     write_raw_safetensors(path, {"w": entry}, bytes(16))
-    with pytest.raises(ValueError, match=r"lie.safetensors: expected a sound safetensors file"):
+    with pytest.raises(ValueError, match=r"lie.safetensors: expected .*safetensors"):
         open_source(path)
 
 
 def test_safetensors_header_length_beyond_the_file(tmp_path: Path) -> None:
     path = tmp_path / "lie.safetensors"
     path.write_bytes(struct.pack("<Q", 2**60) + b"{}")
-    with pytest.raises(ValueError, match=r"lie.safetensors: expected a sound safetensors file"):
+    with pytest.raises(ValueError, match=r"lie.safetensors: expected .*safetensors"):
         open_source(path)
 
 
@@ -257,7 +257,7 @@ def test_pickle_that_needs_code_is_refused(tmp_path: Path, what: str, zipped: bo
     path, trace = tmp_path / "evil.pt", tmp_path / "ran"
     thing = {"w": Spy(trace)} if what == "code" else nn.Linear(2, 2)
     torch.save(thing, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(ValueError, match=r"evil.pt: expected a pickle of plain tensors") as error:
+    with pytest.raises(ValueError, match=r"evil.pt: expected .*plain tensors") as error:
         open_source(path)
     assert ("mkdir" if what == "code" else "torch.nn.modules.linear.Linear") in str(error.value)
     assert "\n" not in str(error.value)
@@ -279,13 +279,13 @@ DAMAGED = {
 def test_damaged_pickle_is_one_error(tmp_path: Path, name: str) -> None:
     path = tmp_path / "bad.pt"
     path.write_bytes(DAMAGED[name])
-    with pytest.raises(ValueError, match=r"bad.pt: expected a pickle of plain tensors only, got"):
+    with pytest.raises(ValueError, match=r"bad.pt: expected .*plain tensors.*, got"):
         open_source(path)
 
 
 def test_a_pickled_module_is_told_what_to_save_instead(tmp_path: Path) -> None:
     torch.save(torch.nn.Linear(3, 3), tmp_path / "model.pt")
-    said = r"got one that holds torch\.nn.*Linear; save model\.state_dict\(\) instead, or load the "
+    said = r"got .*torch\.nn.*Linear.*state_dict\(\)"
     with pytest.raises(ValueError, match=said):
         open_source(tmp_path / "model.pt")
 
@@ -308,7 +308,7 @@ def test_truncated_pickle_is_one_error(tmp_path: Path, fraction: float, zipped: 
     torch.save(WEIGHTS, path, _use_new_zipfile_serialization=zipped)
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * fraction)])
-    with pytest.raises(ValueError, match=r"cut.pt: expected a pickle of plain tensors only, got"):
+    with pytest.raises(ValueError, match=r"cut.pt: expected .*plain tensors.*, got"):
         open_source(path)
 
 

@@ -40,7 +40,7 @@ def test_index_cannot_name_a_file_elsewhere(tmp_path: Path, shard: object, kind:
     for place in (tmp_path, folder / "sub"):
         save_file(WEIGHTS, place / "out.safetensors")
     write_index(folder, {"a.weight": shard}, kind)
-    with pytest.raises(ValueError, match=r"index.json: expected the plain name of a file") as error:
+    with pytest.raises(ValueError, match=r"index.json: expected .*name of a file") as error:
         open_source(folder)
     assert repr(shard) in str(error.value)
 
@@ -48,7 +48,7 @@ def test_index_cannot_name_a_file_elsewhere(tmp_path: Path, shard: object, kind:
 def test_absolute_shard_inside_the_folder_is_refused_too(tmp_path: Path) -> None:
     save_file(WEIGHTS, tmp_path / "x.safetensors")
     write_index(tmp_path, {"a.weight": str(tmp_path / "x.safetensors")})
-    with pytest.raises(ValueError, match="expected the plain name"):
+    with pytest.raises(ValueError, match=r"expected .*name of a file"):
         open_source(tmp_path)
 
 
@@ -102,7 +102,7 @@ def test_tensors_beside_the_index_are_listed(tmp_path: Path, kind: str) -> None:
 def test_broken_index_is_one_error(tmp_path: Path, text: str) -> None:
     path = tmp_path / "model.safetensors.index.json"
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
-    with pytest.raises(ValueError, match=r"index.json: expected JSON with a \"weight_map\""):
+    with pytest.raises(ValueError, match=r"index.json: expected .*\"weight_map\""):
         open_source(tmp_path)
 
 
@@ -116,7 +116,7 @@ def test_empty_index_is_an_error(tmp_path: Path) -> None:
 def test_index_with_a_name_twice_is_an_error(tmp_path: Path, kind: str) -> None:
     text = '{"weight_map": {"a.weight": "x-1.bin", "a.weight": "x-2.bin"}}'
     (tmp_path / f"{kind}.index.json").write_text(text)
-    with pytest.raises(ValueError, match=r"expected each name once, got 'a.weight' more than once"):
+    with pytest.raises(ValueError, match=r"expected each name once, got 'a.weight'"):
         open_source(tmp_path)
 
 

@@ -157,7 +157,7 @@ def test_wrapped_state_dict_is_unwrapped(wrapper: str) -> None:
 
 @pytest.mark.parametrize("mapping", [{}, {"epoch": 3}, {"params": {"w": 1}}, {"model": {}}])
 def test_mapping_without_tensors_is_an_error(mapping: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match="got a mapping without any tensor"):
+    with pytest.raises(ValueError, match="got a mapping without"):
         open_source(mapping)
 
 

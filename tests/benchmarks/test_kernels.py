@@ -15,14 +15,12 @@ from benchmarks.kernels import cases, micro, sanitize, solver_times
 def test_cases_cover_every_config_once() -> None:
     names = [case.name for case in cases.cases()]
     assert len(set(names)) == len(names)
-    source = (Path(__file__).parent.parent / "csrc/cuda/eigvalsh/one_stage.cu").read_text()
+    source = (Path(__file__).parents[2] / "csrc/cuda/eigvalsh/one_stage.cu").read_text()
     configs = [int(line.split()[1][5:]) for line in source.splitlines() if "Order" in line[:12]]
     assert configs == [16, 32, 48, 64, 80, 104, 128, 160]
     for order, below, upto in zip(cases.BLOCK_ORDERS, [0, *configs], configs, strict=False):
         assert below < order <= upto
-    clusters = (
-        Path(__file__).parent.parent / "csrc/cuda/eigvalsh/one_stage_cluster.cu"
-    ).read_text()
+    clusters = (Path(__file__).parents[2] / "csrc/cuda/eigvalsh/one_stage_cluster.cu").read_text()
     for name in cases.CLUSTERS:
         assert f"struct Order{name.replace(' in ', 'In')} " in clusters
     assert clusters.count("struct Order") == len(cases.CLUSTERS)
