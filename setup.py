@@ -50,9 +50,8 @@ def has_cusolver_header() -> bool:
     return any(folder and (Path(folder) / "cusolverDn.h").exists() for folder in folders)
 
 
-def sources(*folders: str, suffixes: tuple[str, ...]) -> list[str]:
-    found = [p for folder in folders for p in sorted((ROOT / CSRC / folder).rglob("*"))]
-    return [str(p.relative_to(ROOT)) for p in found if p.suffix in suffixes]
+def sources(pattern: str) -> list[str]:
+    return sorted(str(p.relative_to(ROOT)) for p in (ROOT / CSRC).glob(pattern))
 
 
 def ops_extension(cuda: bool) -> Extension:
@@ -62,11 +61,7 @@ def ops_extension(cuda: bool) -> Extension:
     common = ["-O3", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=off"]
     # Without OpenMP the parallel loops of the stable ABI would run on one thread.
     compile_args = {"cxx": [*common, "-fopenmp", "-Wall"]}
-    files = [
-        str(CSRC / "module.cpp"),
-        str(CSRC / "library.cpp"),
-        *sources("cpu", suffixes=(".cpp",)),
-    ]
+    files = [*sources("*.cpp"), *sources("cpu/*.cpp")]
     if not cuda:
         return cpp_extension.CppExtension(
             "farms_fast._C",
@@ -82,9 +77,9 @@ def ops_extension(cuda: bool) -> Extension:
     compile_args["nvcc"] = ["-O3", "-std=c++17"]
     return cpp_extension.CUDAExtension(
         "farms_fast._C",
-        [*files, *sources("cuda", suffixes=(".cpp", ".cu"))],
+        [*files, *sources("cuda/**/*.cpp"), *sources("cuda/**/*.cu")],
         include_dirs=[str(ROOT)],
-        define_macros=[*macros, ("FARMS_FAST_CUDA", "1"), ("USE_CUDA", "1")],
+        define_macros=[*macros, ("USE_CUDA", "1")],
         extra_compile_args=compile_args,
         extra_link_args=["-fopenmp", "-lcusolver"],
         py_limited_api=True,

@@ -1,4 +1,4 @@
-"""Are two results equal? Asked of every contender and peer before its time counts.
+"""Checks that two results are equal, for every contender and peer before it is timed.
 
 Bounds are data: farms_fast and the float64 libraries are held to 8 k 2^-52 lambda_max, a peer that
 promises less to what it promises.

@@ -1,4 +1,4 @@
-"""cuSOLVER's XsyevBatched with nothing around it: what every CUDA solver here is judged by."""
+"""cuSOLVER's XsyevBatched with nothing around it, the yardstick of every CUDA solver here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options, the measuring fixture, and what is saved beside the times."""
+"""Options, the measuring fixture, and what is saved with the times."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writes what predicted costs rest on: `python -m benchmarks.cost_table`.
+"""Writes the table that costs are predicted from: `python -m benchmarks.cost_table`.
 
 Takes the saved runs of `benchmarks/saved` (`make bench` and `make bench-cuda` renew them) and
 rewrites `farms_fast/engine/measured.json`, which `farms_fast.engine.cost` reads.

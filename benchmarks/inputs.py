@@ -1,4 +1,4 @@
-"""Random inputs, in as many sets as it takes to leave no set in the last-level cache."""
+"""Random inputs, in so many sets that none stays in the last-level cache."""
 
 from __future__ import annotations
 

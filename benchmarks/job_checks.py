@@ -1,4 +1,4 @@
-"""Whether what a way of doing a whole job gave is right."""
+"""Checks of the results of whole jobs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def check_contender(found: Any, layers: list[Layer], case: JobCase, thorough: bo
     assert sorted(records) == sorted(layer.name for layer in layers), "other layers"
     worst = 0.0
     lapack_flops = 0.0
-    for layer in sorted(layers, key=lambda x: x.order**3 * len(x.places) * len(x.stack)):
+    for layer in sorted(layers, key=lambda x: x.order**3 * len(x.window_slices) * len(x.stack)):
         record = records[layer.name]
         evals = np.asarray(record.evals)
         windows = layer.windows()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from benchmarks import models, published
 from benchmarks.agreement import FloatArray, candidates_of
 from benchmarks.fit_peers import no_gpu, on_the_cpu, quiet
-from benchmarks.peers import CONTENDER, missing_modules, places
+from benchmarks.peers import CONTENDER, missing_modules, window_slices
 from farms_fast import Analysis, FixedAspectSampling, FullMatrix, analyze
 from farms_fast.live import LiveAnalysis
 from farms_fast.spectra.windows import Sampling
@@ -154,15 +154,19 @@ def _renamed(case: JobCase, name: str, sources: Callable[[int, torch.device], An
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer on the device, with the places of its windows in every matrix of the stack."""
+    """A layer on the device, with the slices of its windows in every matrix of the stack."""
 
     name: str
     stack: Tensor
-    places: list[tuple[slice, slice]]
+    window_slices: list[tuple[slice, slice]]
     order: int
 
     def windows(self) -> list[Tensor]:
-        return [self.stack[s][place] for s in range(len(self.stack)) for place in self.places]
+        return [
+            self.stack[s][position]
+            for s in range(len(self.stack))
+            for position in self.window_slices
+        ]
 
 
 def layers_of(given: Any, sampling: Sampling, device: torch.device) -> list[Layer]:
@@ -172,7 +176,7 @@ def layers_of(given: Any, sampling: Sampling, device: torch.device) -> list[Laye
         stack = spec.to_stack(*(source.load(name) for name in spec.tensors)).detach().to(device)
         grid = sampling.grid(*spec.shape[1:])
         if grid.count:
-            made.append(Layer(spec.name, stack, places(grid), grid.order))
+            made.append(Layer(spec.name, stack, window_slices(grid), grid.order))
     return made
 
 

@@ -226,7 +226,7 @@ class GramPeer:
         return missing_modules(self.needs)
 
 
-def places(grid: WindowGrid) -> list[tuple[slice, slice]]:
+def window_slices(grid: WindowGrid) -> list[tuple[slice, slice]]:
     """Every window as the slices that cut it out, in the order of the window table."""
     return [
         (slice(row, row + grid.rows), slice(column, column + grid.columns))
@@ -242,7 +242,7 @@ def _gram_contender(grid: WindowGrid) -> Callable[[Tensor], Tensor]:
 
 def _gram_numpy(grid: WindowGrid) -> Callable[[Any], Any]:
     def run(weight: Any) -> Any:
-        windows = (weight[place].astype(np.float64) for place in places(grid))
+        windows = (weight[position].astype(np.float64) for position in window_slices(grid))
         return np.stack([window @ window.T for window in windows])
 
     return run
@@ -250,7 +250,7 @@ def _gram_numpy(grid: WindowGrid) -> Callable[[Any], Any]:
 
 def _gram_torch(grid: WindowGrid) -> Callable[[Tensor], Tensor]:
     def run(weight: Tensor) -> Tensor:
-        windows = (weight[place].double() for place in places(grid))
+        windows = (weight[position].double() for position in window_slices(grid))
         return torch.stack([window @ window.T for window in windows])
 
     return run
@@ -258,7 +258,7 @@ def _gram_torch(grid: WindowGrid) -> Callable[[Tensor], Tensor]:
 
 def _gram_bmm(grid: WindowGrid) -> Callable[[Tensor], Tensor]:
     def run(weight: Tensor) -> Tensor:
-        return _gram(torch.stack([weight[place] for place in places(grid)]).double())
+        return _gram(torch.stack([weight[position] for position in window_slices(grid)]).double())
 
     return run
 
@@ -267,7 +267,7 @@ def _gram_cupy(grid: WindowGrid) -> Callable[[Any], Any]:
     import cupy
 
     def run(weight: Any) -> Any:
-        windows = (weight[place].astype(cupy.float64) for place in places(grid))
+        windows = (weight[position].astype(cupy.float64) for position in window_slices(grid))
         return cupy.stack([window @ window.T for window in windows])
 
     return run

@@ -4,7 +4,7 @@
     python -m benchmarks.report save cpu RAW.json ...  # first takes pytest-benchmark's files over
     python -m benchmarks.report save cpu --update RAW.json   # only the cases that it has
 
-A saved run is `NAME.json`, with the roofline of the same machine as `NAME-roofline.json` beside it.
+A saved run is `NAME.json`; `NAME-roofline.json` has the roofline of the same machine.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FAMILIES = {
     "gram": "Windows and their Gram matrices",
     "fit": "Power-law fits",
     "jobs": "Whole jobs",
-    "faces": "Drop-in functions",
+    "drop_ins": "Drop-in functions",
     "details": "WeightWatcher's table",
 }
 _EXPLAIN = {
@@ -40,8 +40,8 @@ _EXPLAIN = {
     "fit": "Ascending spectra, one or so many of a size in a call; the rule says where the tail "
     "may start.",
     "jobs": "From weights to alpha for every layer.",
-    "faces": "The functions of farms_fast.compat with the published defaults, from a module to a "
-    "dict of lists.",
+    "drop_ins": "The functions of farms_fast.compat with the published defaults, from a module to "
+    "a dict of lists.",
     "details": "farms_fast.compat.weightwatcher and WeightWatcher with the same options.",
 }
 
@@ -103,9 +103,9 @@ def _updated(saved: Run, new: Run) -> Run:
         kept = [entry for entry in saved["run"][key] if case(entry) not in cases]
         saved["run"][key] = kept + [entry for entry in new["run"][key] if case(entry) in cases]
     kept = [e for e in saved["benchmarks"] if case(e["extra_info"]) not in cases]
-    # In the places that they had, new ones last.
-    places = list(dict.fromkeys(case(e["extra_info"]) for e in saved["benchmarks"]))
-    order = {name: place for place, name in enumerate(places)}
+    # In the order that they had, new ones last.
+    cases_in_order = list(dict.fromkeys(case(e["extra_info"]) for e in saved["benchmarks"]))
+    order = {name: index for index, name in enumerate(cases_in_order)}
     saved["benchmarks"] = sorted(
         kept + new["benchmarks"], key=lambda e: order.get(case(e["extra_info"]), len(order))
     )
@@ -124,8 +124,8 @@ def load(folder: Path = SAVED) -> list[tuple[Run, Run | None]]:
     found = []
     for path in sorted(folder.glob("*.json")):
         if not path.stem.endswith("-roofline"):
-            beside = path.with_name(f"{path.stem}-roofline.json")
-            roofline = json.loads(beside.read_text()) if beside.exists() else None
+            roofline_path = path.with_name(f"{path.stem}-roofline.json")
+            roofline = json.loads(roofline_path.read_text()) if roofline_path.exists() else None
             found.append((json.loads(path.read_text()), roofline))
     return sorted(found, key=lambda pair: pair[0]["run"]["device"] != "cuda")
 
@@ -144,15 +144,15 @@ def results(runs: Sequence[tuple[Run, Run | None]]) -> str:
 
 
 _HOW_TO_READ = """\
-A number is how many times as long as farms_fast the peer took for the same case: 2.00 is twice as
-long, below 1 is faster than farms_fast. Times are medians. Before anything was timed, every result
-was compared: farms_fast's with LAPACK in float64 (at most 8 k 2^-52 λmax apart) or with an
-independent scan of the definition of the fit, a peer's with the same to its own stated accuracy.
-Inputs are random, rotated so that none comes from a cache, and device work is waited for.
+Each number is the peer's time over farms_fast's for the same case: at 2.00 the peer took twice as
+long, below 1 it was faster. Times are medians. Every result was compared before anything was timed:
+farms_fast's with LAPACK in float64 (at most 8 k 2^-52 λmax apart) or with an independent scan of
+the definition of the fit, a peer's with the same to its own stated accuracy. Inputs are random and
+rotated so that none comes from a cache. The times include waiting for the device.
 
-- ~ is a peer that was measured on a part of the case and extrapolated in proportion; the list below
-  the table says which part.
-- — is a peer that was not measured; the list gives the reason.
+- ~ marks a peer that was measured on a part of the case and extrapolated in proportion. The list
+  below the table says which part.
+- — marks a peer that was not measured. The list gives the reason.
 """
 
 

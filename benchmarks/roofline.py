@@ -1,4 +1,4 @@
-"""How far farms_fast is from what the machine could do: `python -m benchmarks.roofline`.
+"""How close farms_fast comes to the limits of the machine: `python -m benchmarks.roofline`.
 
 For every case the operations that it cannot do without and the bytes that it has to move, the
 ceilings of this machine (matrix products in float64 and float32, a copy) measured in the same run,

@@ -1,7 +1,7 @@
 """Measures every CUDA solver over orders and batches, and writes the table behind `solver="auto"`.
 
 `python -m benchmarks.solver_table` on the GPU in question rewrites that architecture's rows of
-csrc/cuda/eigvalsh/measured_choice.inc and leaves the others; build again afterwards. With `real` or
+csrc/host/measured_choice.inc and leaves the others; build again afterwards. With `real` or
 `complex` as an argument, only the rows for matrices of that kind. A solver is timed only where its
 eigenvalues agree with cuSOLVER's.
 """
@@ -20,7 +20,7 @@ from farms_fast import build_info
 from farms_fast.core import ops
 from farms_fast.spectra.windows import FullMatrix, window_table
 
-TABLE = Path(__file__).parent.parent / "csrc/cuda/eigvalsh/measured_choice.inc"
+TABLE = Path(__file__).parent.parent / "csrc/host/measured_choice.inc"
 FIELDS = {"real": torch.float64, "complex": torch.complex128}
 ORDERS = (8, 16, 24, 32, 48, 64, 80, 100, 112, 128, 144, 160, 192, 224, 256, 320, 384, 448, 512)
 LARGE_ORDERS = (640, 768, 1000, 1500, 2000, 3000, 4096, 8192, 11008)

@@ -13,7 +13,7 @@ from benchmarks.agreement import FloatArray, check_gram
 from benchmarks.cases import GramCase, gram_cases
 from benchmarks.inputs import weights
 from benchmarks.measure import Bench
-from benchmarks.peers import CONTENDER, GRAM_PEERS, GramPeer, places
+from benchmarks.peers import CONTENDER, GRAM_PEERS, GramPeer, window_slices
 
 
 def parametrise(metafunc: pytest.Metafunc, profile: str) -> None:
@@ -33,9 +33,9 @@ class Problem:
 @lru_cache(maxsize=16)
 def problem(case: GramCase, device: torch.device, quick: bool) -> Problem:
     sets = weights(case.rows, case.columns, torch.float32, device, quick)
-    grid = places(case.sampling.grid(case.rows, case.columns))
+    grid = window_slices(case.sampling.grid(case.rows, case.columns))
     norms = [
-        torch.stack([weight[place].double().square().sum() for place in grid]).cpu().numpy()
+        torch.stack([weight[position].double().square().sum() for position in grid]).cpu().numpy()
         for weight in sets
     ]
     chosen = {0, len(grid) - 1}

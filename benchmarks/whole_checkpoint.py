@@ -1,4 +1,4 @@
-"""A checkpoint of LLaMA's shapes from disk to table: how long it takes, and what takes it.
+"""Times a checkpoint of LLaMA's shapes from disk to table, and the parts of that time.
 
     python -m benchmarks.whole_checkpoint make FOLDER [--blocks 32] [--spectra random|power-law]
     python -m benchmarks.whole_checkpoint run FOLDER [--memory 40GiB] [--store RUN.sqlite]

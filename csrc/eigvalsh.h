@@ -1,33 +1,30 @@
-// Eigenvalues of batches of real symmetric or complex Hermitian matrices, ascending. A matrix that holds a value that
-// is not finite gets NaN for every eigenvalue: it never reaches a solver, and its neighbours do not notice.
+// The ops eigvalsh and window_eigvalsh on every device: arguments checked, results allocated. The solver's name is
+// checked where the device's solvers are known.
 #pragma once
 
 #include <cstdint>
-#include <string>
 #include <vector>
 
-#include "csrc/dtype.h"
-#include "csrc/gram.h"
+#include "csrc/op_arguments.h"
 
 namespace farms_fast {
 
-enum class CpuSolver { lapack, two_stage };
+struct EigvalshCall {
+  DType dtype;   // of the Gram matrices
+  Tensor evals;  // (batch, order), to be written
+};
 
-std::vector<std::string> cpu_solver_names();
+EigvalshCall check_eigvalsh(const Tensor& gram, int64_t memory_budget);
 
-// The solver of that name, or the fastest where the name is auto. `op` is for the error of one that does not exist or
-// does not take such matrices.
-CpuSolver cpu_solver(const char* op, const std::string& name, DType dtype, int64_t order);
+struct WindowEigvalshCall {
+  WindowTable table;
+  DType precision;
+  Tensor evals;  // (windows, order), to be written
 
-// gram: (count, order, order), symmetric or Hermitian, read only.
-// evals: (count, order), of type real_dtype(dtype).
-// memory_budget: bytes of workspace over all threads, 0 for no bound.
-void eigvalsh_cpu(const void* gram, int64_t count, int64_t order, DType dtype, CpuSolver solver, int64_t memory_budget,
-                  void* evals);
+  DType gram() const { return gram_dtype(table.dtype, precision); }
+};
 
-// Gram and eigenvalues; negative rounding noise becomes 0. memory_budget: 0 for 1 GiB of what windows share and no
-// bound on the rest. evals: (count, order), of type `precision`.
-void window_eigvalsh_cpu(const Window* windows, int64_t count, int64_t order, DType in, DType precision,
-                         CpuSolver solver, int64_t memory_budget, void* evals);
+WindowEigvalshCall check_window_eigvalsh(const std::vector<Tensor>& weights, const Tensor& windows, int64_t order,
+                                         ScalarType dtype, int64_t memory_budget);
 
 }  // namespace farms_fast

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -24,7 +23,6 @@ from farms_fast.core.arguments import (
     path_of,
     resolve_device,
 )
-from farms_fast.core.extension import __version__
 from farms_fast.core.progress import Progress, reporter
 from farms_fast.engine.distributed import Ranks, share
 from farms_fast.engine.machine import machine_of
@@ -33,8 +31,8 @@ from farms_fast.engine.plan import plan
 from farms_fast.engine.stages import BatchStages, LayerState, Settings
 from farms_fast.results.analysis import Analysis
 from farms_fast.results.run_recorder import recording
+from farms_fast.results.settings import AnalysisSettings, declared_sampling
 from farms_fast.spectra.bootstrap import FitRule
-from farms_fast.spectra.power_law import xmin_rule
 from farms_fast.spectra.windows import FixedAspectSampling, Sampling
 from farms_fast.weights.sources import AdapterSource, open_source
 
@@ -121,7 +119,7 @@ def analyze(
         >>> [(layer.name, layer.windows, layer.status) for layer in analysis]
         [('0', 225, 'ok'), ('1', 225, 'ok')]
     """
-    rule = FitRule(xmin_rule(xmin), xmin_pos, bins, getattr(sampling, "compat", None))
+    rule = FitRule.checked(xmin, xmin_pos, bins, getattr(sampling, "compat", None))
     precision = dtype_of(dtype)
     resamples = check_int("bootstrap", bootstrap, most=MOST_RESAMPLES)
     budget = None if memory is None else memory_bytes(memory)
@@ -133,30 +131,25 @@ def analyze(
     ranks = Ranks.of(process_group)
     if force and store is None:
         raise ValueError("force: computes anew what a store holds, so it needs store=")
-    # A spectrum without values: the rule's own settings are checked before any weight is read.
-    rule.fit(torch.empty(0, dtype=torch.float64), [0])
     source = open_source(model_or_state_dict_or_path, base=base)
     specs, skipped = source.layers(include, exclude)
     of_base = None
     if base is not None and isinstance(source, AdapterSource):
         of_base = _absolute(base) or source.base.description
-    settings: dict[str, object] = {
-        "source": _absolute(model_or_state_dict_or_path) or source.description,
-        "base": of_base,
-        "include": _patterns(include),
-        "exclude": _patterns(exclude),
-        "sampling": str(sampling),
-        "xmin": rule.xmin,
-        "xmin_pos": float(xmin_pos) if rule.xmin == "median" else FitRule.xmin_pos,
-        "bins": int(bins) if rule.xmin == "peak" else FitRule.bins,
-        "bootstrap": resamples,
-        "dtype": str(precision).removeprefix("torch."),
-        "device": str(where),
-        "solver": solver or "auto",
-        "farms_fast": __version__,
-        "torch": str(torch.__version__),
-        "numpy": np.__version__,
-    }
+    settings = AnalysisSettings(
+        source=_absolute(model_or_state_dict_or_path) or source.description,
+        base=of_base,
+        include=_patterns(include),
+        exclude=_patterns(exclude),
+        sampling=declared_sampling(sampling),
+        xmin=rule.xmin,
+        xmin_pos=float(xmin_pos if rule.xmin == "median" else FitRule.xmin_pos),
+        bins=int(bins) if rule.xmin == "peak" else FitRule.bins,
+        bootstrap=resamples,
+        dtype=str(precision).removeprefix("torch."),
+        device=str(where),
+        solver=solver or "auto",
+    )
     planned = partial(
         plan,
         sampling=sampling,
@@ -189,7 +182,7 @@ def analyze(
                 source, Settings(where, precision, solver, rule, resamples), keep, is_known
             )
             run(mine.batches, stages, where, mine.overlapping)
-        return recorder.analysis(whole.names, [*skipped, *whole.skipped], settings)
+        return recorder.analysis(whole.names, [*skipped, *whole.skipped])
 
 
 def _absolute(model: object) -> str:
@@ -199,5 +192,5 @@ def _absolute(model: object) -> str:
     return os.path.abspath(Path(os.fsdecode(model)).expanduser())
 
 
-def _patterns(patterns: str | Sequence[str] | None) -> list[str]:
-    return [patterns] if isinstance(patterns, str) else list(patterns or ())
+def _patterns(patterns: str | Sequence[str] | None) -> tuple[str, ...]:
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns or ())

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Compiles csrc with warnings as errors and keeps nothing: compile.sh cpp|cuda PYTHON
 #
-# "cuda" takes the .cu files, the .cpp files under csrc/cuda and csrc/library.cpp. It needs nvcc, but
-# neither a GPU nor a CUDA build of torch: the ops see torch through its stable ABI only.
+# "cpp" takes what every build compiles, "cuda" what a build with CUDA compiles besides: all under
+# csrc/cuda. It needs nvcc, but neither a GPU nor a CUDA build of torch: the ops see torch through its
+# stable ABI only.
 # CUDA_ARCHITECTURES: what to compile for, "90" by default, several with spaces. JOBS: at a time.
 set -euo pipefail
 part=$1 python=$2
@@ -73,8 +74,8 @@ print("-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("includ
       -D__CUDA_NO_HALF2_OPERATORS__ --expt-relaxed-constexpr)
     find csrc -name '*.cu' | sort |
       compile_all "$nvcc" -std=c++17 -O3 -I. "${half[@]}" "${targets[@]}" -Werror all-warnings -Xcompiler -Wall,-Wextra,-Werror
-    { find csrc/cuda -name '*.cpp' && echo csrc/library.cpp; } | sort |
-      compile_all "${gxx[@]}" -DFARMS_FAST_CUDA -DUSE_CUDA "${torch[@]}" "${cuda[@]}"
+    find csrc/cuda -name '*.cpp' | sort |
+      compile_all "${gxx[@]}" -DUSE_CUDA "${torch[@]}" "${cuda[@]}"
     ;;
   *)
     echo "compile.sh: expected cpp or cuda, got '$part'" >&2

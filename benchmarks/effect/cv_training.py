@@ -144,7 +144,7 @@ class Run:
 
 
 def train(settings: Settings) -> dict[str, Any]:
-    """One whole run: its accuracy, and what the last rates were."""
+    """One run: its accuracy and its last rates."""
     started = time.perf_counter()
     run = Run(settings, images_of(settings))
     for _ in range(settings.epochs):

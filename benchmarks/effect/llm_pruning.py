@@ -1,7 +1,7 @@
 """Does a sparsity that goes by FARMS's alpha prune a language model better?
 
 Trains small Llamas from several seeds on real text, prunes each with three methods at several
-sparsities that are shared out uniformly, by the alpha of the whole matrices, by FARMS's alpha and
+sparsities that are distributed uniformly, by the alpha of the whole matrices, by FARMS's alpha and
 by OWL, and prints the perplexity of each on text that none of it has seen::
 
     python -m benchmarks.effect.llm_pruning --limit 450      # one GPU, about six minutes

@@ -1,7 +1,7 @@
-"""Keeps what the scripts beside it have measured, and writes RESULTS.md from it.
+"""Saves what the scripts in this folder have measured, and writes RESULTS.md from it.
 
 python -m benchmarks.effect.report                       # from benchmarks/effect/saved/*.json
-python -m benchmarks.effect.report save sciml OUT.json   # first takes a script's file over
+python -m benchmarks.effect.report save sciml OUT.json   # first saves a script's file
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ _BEGIN = """\
 # What layer-wise decisions do
 
 Written by `python -m benchmarks.effect.report` from the files in `benchmarks/effect/saved`; do not
-edit. Whatever came out is here, for better or worse. The models are small and so is the data: the
-figures compare the arms of a table with each other, and nothing with published ones.
+edit. This page has every result, good or bad. The models and the data are small: compare the arms
+of a table with each other, not with published figures.
 """
 
 

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "csrc/cpu/tridiagonal.h"
+#include "csrc/cpu/cpu_tridiagonal.h"
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC optimize("fp-contract=fast")
@@ -18,7 +18,7 @@ constexpr int width = band_width;
 
 // I - tau v v^T with v[0] = 1.
 template <typename T>
-struct alignas(64) Reflector {
+struct alignas(64) ChasingReflector {
   T v[width];
   T tau;
 };
@@ -46,7 +46,7 @@ struct Chase {
   }
 
   // Makes the reflector that leaves only the first of a column's `width` values, and applies it to that column.
-  static FARMS_FAST_INLINE void reflect_column(T* column, Reflector<T>& h) {
+  static FARMS_FAST_INLINE void reflect_column(T* column, ChasingReflector<T>& h) {
     V x[parts];
 #pragma GCC unroll 16
     for (int q = 0; q < parts; ++q) x[q] = *reinterpret_cast<const Memory*>(column + q * lanes);
@@ -77,7 +77,7 @@ struct Chase {
 
   // `corner` is the diagonal element of the reflector's first row. Applies it to both sides of the diagonal block and
   // to the right of the block below, and replaces it by the one that restores the first column of that block.
-  static FARMS_FAST_INLINE void step(T* corner, Reflector<T>& h) {
+  static FARMS_FAST_INLINE void step(T* corner, ChasingReflector<T>& h) {
     V v[parts], w[parts];
 #pragma GCC unroll 16
     for (int q = 0; q < parts; ++q) {
@@ -151,7 +151,7 @@ struct Chase {
       Memory* part = reinterpret_cast<Memory*>(below + q * lanes);
       *part = *part - y[q];
     }
-    Reflector<T> next;
+    ChasingReflector<T> next;
     reflect_column(below, next);
     V u[parts];
 #pragma GCC unroll 16
@@ -176,7 +176,7 @@ struct Chase {
   // once for all of them.
   static FARMS_FAST_INLINE void run(T* band, int64_t order) {
     constexpr int64_t group = 16;
-    Reflector<T> reflectors[group];
+    ChasingReflector<T> reflectors[group];
     for (int64_t j0 = 0; j0 + 2 < order; j0 += group) {
       const int64_t columns = std::min(group, order - 2 - j0), steps = (order - 2 - j0) / width + 1;
       for (int64_t t = 0; t < steps + columns; ++t)

@@ -5,7 +5,7 @@
 #include <complex>
 #include <cstdint>
 
-#include "csrc/check.h"
+#include "csrc/op_check.h"
 
 extern "C" {
 __attribute__((weak)) void sgemm_(const char* transa, const char* transb, const int* m, const int* n, const int* k,

@@ -44,16 +44,16 @@ void for_range(bool parallel, int64_t begin, int64_t end, int64_t grain, const B
   }
 }
 
-struct Scratch {
+struct FitScratch {
   std::vector<double> logs;
   std::vector<double> excess;
   std::vector<int64_t> witness;  // per candidate: a j where its gap is large
 };
 
 // Evaluates the gaps of one tail, keeping the largest.
-class DistanceSearch {
+class CandidateSearch {
  public:
-  DistanceSearch(const Tail& tail, double limit) : tail_(tail), limit_(limit) {}
+  CandidateSearch(const Tail& tail, double limit) : tail_(tail), limit_(limit) {}
 
   // Looks at one j first, because a neighbouring candidate had a large gap there.
   // Returns true once the candidate is out.
@@ -155,7 +155,7 @@ struct Best {
 // First argmin of D over [range.begin, range.end), indices into the logs. Candidates are visited
 // in levels of halving stride: the first levels find a D close to the best, and each later
 // candidate has visited neighbours on both sides whose witnesses mostly refute it at once.
-Best best_candidate(Scratch& scratch, int64_t size, const IndexRange& range, bool parallel) {
+Best best_candidate(FitScratch& scratch, int64_t size, const IndexRange& range, bool parallel) {
   Best best;
   const int64_t count = range.end - range.begin;
   if (count <= 0) return best;
@@ -176,7 +176,7 @@ Best best_candidate(Scratch& scratch, int64_t size, const IndexRange& range, boo
         const int64_t candidate = range.begin + slot;
         if (!(scratch.excess[candidate] > 0.0)) continue;
         const Tail tail = power_law::make_tail(scratch.logs.data(), candidate, size - 1, scratch.excess[candidate]);
-        DistanceSearch search(tail, found.distance);
+        CandidateSearch search(tail, found.distance);
         const bool out = !first_level && (search.probe(scratch.witness[slot - stride]) ||
                                           (slot + stride < count && search.probe(scratch.witness[slot + stride])));
         if (!out) {
@@ -208,7 +208,7 @@ double modal_left_edge(const LogHistogram& histogram) {
 }
 
 // Fills logs and excess of `size` positive finite ascending values.
-void prepare(const double* values, int64_t size, Scratch& scratch, bool parallel) {
+void prepare(const double* values, int64_t size, FitScratch& scratch, bool parallel) {
   scratch.logs.resize(static_cast<size_t>(size));
   scratch.excess.resize(static_cast<size_t>(size));
   double* const logs = scratch.logs.data();
@@ -233,7 +233,7 @@ void write_failure(const FitOutputs& outputs, int64_t s, FitStatus status) {
 }
 
 void fit_one(const double* evals, int64_t begin, int64_t end, int64_t s, const FitSettings& settings,
-             const FitOutputs& outputs, Scratch& scratch, bool parallel) {
+             const FitOutputs& outputs, FitScratch& scratch, bool parallel) {
   const ValidRange valid = power_law::valid_range(evals, begin, end);
   const double* const values = evals + valid.begin;
   const int64_t size = valid.end - valid.begin;
@@ -279,13 +279,13 @@ void fit_power_law_cpu(const double* evals, const int64_t* offsets, int64_t n_sp
                        const FitOutputs& outputs) {
   const auto is_long = [=](int64_t s) { return offsets[s + 1] - offsets[s] >= kLongSpectrum; };
   torch::stable::parallel_for(0, n_spectra, 1, [&](int64_t begin, int64_t end) {
-    Scratch scratch;
+    FitScratch scratch;
     for (int64_t s = begin; s < end; ++s) {
       if (is_long(s)) continue;
       fit_one(evals, offsets[s], offsets[s + 1], s, settings, outputs, scratch, false);
     }
   });
-  Scratch scratch;
+  FitScratch scratch;
   for (int64_t s = 0; s < n_spectra; ++s) {
     if (!is_long(s)) continue;
     fit_one(evals, offsets[s], offsets[s + 1], s, settings, outputs, scratch, true);

@@ -3,7 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
-#include "csrc/check.h"
+#include "csrc/op_check.h"
 
 #define FARMS_CUDA_CHECK(call)                                                                        \
   do {                                                                                                \

@@ -9,7 +9,7 @@
 #include <cstdint>
 
 #include "csrc/allocate.h"
-#include "csrc/check.h"
+#include "csrc/op_check.h"
 
 namespace farms_fast {
 

@@ -17,7 +17,8 @@
 
 namespace farms_fast {
 
-// A window of a matrix: which matrix of which stack, its first element, strides in elements, and the place in it.
+// A window of a matrix: which matrix of which stack, its first element, strides in elements, and where in it the window
+// is.
 struct Window {
   int64_t weight, entry;
   const void* matrix;
@@ -41,7 +42,7 @@ struct SharedGrid {
   int64_t inner;  // elements of a vector
   bool vectors_are_rows;
   std::vector<int64_t> vector_starts, inner_starts;  // ascending, distinct
-  std::vector<int64_t> windows;                      // [vector start][inner start]: place in the run, -1 for none
+  std::vector<int64_t> windows;                      // [vector start][inner start]: index in the run, -1 for none
   std::vector<BandPanel> panels;
   std::vector<InnerGroup> groups;
 
@@ -207,48 +208,48 @@ struct Lattice {
   }
 };
 
-inline Lattice lattice(const Window* windows, int64_t count) {
-  Lattice found;
+inline Lattice lattice_of(const Window* windows, int64_t count) {
+  Lattice lattice;
   for (int64_t b = 0; b < count; ++b) {
-    found.rows.push_back(windows[b].row);
-    found.columns.push_back(windows[b].column);
+    lattice.rows.push_back(windows[b].row);
+    lattice.columns.push_back(windows[b].column);
   }
-  found.rows = distinct(std::move(found.rows));
-  found.columns = distinct(std::move(found.columns));
-  const int64_t across = static_cast<int64_t>(found.columns.size());
-  const int64_t places = static_cast<int64_t>(found.rows.size()) * across;
-  if (places > 4 * count) return {};
-  found.windows.assign(static_cast<size_t>(places), -1);
+  lattice.rows = distinct(std::move(lattice.rows));
+  lattice.columns = distinct(std::move(lattice.columns));
+  const int64_t across = static_cast<int64_t>(lattice.columns.size());
+  const int64_t positions = static_cast<int64_t>(lattice.rows.size()) * across;
+  if (positions > 4 * count) return {};
+  lattice.windows.assign(static_cast<size_t>(positions), -1);
   for (int64_t b = 0; b < count; ++b) {
-    const auto r = std::lower_bound(found.rows.begin(), found.rows.end(), windows[b].row) - found.rows.begin();
+    const auto r = std::lower_bound(lattice.rows.begin(), lattice.rows.end(), windows[b].row) - lattice.rows.begin();
     const auto c =
-        std::lower_bound(found.columns.begin(), found.columns.end(), windows[b].column) - found.columns.begin();
-    int64_t& place = found.windows[static_cast<size_t>(r * across + c)];
-    if (place >= 0) return {};
-    place = b;
+        std::lower_bound(lattice.columns.begin(), lattice.columns.end(), windows[b].column) - lattice.columns.begin();
+    int64_t& window = lattice.windows[static_cast<size_t>(r * across + c)];
+    if (window >= 0) return {};
+    window = b;
   }
-  for (std::vector<int64_t>* starts : {&found.rows, &found.columns}) {
+  for (std::vector<int64_t>* starts : {&lattice.rows, &lattice.columns}) {
     const int64_t first = starts->front();
     for (int64_t& start : *starts) start -= first;
   }
-  return found;
+  return lattice;
 }
 
-inline SharedGrid grid_of(const Lattice& found, int64_t rows, int64_t columns, bool vectors_are_rows) {
+inline SharedGrid grid_of(const Lattice& lattice, int64_t rows, int64_t columns, bool vectors_are_rows) {
   SharedGrid grid{
       vectors_are_rows ? rows : columns, vectors_are_rows ? columns : rows, vectors_are_rows, {}, {}, {}, {}, {}};
-  grid.vector_starts = vectors_are_rows ? found.rows : found.columns;
-  grid.inner_starts = vectors_are_rows ? found.columns : found.rows;
-  const size_t down = found.rows.size(), across = found.columns.size();
+  grid.vector_starts = vectors_are_rows ? lattice.rows : lattice.columns;
+  grid.inner_starts = vectors_are_rows ? lattice.columns : lattice.rows;
+  const size_t down = lattice.rows.size(), across = lattice.columns.size();
   grid.windows.resize(down * across);
   for (size_t r = 0; r < down; ++r)
     for (size_t c = 0; c < across; ++c)
-      grid.windows[vectors_are_rows ? r * across + c : c * down + r] = found.windows[r * across + c];
+      grid.windows[vectors_are_rows ? r * across + c : c * down + r] = lattice.windows[r * across + c];
   return grid;
 }
 
 // The fastest way to share, or none where every window on its own is faster still or nothing else fits into `memory`.
-inline std::shared_ptr<const SharedGrid> best_grid(const Lattice& found, int64_t count, int64_t rows, int64_t columns,
+inline std::shared_ptr<const SharedGrid> best_grid(const Lattice& lattice, int64_t count, int64_t rows, int64_t columns,
                                                    bool either_side, int64_t runs, int64_t item, int64_t memory,
                                                    const SharingCosts& costs) {
   std::shared_ptr<const SharedGrid> best;
@@ -256,7 +257,7 @@ inline std::shared_ptr<const SharedGrid> best_grid(const Lattice& found, int64_t
   for (const bool vectors_are_rows : {true, false}) {
     const bool fewer = vectors_are_rows ? rows <= columns : columns < rows;
     if (!fewer && !(either_side && rows == columns)) continue;
-    SharedGrid grid = grid_of(found, rows, columns, vectors_are_rows);
+    SharedGrid grid = grid_of(lattice, rows, columns, vectors_are_rows);
     grid.panels = band_panels(grid.vector_starts, grid.order, costs.tile);
     for (int64_t most = static_cast<int64_t>(grid.inner_starts.size());; most = (most + 1) / 2) {
       grid.groups = inner_groups(grid.inner_starts, grid.inner, most);
@@ -301,12 +302,12 @@ inline std::vector<WindowRun> plan_gram_sharing(const Window* windows, int64_t c
   for (WindowRun& run : runs) {
     if (run.count == 1) continue;
     const Window& first = windows[run.begin];
-    sharing::Lattice found = sharing::lattice(windows + run.begin, run.count);
-    if (found.windows.empty()) continue;
-    if (rows != first.rows || columns != first.columns || !(found == before)) {
-      grid = sharing::best_grid(found, run.count, first.rows, first.columns, either_side,
+    sharing::Lattice lattice = sharing::lattice_of(windows + run.begin, run.count);
+    if (lattice.windows.empty()) continue;
+    if (rows != first.rows || columns != first.columns || !(lattice == before)) {
+      grid = sharing::best_grid(lattice, run.count, first.rows, first.columns, either_side,
                                 static_cast<int64_t>(runs.size()), item, memory, costs);
-      before = std::move(found);
+      before = std::move(lattice);
       rows = first.rows;
       columns = first.columns;
     }

@@ -9,21 +9,13 @@ from typing import Annotated
 
 import typer
 
-from farms_fast.cli.console import check_outputs, echo, one_line_errors, terminal_width
+from farms_fast.cli.console import check_outputs, cli_errors, echo, terminal_width
 from farms_fast.cli.options import Quiet
 from farms_fast.cli.saved import SavedAnalysis, load_saved
 from farms_fast.cli.tables import fit_table
 from farms_fast.core.text import fixed, printable
 from farms_fast.results.comparison import Comparison, LayerDifference, nothing_in_common
 from farms_fast.results.comparison import compare as compare_analyses
-
-__all__ = ["compare", "format_comparison", "register"]
-
-
-def register(app: typer.Typer) -> None:
-    """Adds the command to an application."""
-    app.command()(compare)
-
 
 _SORTS: dict[str, Callable[[LayerDifference], float]] = {
     "difference": lambda layer: -abs(layer.difference),
@@ -76,7 +68,7 @@ def compare(
     Exit codes: 0 compared, 2 bad usage, bad input or no layer of the same name in both, 130
     interrupted.
     """
-    with one_line_errors():
+    with cli_errors():
         if sort not in ("model", *_SORTS):
             raise ValueError(f"sort: expected model, {' or '.join(_SORTS)}, got {sort!r}")
         # A and B may be two runs of one store.
@@ -85,24 +77,21 @@ def compare(
         first, second = load_saved(a, run_a, "run-a"), load_saved(b, run_b, "run-b")
         if reason := nothing_in_common(first, second):
             raise ValueError(reason)
-        found = compare_analyses(first, second, paired=paired, device=device, progress=not quiet)
+        comparison = compare_analyses(
+            first, second, paired=paired, device=device, progress=not quiet
+        )
         if csv is not None:
-            found.to_csv(csv)
+            comparison.to_csv(csv)
         if json is not None:
-            found.to_json(json)
+            comparison.to_json(json)
         if output is not None:
-            found.to_html(output, title=title, progress=not quiet)
+            comparison.to_html(output, title=title, progress=not quiet)
         if not quiet:
-            echo(format_comparison(found, terminal_width(), sort))
+            echo(format_comparison(comparison, terminal_width(), sort))
 
 
 def format_comparison(comparison: Comparison, width: int, sort: str = "model") -> str:
-    """The table of a comparison, its totals and its notes, in at most that many columns.
-
-    Args:
-        comparison: of two analyses.
-        width: columns of the terminal.
-        sort: "model" for the order of the comparison; "difference" or "z" for the largest first.
+    """The table of a comparison, its totals and its notes, in at most `width` columns.
 
     Example:
         >>> from farms_fast import Analysis, LayerRecord, compare
@@ -114,7 +103,7 @@ def format_comparison(comparison: Comparison, width: int, sort: str = "model") -
     layers = list(comparison)
     if sort in _SORTS:
         key = _SORTS[sort]
-        # NaN, of which no order is defined, goes last.
+        # NaN goes last.
         layers.sort(key=lambda layer: (math.isnan(key(layer)), key(layer)))
     columns = [
         ("alpha A", 8, [fixed(layer.a.alpha) if layer.a else "-" for layer in layers]),

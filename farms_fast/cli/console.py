@@ -1,4 +1,4 @@
-"""What the commands share: exit codes, errors on one line, and text that any terminal can show."""
+"""Exit codes, one-line errors, and output that any terminal can show, for all commands."""
 
 from __future__ import annotations
 
@@ -14,26 +14,15 @@ import typer
 from farms_fast.core.text import printable
 from farms_fast.weights.sources import checkpoint_holds, checkpoints_of
 
-__all__ = [
-    "EXIT_BAD_INPUT",
-    "EXIT_INTERRUPTED",
-    "EXIT_LAYERS_FAILED",
-    "EXIT_READER_LEFT",
-    "check_outputs",
-    "echo",
-    "one_line_errors",
-    "terminal_width",
-]
-
 EXIT_LAYERS_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
-# As of a program that SIGPIPE ends.
+# That of a program that SIGPIPE ends.
 EXIT_READER_LEFT = 141
 
 
 def echo(text: str) -> None:
-    """Prints also where the output's encoding has only ASCII."""
+    """Prints text with escapes for characters that the output's encoding lacks."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     try:
         text.encode(encoding)
@@ -44,20 +33,17 @@ def echo(text: str) -> None:
 
 
 def terminal_width() -> int:
-    """Columns for a table: COLUMNS if set, the terminal's if there is one, else 100."""
+    """Columns for a table: COLUMNS if set, else the terminal's, else 100."""
     return shutil.get_terminal_size(fallback=(100, 24)).columns
 
 
 def check_outputs(
     checkpoint: Path | None = None, base: Path | None = None, **paths: Path | None
 ) -> None:
-    """Fails before the work, not after it: every file can be written, none twice, none is read.
+    """Checks, before the work, that every file can be written, none twice, and none that is read.
 
-    Args:
-        checkpoint: what is read, if that is a model.
-        base: what is read beside it, if it is the folder of an adapter.
-        paths: files by the options that name them. One that is read may be among them, so that it
-            is not written too.
+    `checkpoint` and `base` are models that are read; `paths` are files by their options, those that
+    are read included.
     """
     read = [] if checkpoint is None else checkpoints_of(checkpoint, base)
     taken: dict[Path, str] = {}
@@ -82,17 +68,18 @@ def check_outputs(
 
 
 @contextlib.contextmanager
-def one_line_errors(**names: str) -> Iterator[None]:
+def cli_errors(**names: str) -> Iterator[None]:
     """Turns bad input into one line and exit code 2, and an interruption into 130.
 
     Args:
-        names: what the command calls arguments whose names begin messages, where it is not that.
+        names: the command's names of arguments, by the names that begin messages, where they
+            differ.
     """
     try:
         yield
     except BrokenPipeError:
-        # The reader of the table has left, as `head` does. What is still buffered goes nowhere,
-        # instead of failing once more when the interpreter ends.
+        # The reader of the table has left, as `head` does. Redirected, the buffered rest cannot
+        # fail again when the interpreter ends.
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(EXIT_READER_LEFT) from None

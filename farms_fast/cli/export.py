@@ -7,23 +7,16 @@ from typing import Annotated
 
 import typer
 
-from farms_fast.cli.console import check_outputs, echo, one_line_errors
+from farms_fast.cli.console import check_outputs, cli_errors, echo
 from farms_fast.cli.options import AnalysisJson, MetricsCsv
 from farms_fast.cli.saved import layers_done, load_run
+from farms_fast.cli.tables import text_table
 from farms_fast.core.text import printable
 from farms_fast.results.store import ResultsStore
-
-__all__ = ["export", "register", "runs"]
 
 Store = Annotated[
     Path, typer.Argument(help="The file of `farms-fast analyze --store`.", show_default=False)
 ]
-
-
-def register(app: typer.Typer) -> None:
-    """Adds the commands of this module to an application."""
-    app.command()(export)
-    app.command()(runs)
 
 
 def export(
@@ -50,7 +43,7 @@ def export(
 
     Exit codes: 0 written, 2 bad usage or bad input, 130 interrupted.
     """
-    with one_line_errors():
+    with cli_errors():
         given = {
             "csv": csv,
             "json": json,
@@ -62,16 +55,16 @@ def export(
             raise ValueError(f"expected at least one of {', '.join(f'--{name}' for name in given)}")
         check_outputs(store=store, **given)
         analysis, info = load_run(store, run)
-        if csv is not None:
-            analysis.to_csv(csv)
-        if json is not None:
-            analysis.to_json(json)
-        if parquet is not None:
-            analysis.to_parquet(parquet)
-        if safetensors is not None:
-            analysis.spectra_to_safetensors(safetensors)
-        if npz is not None:
-            analysis.spectra_to_npz(npz)
+        writers = (
+            analysis.to_csv,
+            analysis.to_json,
+            analysis.to_parquet,
+            analysis.spectra_to_safetensors,
+            analysis.spectra_to_npz,
+        )
+        for path, write in zip(given.values(), writers, strict=True):
+            if path is not None:
+                write(path)
         if info.finished is None:
             typer.echo(f"note: run {info.id} is not finished: {layers_done(info)} layers", err=True)
 
@@ -81,22 +74,19 @@ def runs(store: Store) -> None:
 
     Exit codes: 0 listed, 2 bad usage or bad input, 130 interrupted.
     """
-    with one_line_errors():
+    with cli_errors():
         with ResultsStore(store, create=False) as opened:
             known = opened.runs()
-        rows = [("run", "started", "finished", "layers", "source")]
-        rows += [
+        rows = [
             (
                 str(info.id),
                 info.started,
                 info.finished or "-",
                 layers_done(info),
-                printable(str(info.settings.get("source", "-"))),
+                printable(info.settings.source),
             )
             for info in known
         ]
-        # The last column ends the line, and all before it are ASCII.
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
-        for *cells, source in rows:
-            padded = [cell.ljust(width) for cell, width in zip(cells, widths, strict=True)]
-            echo("  ".join((*padded, source)))
+        headings = ("run", "started", "finished", "layers", "source")
+        for line in text_table(headings, rows, left=headings):
+            echo(line)

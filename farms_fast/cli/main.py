@@ -15,47 +15,27 @@ from typing import Annotated
 
 import typer
 
-from farms_fast.cli.compare import register as register_compare
+import farms_fast
+from farms_fast import run_analysis
+from farms_fast.cli import options
+from farms_fast.cli.compare import compare
 from farms_fast.cli.console import (
     EXIT_LAYERS_FAILED,
     check_outputs,
+    cli_errors,
     echo,
-    one_line_errors,
     terminal_width,
 )
-from farms_fast.cli.export import register as register_exports
-from farms_fast.cli.options import (
-    AnalysisJson,
-    AspectRatio,
-    Base,
-    Bootstrap,
-    CheckpointPath,
-    Device,
-    Dtype,
-    Exclude,
-    Full,
-    Include,
-    Memory,
-    MetricsCsv,
-    PerDim,
-    Quiet,
-    Rows,
-    ShowSkipped,
-    Solver,
-    Xmin,
-    parse_dtype,
-    sampling_of,
-)
+from farms_fast.cli.export import export, runs
 from farms_fast.cli.plan import plan
 from farms_fast.cli.prune import prune
-from farms_fast.cli.report import register as register_report
+from farms_fast.cli.report import report
 from farms_fast.cli.tables import all_skipped, counted, fit_table, skipped_lines
 from farms_fast.core.arguments import parse_memory
 from farms_fast.core.text import fixed, printable
+from farms_fast.engine.distributed import Ranks, local_device, torchrun_group
 from farms_fast.results.analysis import Analysis
 from farms_fast.results.record import LayerRecord
-
-__all__ = ["app", "format_table", "main", "parse_memory"]
 
 app = typer.Typer(
     name="farms-fast",
@@ -95,18 +75,7 @@ _COLUMNS: tuple[tuple[str, int, Callable[[LayerRecord], str]], ...] = (
 
 
 def format_table(records: Sequence[LayerRecord], width: int) -> str:
-    """Lays the records out as a plain table of at most that many columns.
-
-    Columns are left out, the least important first, until the names have room; then names are
-    shortened in their middle. Numbers are never cut: name and alpha stay even where they are wider
-    than the terminal.
-
-    Args:
-        records: the layers.
-        width: columns of the terminal.
-
-    Returns:
-        Lines without trailing spaces, the heading first.
+    """The records as a plain table, in at most `width` columns if name and alpha fit (`fit_table`).
 
     Example:
         >>> from farms_fast.results.record import LayerRecord
@@ -136,8 +105,6 @@ def _summary(analysis: Analysis, seconds: float) -> str:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        import farms_fast
-
         typer.echo(f"farms-fast {farms_fast.__version__}")
         raise typer.Exit
 
@@ -157,35 +124,33 @@ def _common(
 @app.command()
 def info() -> None:
     """Print how this installation was built and what it can use."""
-    import farms_fast
-
-    with one_line_errors():
+    with cli_errors():
         for key, value in farms_fast.build_info().items():
             echo(f"{key}: {value}")
 
 
 @app.command()
 def analyze(
-    path: CheckpointPath,
-    rows: Rows = None,
-    q: AspectRatio = None,
-    per_dim: PerDim = None,
-    full: Full = False,
-    xmin: Xmin = "median",
+    path: options.CheckpointPath,
+    rows: options.Rows = None,
+    q: options.AspectRatio = None,
+    per_dim: options.PerDim = None,
+    full: options.Full = False,
+    xmin: options.Xmin = "median",
     xmin_pos: Annotated[
         float, typer.Option(help="median: the tail starts at the N / this-th eigenvalue of N.")
     ] = 2.0,
     bins: Annotated[int, typer.Option(help="peak: bins of the histogram, at most 2^20.")] = 100,
-    bootstrap: Bootstrap = 100,
-    device: Device = None,
-    dtype: Dtype = "float64",
-    solver: Solver = None,
-    memory: Memory = None,
-    include: Include = None,
-    exclude: Exclude = None,
-    csv: MetricsCsv = None,
-    json: AnalysisJson = None,
-    base: Base = None,
+    bootstrap: options.Bootstrap = 100,
+    device: options.Device = None,
+    dtype: options.Dtype = "float64",
+    solver: options.Solver = None,
+    memory: options.Memory = None,
+    include: options.Include = None,
+    exclude: options.Exclude = None,
+    csv: options.MetricsCsv = None,
+    json: options.AnalysisJson = None,
+    base: options.Base = None,
     store: Annotated[
         Path | None,
         typer.Option(
@@ -196,8 +161,8 @@ def analyze(
     force: Annotated[
         bool, typer.Option("--force", help="With --store: compute all layers anew.")
     ] = False,
-    show_skipped: ShowSkipped = False,
-    quiet: Quiet = False,
+    show_skipped: options.ShowSkipped = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Fit the spectrum of every layer of a checkpoint and print a table.
 
@@ -212,18 +177,15 @@ def analyze(
     Exit codes: 0 every layer is ok, 1 some layers failed, 2 bad usage or bad input,
     130 interrupted, 141 the reader of the table has left.
     """
-    with one_line_errors(model="path"), contextlib.ExitStack() as context:
-        from farms_fast.engine.distributed import Ranks, local_device, torchrun_group
-        from farms_fast.run_analysis import analyze as analyze_model
-
-        sampling = sampling_of(rows, q, per_dim, full)
+    with cli_errors(model="path"), contextlib.ExitStack() as context:
+        sampling = options.sampling_of(rows, q, per_dim, full)
         check_outputs(path, base, store=store, csv=csv, json=json)
         group = context.enter_context(torchrun_group())
         is_main = Ranks.of(group).is_main
         where = device if device is not None else local_device()
 
         start = time.perf_counter()
-        analysis = analyze_model(
+        analysis = run_analysis.analyze(
             path,
             sampling,
             xmin,
@@ -231,7 +193,7 @@ def analyze(
             bins=bins,
             bootstrap=bootstrap,
             device=where,
-            dtype=parse_dtype(dtype),
+            dtype=options.parse_dtype(dtype),
             solver=solver,
             memory=None if memory is None else parse_memory(memory),
             include=include or None,
@@ -272,11 +234,8 @@ def _report(analysis: Analysis, seconds: float, show_skipped: bool) -> None:
         echo(line)
 
 
-app.command()(plan)
-app.command()(prune)
-register_exports(app)
-register_report(app)
-register_compare(app)
+for _command in (plan, prune, export, runs, report, compare):
+    app.command()(_command)
 
 
 def main() -> None:

@@ -1,16 +1,19 @@
-"""Options that several commands take, and what their texts mean."""
+"""Options that several commands take, and the parsing of their texts."""
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any, TypeVar, get_type_hints
 
+import torch
 import typer
 
-if TYPE_CHECKING:
-    import torch
+from farms_fast.spectra.windows import FixedAspectSampling, FullMatrix
 
-    from farms_fast.spectra.windows import FixedAspectSampling, FullMatrix
+Command = TypeVar("Command", bound=Callable[..., None])
 
 CheckpointPath = Annotated[
     Path,
@@ -82,38 +85,48 @@ ShowSkipped = Annotated[
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar and no table, only errors.")]
 
 
+def takes_options(declared: type) -> Callable[[Command], Command]:
+    """Gives a command the fields of a dataclass as its parameters, after the `context`.
+
+    A field `name: Annotated[type, typer.Option(...)] = default` becomes that option.
+    """
+    hints = get_type_hints(declared, include_extras=True)
+    kind = inspect.Parameter.KEYWORD_ONLY
+    parameters = [inspect.Parameter("context", kind, annotation=typer.Context)]
+    for field in dataclasses.fields(declared):
+        required = field.default is dataclasses.MISSING
+        default = inspect.Parameter.empty if required else field.default
+        parameters.append(
+            inspect.Parameter(field.name, kind, default=default, annotation=hints[field.name])
+        )
+
+    def decorate(command: Command) -> Command:
+        vars(command)["__signature__"] = inspect.Signature(parameters)
+        return command
+
+    return decorate
+
+
 def sampling_of(
     rows: int | None, q: float | None, per_dim: int | None, full: bool
 ) -> FixedAspectSampling | FullMatrix:
-    """The windows that were asked for; None is a default.
-
-    Raises:
-        ValueError: whole matrices, and a setting of windows.
-    """
-    from farms_fast.spectra.windows import FixedAspectSampling, FullMatrix
-
+    """The sampling of these options; None is a default, and `full` excludes the others."""
     if full:
         if clashing := window_options(rows, q, per_dim):
             raise ValueError(f"full: takes whole matrices, so it cannot go with {clashing}")
         return FullMatrix()
-    default = FixedAspectSampling()
-    return FixedAspectSampling(
-        rows=default.rows if rows is None else rows,
-        q=default.q if q is None else q,
-        per_dim=default.per_dim if per_dim is None else per_dim,
-    )
+    given: dict[str, Any] = {"rows": rows, "q": q, "per_dim": per_dim}
+    return FixedAspectSampling(**{name: x for name, x in given.items() if x is not None})
 
 
 def window_options(rows: int | None, q: float | None, per_dim: int | None) -> str:
-    """Those settings of windows that were given, by their options; empty for none."""
+    """The window options that were given, as text; empty for none."""
     given = {"--rows": rows, "--q": q, "--per-dim": per_dim}
     return ", ".join(option for option, value in given.items() if value is not None)
 
 
 def parse_dtype(text: str) -> torch.dtype:
     """The precision of that name."""
-    import torch
-
     known = {"float64": torch.float64, "float32": torch.float32}
     if text not in known:
         raise ValueError(f"dtype: expected one of {', '.join(known)}, got {text!r}")

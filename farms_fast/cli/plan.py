@@ -5,48 +5,38 @@ from __future__ import annotations
 import json as json_format
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
+import torch
 import typer
 
-from farms_fast.cli.console import check_outputs, echo, one_line_errors
-from farms_fast.cli.options import (
-    AspectRatio,
-    Base,
-    Bootstrap,
-    CheckpointPath,
-    Dtype,
-    Exclude,
-    Full,
-    Include,
-    Memory,
-    PerDim,
-    Rows,
-    ShowSkipped,
-    Solver,
-    Xmin,
-    parse_dtype,
-    sampling_of,
+from farms_fast.cli import options
+from farms_fast.cli.console import check_outputs, cli_errors, echo
+from farms_fast.cli.tables import all_skipped, counted, skipped_lines, text_table
+from farms_fast.core.arguments import (
+    MOST_RESAMPLES,
+    check_int,
+    check_solver,
+    default_device,
+    parse_memory,
 )
-from farms_fast.cli.tables import all_skipped, columns, counted, skipped_lines
-from farms_fast.core.arguments import parse_memory
-
-if TYPE_CHECKING:
-    from farms_fast.engine.cost import Cost, Machine
-    from farms_fast.engine.plan import Batch, Plan
-    from farms_fast.weights.layers import Skipped
-
-__all__ = ["plan"]
+from farms_fast.core.files import write_text
+from farms_fast.engine.cost import Cost, Machine, measured_on, total
+from farms_fast.engine.machine import machine_of
+from farms_fast.engine.plan import Batch, Plan
+from farms_fast.engine.plan import plan as plan_layers
+from farms_fast.weights.layers import Skipped
+from farms_fast.weights.sources import open_source
 
 
 def plan(
-    path: CheckpointPath,
-    rows: Rows = None,
-    q: AspectRatio = None,
-    per_dim: PerDim = None,
-    full: Full = False,
-    xmin: Xmin = "median",
-    bootstrap: Bootstrap = 100,
+    path: options.CheckpointPath,
+    rows: options.Rows = None,
+    q: options.AspectRatio = None,
+    per_dim: options.PerDim = None,
+    full: options.Full = False,
+    xmin: options.Xmin = "median",
+    bootstrap: options.Bootstrap = 100,
     device: Annotated[
         str | None,
         typer.Option(
@@ -54,16 +44,16 @@ def plan(
             show_default="cuda if there is one, else cpu",
         ),
     ] = None,
-    dtype: Dtype = "float64",
-    solver: Solver = None,
-    memory: Memory = None,
-    base: Base = None,
-    include: Include = None,
-    exclude: Exclude = None,
+    dtype: options.Dtype = "float64",
+    solver: options.Solver = None,
+    memory: options.Memory = None,
+    base: options.Base = None,
+    include: options.Include = None,
+    exclude: options.Exclude = None,
     json: Annotated[
         Path | None, typer.Option(help="Write batches and layers with their costs to this file.")
     ] = None,
-    show_skipped: ShowSkipped = False,
+    show_skipped: options.ShowSkipped = False,
 ) -> None:
     """Print what an analysis would take, without reading the weights.
 
@@ -76,13 +66,8 @@ def plan(
 
     Exit codes: 0 the plan is there, 2 bad usage or bad input.
     """
-    with one_line_errors(model="path"):
-        from farms_fast.core.arguments import MOST_RESAMPLES, check_int
-        from farms_fast.core.files import write_text
-        from farms_fast.engine.plan import plan as plan_layers
-        from farms_fast.weights.sources import open_source
-
-        sampling = sampling_of(rows, q, per_dim, full)
+    with cli_errors(model="path"):
+        sampling = options.sampling_of(rows, q, per_dim, full)
         check_outputs(path, base, json=json)
         machine = _machine(device)
         _check_solver(solver, machine)
@@ -93,7 +78,7 @@ def plan(
             None if memory is None else parse_memory(memory),
             xmin=xmin,
             bootstrap=check_int("bootstrap", bootstrap, most=MOST_RESAMPLES),
-            dtype=parse_dtype(dtype),
+            dtype=options.parse_dtype(dtype),
             machine=machine,
         )
         skipped = [*skipped, *planned.skipped]
@@ -119,13 +104,7 @@ def plan(
 
 
 def _machine(device: str | None) -> Machine:
-    """What a device is to the prediction."""
-    import torch
-
-    from farms_fast.core.arguments import default_device
-    from farms_fast.engine.cost import Machine
-    from farms_fast.engine.machine import machine_of
-
+    """The machine to predict for."""
     try:
         asked = default_device() if device is None else torch.device(device)
     except RuntimeError:
@@ -138,32 +117,28 @@ def _machine(device: str | None) -> Machine:
 
 
 def _check_solver(solver: str | None, machine: Machine) -> None:
-    """Takes the names that an analysis on such a machine takes."""
-    import torch
-
-    from farms_fast.core.arguments import check_solver
-
+    """Raises ValueError for a solver that an analysis on such a machine does not have."""
     kind = torch.device(machine.kind)
-    # Without the CUDA ops, nothing is known of their names.
+    # A build without CUDA does not know the names of its solvers.
     if torch.ops.farms_fast.solver_names(kind.type):
         check_solver(solver, kind)
 
 
 def _lines(planned: Plan, machine: Machine) -> Iterator[str]:
     """The table and its totals."""
-    from farms_fast.engine.cost import measured_on, total
-
     buckets: dict[tuple[int, str], list[Batch]] = {}
     for batch in planned.batches:
         dtype = str(batch.layers[0].spec.dtype).removeprefix("torch.")
         buckets.setdefault((batch.order, dtype), []).append(batch)
-    table = [
-        ["order", "dtype", "layers", "batches", "windows", "weights GB", "TFLOP", "time", "mem. GB"]
-    ]
+    headings = (
+        *("order", "dtype", "layers", "batches", "windows"),
+        *("weights GB", "TFLOP", "time", "mem. GB"),
+    )
+    rows = []
     for (order, dtype), batches in sorted(buckets.items()):
         cost = total([batch.cost for batch in batches])
-        table.append(
-            [
+        rows.append(
+            (
                 str(order),
                 dtype,
                 str(sum(len(batch.layers) for batch in batches)),
@@ -173,9 +148,9 @@ def _lines(planned: Plan, machine: Machine) -> Iterator[str]:
                 _number(cost.flops / 1e12),
                 _time(cost.seconds),
                 _number(cost.memory / 1e9),
-            ]
+            )
         )
-    yield from columns(table)
+    yield from text_table(headings, rows)
     yield ""
     cost, layers = planned.cost, len(planned.layers)
     weights = sum(batch.weight_bytes for batch in planned.batches)

@@ -2,150 +2,32 @@
 
 from __future__ import annotations
 
+import math
+import sys
+import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Any
 
+import torch
 import typer
+from torch import nn
 
-from farms_fast.cli.console import EXIT_LAYERS_FAILED, echo, one_line_errors
-from farms_fast.cli.options import (
-    AspectRatio,
-    Device,
-    Dtype,
-    PerDim,
-    Quiet,
-    Rows,
-)
-from farms_fast.cli.pruning_run import LONGEST, PruningRun, parse_pattern, sampling_for
-from farms_fast.core.arguments import parse_memory
+from farms_fast import run_analysis
+from farms_fast.cli.console import EXIT_LAYERS_FAILED, cli_errors, echo
+from farms_fast.cli.options import parse_dtype, takes_options
+from farms_fast.cli.prune_options import LONGEST, PruningOptions
+from farms_fast.cli.prune_report import report_lines
+from farms_fast.core.arguments import default_device, resolve_device
+from farms_fast.core.optional import optional_import
 from farms_fast.core.text import printable
 
-__all__ = ["prune"]
+if TYPE_CHECKING:
+    from farms_fast.adapters.pruning.blocks import Blocks
+    from farms_fast.adapters.pruning.sparsities import Allocation
 
 
-def prune(
-    context: typer.Context,
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="A causal language model of transformers: its folder, or its name on the hub.",
-            show_default=False,
-        ),
-    ],
-    out: Annotated[
-        Path,
-        typer.Option("--out", "-o", help="The folder to write, new or empty.", show_default=False),
-    ],
-    sparsity: Annotated[
-        float | None,
-        typer.Option(
-            help="Share of the blocks' weights to set to zero.",
-            show_default="1 - N/M with --n-m",
-        ),
-    ] = None,
-    method: Annotated[
-        str, typer.Option(help="Pruner: magnitude, wanda or sparsegpt.")
-    ] = "sparsegpt",
-    allocation: Annotated[
-        str | None,
-        typer.Option(
-            help="How the sparsity is shared out: farms (alphas of windows), alpha (alphas of "
-            "whole matrices), owl (outliers) or uniform.",
-            show_default="farms; uniform with --n-m",
-        ),
-    ] = None,
-    epsilon: Annotated[
-        str,
-        typer.Option(
-            help="farms, alpha: how far ratios lie apart, 0 to 1; or llama-7b or llama-13b for "
-            "the paper's value for that model, the method and the sparsity, which is for farms "
-            "with windows of 2000 and --xmin peak."
-        ),
-    ] = "0.2",
-    level: Annotated[
-        str, typer.Option(help="farms, alpha: a ratio for each block or each layer.")
-    ] = "block",
-    n_m: Annotated[
-        str | None,
-        typer.Option(
-            help="Keep N of every M consecutive inputs, such as 2:4; with an --allocation other "
-            "than uniform, N of each block comes from its ratio.",
-            show_default="unstructured",
-        ),
-    ] = None,
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            help="wikitext2, c4, or a text file; wanda, sparsegpt and owl need it.",
-            show_default=False,
-        ),
-    ] = None,
-    samples: Annotated[int, typer.Option(help="Samples of the calibration text.")] = 128,
-    seqlen: Annotated[
-        int | None,
-        typer.Option(
-            help="Tokens of a sample, and of a window of --evaluate.",
-            show_default=f"{LONGEST}, or all that the model takes",
-        ),
-    ] = None,
-    evaluate: Annotated[
-        str | None,
-        typer.Option(
-            help="Print the perplexity on this text (wikitext2, c4 or a file) before and after.",
-            show_default=False,
-        ),
-    ] = None,
-    stride: Annotated[
-        int | None,
-        typer.Option(
-            help="--evaluate: tokens from one window to the next.", show_default="as --seqlen"
-        ),
-    ] = None,
-    rows: Rows = None,
-    q: AspectRatio = None,
-    per_dim: PerDim = None,
-    xmin: Annotated[
-        str | None,
-        typer.Option(
-            help="farms, alpha: rule for the start of the tail: median, ks or peak.",
-            show_default="median; peak with --compat farms or an --epsilon of the paper",
-        ),
-    ] = None,
-    compat: Annotated[
-        str | None,
-        typer.Option(
-            help="farms: do as the published code does, with its windows, its rule for the tail, "
-            "and ratios that are clipped, so that the sparsity can be missed.",
-            show_default=False,
-        ),
-    ] = None,
-    owl_lambda: Annotated[float, typer.Option(help="owl: half the width of densities.")] = 0.08,
-    owl_m: Annotated[float, typer.Option(help="owl: outliers are above M times the mean.")] = 5.0,
-    device: Device = None,
-    dtype: Dtype = "float64",
-    model_dtype: Annotated[
-        str, typer.Option(help="Weights: auto (as stored), float32, float16 or bfloat16.")
-    ] = "auto",
-    memory: Annotated[
-        str | None,
-        typer.Option(
-            help="Most device memory to use, such as 40GiB or 500MB: a model on a GPU counts, on "
-            "the CPU not; --evaluate of a model that is on the GPU takes what --batch-size makes "
-            "it take.",
-            show_default="half of the device's",
-        ),
-    ] = None,
-    batch_size: Annotated[
-        int | None,
-        typer.Option(
-            help="Samples at a time, of --calibration and --evaluate; half as many where memory "
-            "ends.",
-            show_default="about 4096 tokens",
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of the choice of samples.")] = 0,
-    quiet: Quiet = False,
-) -> None:
+@takes_options(PruningOptions)
+def prune(context: typer.Context, **given: Any) -> None:
     """Prune the linear layers of a language model, with a ratio for every block or layer.
 
     Ratios come from the layers' alphas, and layers with a large alpha lose more. The folder that is
@@ -159,70 +41,228 @@ def prune(
     Exit codes: 0 written, 1 written but the perplexity afterwards could not be measured, 2 bad
     usage or bad input, 130 interrupted.
     """
-    with one_line_errors():
+    with cli_errors(lam="owl-lambda", threshold="owl-m", text="evaluate"):
         from farms_fast.adapters.pruning.saving import check_output
 
-        check_output(out)
-        if allocation is None:
-            allocation = "farms" if n_m is None else "uniform"
-        run = PruningRun(
-            model=model,
-            out=out,
-            method=method,
-            allocation=allocation,
-            epsilon=epsilon,
-            level=level,
-            pattern=None if n_m is None else parse_pattern(n_m),
-            sparsity=sparsity,
-            calibration=calibration,
-            samples=samples,
-            seqlen=seqlen,
-            evaluate=evaluate,
-            stride=stride,
-            sampling=sampling_for(allocation, rows, q, per_dim, compat),
-            xmin=xmin,
-            compat=compat,
-            owl_lambda=owl_lambda,
-            owl_m=owl_m,
-            device=device,
-            dtype=dtype,
-            model_dtype=model_dtype,
-            memory=None if memory is None else parse_memory(memory),
-            batch_size=batch_size,
-            seed=seed,
-            progress=not quiet,
-        )
-        _refuse_unused(context, run)
-        lines = run.run()
-        if not quiet:
+        options = PruningOptions(**given)
+        check_output(options.out)
+        options.check()
+        options.refuse_unused(context)
+        lines, failure = _run(options)
+        if not options.quiet:
             for line in lines:
                 echo(line)
-        if run.failure is not None:
-            typer.echo(f"error: {printable(' '.join(run.failure.split()))}", err=True)
+        if failure is not None:
+            typer.echo(f"error: {printable(' '.join(failure.split()))}", err=True)
             raise typer.Exit(EXIT_LAYERS_FAILED)
 
 
-def _refuse_unused(context: typer.Context, run: PruningRun) -> None:
-    """Nothing that was asked for is left out in silence."""
-    alphas = (run.allocation in ("farms", "alpha"), "--allocation farms or alpha uses")
-    outliers = (run.allocation == "owl", "--allocation owl uses")
-    calibrated = (run.calibration is not None, "--calibration uses")
-    texts = (calibrated[0] or run.evaluate is not None, "--calibration or --evaluate uses")
-    uses = {
-        "epsilon": alphas,
-        "level": alphas,
-        "xmin": alphas,
-        "dtype": alphas,
-        "owl_lambda": outliers,
-        "owl_m": outliers,
-        "samples": calibrated,
-        "seed": calibrated,
-        "seqlen": texts,
-        "batch_size": texts,
-        "stride": (run.evaluate is not None, "--evaluate uses"),
+def _run(options: PruningOptions) -> tuple[list[str], str | None]:
+    """Prunes and saves; the lines to print, and why the last evaluation failed, if it did."""
+    from farms_fast.adapters.pruning.blocks import find_blocks
+    from farms_fast.adapters.pruning.evaluation import check_causal, perplexity
+    from farms_fast.adapters.pruning.modules import place_model
+    from farms_fast.adapters.pruning.recipe import to_recipe
+    from farms_fast.adapters.pruning.saving import save_pruned
+    from farms_fast.adapters.pruning.sequential import prune_model
+    from farms_fast.adapters.pruning.tokens import (
+        calibration_tokens,
+        longest_sequence,
+        text_tokens,
+    )
+
+    times = _StageTimes()
+    device = resolve_device(options.device, default_device())
+    model, tokenizer, unknown = _load(options.model, options.model_dtype, not options.quiet)
+    blocks = find_blocks(model)
+    _check_layers(blocks, options.pattern)
+    seqlen = options.seqlen or min(LONGEST, longest_sequence(model) or LONGEST)
+    tokens = text = None
+    if options.calibration is not None:
+        tokens = calibration_tokens(
+            tokenizer,
+            options.calibration,
+            samples=options.samples,
+            seqlen=seqlen,
+            seed=options.seed,
+        )
+    if options.evaluate is not None:
+        text = text_tokens(tokenizer, options.evaluate)
+    memory = place_model(model, device, options.memory_bytes)
+    times.end_stage("loading")
+
+    perplexities: dict[str, float] = {}
+
+    def measure(when: str) -> None:
+        if text is not None:
+            perplexities[when] = perplexity(
+                model,
+                text,
+                seqlen=seqlen,
+                stride=options.stride,
+                batch_size=options.batch_size,
+                device=device,
+                memory=memory,
+            )
+            times.end_stage("evaluation")
+
+    # The saved model is a causal one, even if the checkpoint was not.
+    if text is None:
+        check_causal(model, device=device, memory=memory)
+    measure("before")
+    allocated = _allocate(options, model, blocks, tokens, device, memory)
+    times.end_stage("alphas" if options.uses_alphas else options.allocation_kind)
+    patterns = None if options.pattern is None else allocated.n_m(options.pattern[1])
+    recipe = None
+    if patterns is None or options.method != "magnitude":
+        recipe = to_recipe(options.method, allocated, n_m=patterns)
+    report = prune_model(
+        model,
+        options.method,
+        allocated.ratios,
+        tokens,
+        n_m=patterns,
+        device=device,
+        memory=memory,
+        batch_size=options.batch_size,
+        progress=not options.quiet,
+    )
+    times.end_stage("pruning")
+    failure = None
+    try:
+        measure("after")
+    except Exception as error:  # of any type: the pruned model must not be lost
+        failure = f"evaluate: after pruning, {error}"
+    model.to("cpu")
+    settings = {
+        "model": options.model,
+        "sparsity": options.total,
+        "seqlen": seqlen,
+        "torch": str(torch.__version__),
+        "options": options.to_dict(),
+        "allocation": allocated.to_dict(),
+        "perplexity": perplexities,
+        "failure": failure,
+        "tensors_without_place": unknown,
     }
-    for name, (used, who) in uses.items():
-        given = context.get_parameter_source(name)
-        if not used and given is not None and given.name == "COMMANDLINE":
-            got = f"--allocation {run.allocation}" if who.startswith("--alloc") else "none"
-            raise ValueError(f"{name.replace('_', '-')}: only {who} it, got {got}")
+    save_pruned(model, options.out, report, tokenizer=tokenizer, settings=settings, recipe=recipe)
+    times.end_stage("saving")
+    lines = [*report_lines(report, allocated, perplexities, unknown), str(times)]
+    if note := options.note():
+        lines.insert(0, note)
+    if recipe is None:
+        lines.append("no recipe.yaml: llm-compressor has no N:M by magnitude")
+    return lines, failure
+
+
+def _load(name: str, dtype: str, progress: bool) -> tuple[Any, Any, tuple[str, ...]]:
+    """Loads a model of transformers from a folder or the hub, on the CPU.
+
+    Returns the model, its tokenizer, and the names of tensors that the model has no place for.
+    """
+    if dtype not in ("auto", "float32", "float16", "bfloat16"):
+        raise ValueError(f"model-dtype: expected auto, float32, float16 or bfloat16, got {dtype!r}")
+    with optional_import("transformers", extra="pruning", needed_for="prune"):
+        import transformers
+    if not progress or not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+    # transformers would take a missing path for a name on the hub.
+    folder = Path(name).expanduser()
+    if name.startswith((".", "/", "~")) or folder.exists():
+        if not folder.is_dir():
+            raise FileNotFoundError(f"model: expected a folder, got {name!r}, which is none")
+        name = str(folder)
+    try:
+        model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, output_loading_info=True
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # of many types: pickle's, safetensors', torch's
+        what = str(error) or type(error).__name__
+        raise ValueError(f"model: {name!r} could not be loaded: {what}") from error
+    missing = sorted(loaded["missing_keys"])
+    if missing:  # transformers initialises them at random
+        raise ValueError(
+            f"model: expected all weights of a causal language model, got {name!r}, which has "
+            f"nothing for {missing[0]!r} of {type(model).__name__} ({len(missing)} missing)"
+        )
+    return model, tokenizer, tuple(sorted(loaded["unexpected_keys"]))
+
+
+def _check_layers(blocks: Blocks, pattern: tuple[int, int] | None) -> None:
+    """Checks the weights before anything is computed.
+
+    Raises:
+        ValueError: NaN or infinity in a layer, or groups that do not divide its columns.
+    """
+    from farms_fast.adapters.pruning.masks import check_weight
+
+    for layer in blocks.layers:
+        check_weight(layer.matrix, layer.name)
+        if pattern is not None and layer.shape[1] % pattern[1]:
+            raise ValueError(
+                f"n-m: groups of {pattern[1]} do not divide the {layer.shape[1]} inputs of layer "
+                f"{layer.name!r}"
+            )
+
+
+def _allocate(
+    options: PruningOptions,
+    model: nn.Module,
+    blocks: Blocks,
+    tokens: torch.Tensor | None,
+    device: torch.device,
+    memory: int,
+) -> Allocation:
+    """The ratio of every layer."""
+    from farms_fast.adapters.pruning.allocation import uniform_sparsity
+    from farms_fast.adapters.pruning.owl import owl_sparsity
+    from farms_fast.adapters.pruning.sequential import owl_statistics
+
+    by_block = {
+        block.name: {layer.name: math.prod(layer.shape) for layer in block.layers}
+        for block in blocks.blocks
+    }
+    weights = {name: count for counts in by_block.values() for name, count in counts.items()}
+    if options.allocation_kind == "uniform":
+        return uniform_sparsity(weights, options.total)
+    if options.allocation_kind == "owl":
+        assert tokens is not None
+        outliers = owl_statistics(
+            model,
+            tokens,
+            threshold=options.owl_m,
+            device=device,
+            memory=memory,
+            batch_size=options.batch_size,
+            progress=not options.quiet,
+        )
+        return owl_sparsity(outliers, options.total, options.owl_lambda, layers=by_block)
+    analysis = run_analysis.analyze(
+        model,
+        options.sampling,
+        options.xmin_rule,
+        bootstrap=0,
+        device=device,
+        dtype=parse_dtype(options.dtype),
+        memory=memory,
+        include=[f"{block}.*" for block in by_block],
+        progress=not options.quiet,
+    )
+    return options.allocate(analysis).for_modules(weights)
+
+
+class _StageTimes:
+    """Seconds by stage."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+        self._seconds: dict[str, float] = {}
+
+    def end_stage(self, name: str) -> None:
+        now = time.perf_counter()
+        self._seconds[name] = self._seconds.get(name, 0.0) + now - self._last
+        self._last = now
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self._seconds.items())

@@ -7,15 +7,8 @@ from typing import Annotated
 
 import typer
 
-from farms_fast.cli.console import check_outputs, one_line_errors
+from farms_fast.cli.console import check_outputs, cli_errors
 from farms_fast.cli.saved import SavedAnalysis, load_saved
-
-__all__ = ["register", "report"]
-
-
-def register(app: typer.Typer) -> None:
-    """Adds the command to an application."""
-    app.command()(report)
 
 
 def report(
@@ -47,7 +40,7 @@ def report(
 
     Exit codes: 0 written, 2 bad usage or bad input, 130 interrupted.
     """
-    with one_line_errors():
+    with cli_errors():
         chosen = source.with_suffix(".html") if output is None else output
         check_outputs(source=source, output=chosen)
         analysis = load_saved(source, run)

@@ -1,4 +1,4 @@
-"""What the commands that read saved analyses share."""
+"""Reads saved analyses for the commands."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ import typer
 from farms_fast.core.text import printable
 from farms_fast.results.analysis import Analysis
 from farms_fast.results.store import ResultsStore, RunInfo
-
-__all__ = ["SavedAnalysis", "layers_done", "load_run", "load_saved"]
 
 SavedAnalysis = Annotated[
     Path,
@@ -25,18 +23,10 @@ _SQLITE = b"SQLite format 3\x00"
 
 
 def load_saved(path: Path, run: int | None = None, option: str = "run") -> Analysis:
-    """Reads an analysis from a store or from a JSON file, whichever the file is.
+    """Reads an analysis from a store or a JSON file, with a note on stderr for an unfinished run.
 
-    A run that is not finished gives the layers that are there, with a note on stderr.
-
-    Args:
-        path: the file.
-        run: a run of a store by its number; None is the newest.
-        option: the option that gave the run, for messages.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is neither, or has no such run.
+    `run` is a run of a store by its number, by default the newest, and `option` its name in
+    messages. FileNotFoundError and ValueError for what is missing, or is neither.
     """
     if not path.exists():
         raise FileNotFoundError(f"no such file: {str(path)!r}")
@@ -57,17 +47,7 @@ def load_saved(path: Path, run: int | None = None, option: str = "run") -> Analy
 
 
 def load_run(path: Path, run: int | None, option: str = "run") -> tuple[Analysis, RunInfo]:
-    """A run of a store, the newest where none is named, and what is known of it.
-
-    Args:
-        path: the store.
-        run: a run by its number; None is the newest.
-        option: the option that gave the run, for messages.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is no results store, or has no such run.
-    """
+    """Reads a run of a store, the newest by default, with its `RunInfo`; errors as `load_saved`."""
     with ResultsStore(path, create=False) as store:
         infos = store.runs()
         known = [info.id for info in infos]
@@ -79,5 +59,5 @@ def load_run(path: Path, run: int | None, option: str = "run") -> tuple[Analysis
 
 
 def layers_done(info: RunInfo) -> str:
-    """How many layers a run has of how many, a question mark where that is not known yet."""
+    """Finished layers of all layers; a question mark for a total that is not known yet."""
     return f"{info.layers}/{'?' if info.total is None else info.total}"

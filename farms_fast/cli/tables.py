@@ -1,56 +1,119 @@
-"""Texts of tables and lists.
+"""Plain-text tables and lists.
 
-Names come from files that anyone may have written: nothing of them reaches the terminal before
-`printable`.
+Names come from files that anyone may have written: callers pass them through `printable`, and rich
+reads no markup in them.
 """
 
 from __future__ import annotations
 
-import unicodedata
+import io
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from farms_fast.core.text import printable
+from farms_fast.weights.layers import Skipped
 
-if TYPE_CHECKING:
-    from farms_fast.weights.layers import Skipped
-
-__all__ = [
-    "all_skipped",
-    "cells",
-    "columns",
-    "counted",
-    "fit_table",
-    "pad",
-    "shorten",
-    "skipped_lines",
-]
-
-_GAP = "  "
+_GAP = 2
 _NAME_FLOOR = 28
-_LEAST_NAME = 8
+_SHORTEST_NAME = 8
 
 
-def cells(text: str) -> int:
-    """Columns on a terminal: two for wide characters, none for combining ones."""
-    return sum(
-        0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1
-        for c in text
-    )
+def text_table(
+    headings: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    left: Collection[str] = (),
+    first_width: int = 0,
+) -> list[str]:
+    """Lays printable texts out in columns, aligned to the right, and cuts none.
+
+    Returns lines without trailing spaces, the headings first. `left` has the headings of columns
+    that are aligned to the left, `first_width` the least width of the first column.
+
+    Example:
+        >>> text_table(["name", "n"], [["fc", "12"]], left=["name"])
+        ['name   n', 'fc    12']
+    """
+    from rich.cells import cell_len
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0))
+    for heading in headings:
+        table.add_column(
+            Text(heading), justify="left" if heading in left else "right", no_wrap=True
+        )
+    table.columns[0].min_width = first_width
+    for row in rows:
+        table.add_row(*map(Text, row))
+    longest = max(sum(map(cell_len, row)) for row in (headings, *rows))
+    width = len(headings) * max(longest, first_width) + _GAP * len(headings)
+    console = Console(file=io.StringIO(), width=width, color_system=None, legacy_windows=False)
+    with console.capture() as captured:
+        console.print(table)
+    return [line.rstrip() for line in captured.get().splitlines()]
 
 
-def pad(text: str, width: int, *, right: bool) -> str:
-    """Fills up with spaces to a width on a terminal."""
-    fill = " " * (width - cells(text))
-    return fill + text if right else text + fill
+def fit_table(
+    names: Sequence[str],
+    columns: Sequence[tuple[str, int, Sequence[str]]],
+    width: int,
+    *,
+    left: Collection[str] = (),
+) -> str:
+    """Lays out names and columns as a plain table of at most that many columns of a terminal.
+
+    Columns are left out, the least important first, until the names have room; then names are
+    shortened in their middle. Other texts are never cut.
+
+    Args:
+        names: the first column, printable.
+        columns: for each its heading, its importance, and its texts, one a name.
+        width: columns of the terminal.
+        left: headings of the columns that are aligned to the left.
+
+    Example:
+        >>> print(fit_table(["fc1"], [("alpha", 2, ["2.5"]), ("D", 1, ["0.1"])], 30))
+        name      alpha    D
+        fc1         2.5  0.1
+    """
+    from rich.cells import cell_len
+
+    longest = max(map(cell_len, names), default=0)
+    kept = list(columns)
+    widths = {heading: max(map(cell_len, (heading, *texts))) for heading, _, texts in columns}
+
+    def width_for_names() -> int:
+        return width - sum(_GAP + widths[heading] for heading, _, _ in kept)
+
+    floor = max(_SHORTEST_NAME, min(longest, _NAME_FLOOR))
+    while width_for_names() < floor and len(kept) > 1:
+        if len(kept) <= 3 and width_for_names() >= _SHORTEST_NAME:
+            break  # a name that is shortened more says more than a missing column
+        kept.remove(min(kept, key=lambda column: column[1]))
+    name_width = max(_SHORTEST_NAME, min(longest, width_for_names()))
+    shortened = [shorten(name, name_width) for name in names]
+    rows = list(zip(shortened, *(texts for _, _, texts in kept), strict=True))
+    headings = ["name", *(heading for heading, _, _ in kept)]
+    return "\n".join(text_table(headings, rows, left=["name", *left], first_width=name_width))
 
 
-def columns(table: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Rows of texts, aligned to the right."""
-    widths = [max(map(cells, column)) for column in zip(*table, strict=True)]
-    for row in table:
-        yield _GAP.join(pad(text, w, right=True) for text, w in zip(row, widths, strict=True))
+def shorten(text: str, width: int) -> str:
+    """Text of at most that many columns of a terminal, cut in its middle.
+
+    Three quarters of the rest come from the end, where the names of a model's layers differ.
+    """
+    from rich.cells import cell_len, set_cell_size
+
+    if cell_len(text) <= width:
+        return text
+    left = text
+    while cell_len(left) > (width - 1) // 4:
+        left = left[:-1]
+    # Reversed, for `set_cell_size` cuts the end; a wide character that it halves becomes a space.
+    right = set_cell_size(text[::-1], width - 1 - cell_len(left))[::-1].lstrip()
+    return f"{left}…{right}"
 
 
 def counted(count: int, noun: str, ending: str = "s") -> str:
@@ -64,81 +127,12 @@ def counted(count: int, noun: str, ending: str = "s") -> str:
 
 
 def all_skipped(tensors: int) -> str:
-    """Why there is nothing to analyse in a checkpoint of so many tensors."""
+    """The reason why a checkpoint of so many tensors has no layer."""
     return (
         "its only tensor was skipped"
         if tensors == 1
         else f"all of its {tensors} tensors were skipped"
     )
-
-
-def fit_table(
-    names: Sequence[str],
-    columns: Sequence[tuple[str, int, Sequence[str]]],
-    width: int,
-    *,
-    left: Collection[str] = (),
-) -> str:
-    """Lays out names and columns as a plain table of at most that many columns of a terminal.
-
-    Columns are left out, the least important first, until the names have room; then names are
-    shortened in their middle. What stands in a column is never cut.
-
-    Args:
-        names: the first column, printable.
-        columns: for each its heading, its importance, and its texts, one a name.
-        width: columns of the terminal.
-        left: headings of the columns that are aligned to the left.
-
-    Returns:
-        Lines without trailing spaces, the heading first.
-
-    Example:
-        >>> print(fit_table(["fc1"], [("alpha", 2, ["2.5"]), ("D", 1, ["0.1"])], 30))
-        name      alpha    D
-        fc1         2.5  0.1
-    """
-    longest = max(map(cells, names), default=0)
-    kept = list(columns)
-
-    def width_of(column: tuple[str, int, Sequence[str]]) -> int:
-        return max(map(cells, (column[0], *column[2])))
-
-    def room_for_names() -> int:
-        return width - sum(len(_GAP) + width_of(column) for column in kept)
-
-    floor = max(_LEAST_NAME, min(longest, _NAME_FLOOR))
-    while room_for_names() < floor and len(kept) > 1:
-        if len(kept) <= 3 and room_for_names() >= _LEAST_NAME:
-            break  # a name that is shortened more says more than a missing column
-        kept.remove(min(kept, key=lambda column: column[1]))
-    name_width = max(_LEAST_NAME, min(longest, room_for_names()))
-
-    lines = []
-    for row in range(-1, len(names)):
-        line = pad("name" if row < 0 else shorten(names[row], name_width), name_width, right=False)
-        for column in kept:
-            text = column[0] if row < 0 else column[2][row]
-            line += _GAP + pad(text, width_of(column), right=column[0] not in left)
-        lines.append(line.rstrip())
-    return "\n".join(lines)
-
-
-def shorten(text: str, width: int) -> str:
-    """Text of at most that many columns, cut in its middle.
-
-    Three quarters of what stays come from the end, where the names of a model's layers differ.
-    """
-    if cells(text) <= width:
-        return text
-    left, right = list(text), list[str]()
-    while left and cells("".join(left)) > (width - 1) // 4:
-        left.pop()
-    for c in reversed(text):
-        if cells("".join(right)) + cells(c) > width - 1 - cells("".join(left)):
-            break
-        right.insert(0, c)
-    return "".join(left) + "…" + "".join(right)
 
 
 def skipped_lines(tensors: Sequence[Skipped], names: bool) -> Iterator[str]:

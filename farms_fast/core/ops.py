@@ -42,6 +42,27 @@ class FitTensors(NamedTuple):
     dropped: Tensor
 
 
+class SolverFacts(NamedTuple):
+    """What a solver needs for windows that are solved in one call.
+
+    Attributes:
+        solver: its name; of "auto", the one that it stands for.
+        max_batch: windows that are solved at a time, at most.
+        matrix_bytes: of the Gram matrix of one window; 0 where it never leaves the chip.
+        workspace_bytes: for `max_batch` windows, besides their Gram matrices.
+    """
+
+    solver: str
+    max_batch: int
+    matrix_bytes: int
+    workspace_bytes: int
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that `max_batch` windows take while they are solved."""
+        return self.max_batch * self.matrix_bytes + self.workspace_bytes
+
+
 def window_gram(
     weights: Sequence[Tensor], windows: Tensor, order: int, dtype: torch.dtype = torch.float64
 ) -> Tensor:
@@ -181,7 +202,50 @@ def fit_power_law(
     return FitTensors(*_called(call, evals, offsets, *rest))
 
 
+def solver_facts(
+    order: int,
+    inner: int | None = None,
+    *,
+    count: int = 1,
+    dtype: torch.dtype = torch.float64,
+    device: str = "cpu",
+    compute_capability: int = 0,
+    solver: str = "auto",
+) -> SolverFacts:
+    """Facts of the solver that a call of `window_eigvalsh` would take, without calling it.
+
+    The GPU need not be there, nor a build with CUDA, where its compute capability is given. Of
+    cuSOLVER's workspace there is then an estimate only, because the library tells it on a device
+    alone. The window table (32 bytes a window) and the results come on top.
+
+    Args:
+        order: k, the shorter side of the windows.
+        inner: their longer side, `order` if left out.
+        count: windows of the call.
+        dtype: of the Gram matrices, float64, float32, complex128 or complex64.
+        device: "cpu" or "cuda". On a CPU each window that is solved at a time takes a thread.
+        compute_capability: of a GPU, 10·major + minor, such as 90 for an H200; 0 for torch's
+            current one.
+        solver: "auto", or the name of a solver of the device.
+
+    Raises:
+        RuntimeError: an argument is not as above, or the solver does not take such windows on the
+            device.
+
+    Example:
+        >>> from farms_fast.core import ops
+        >>> ops.solver_facts(512, count=9, device="cuda", compute_capability=90)
+        SolverFacts(solver='one_stage', max_batch=9, matrix_bytes=2097152, workspace_bytes=0)
+        >>> ops.solver_facts(2000, count=225, device="cuda", compute_capability=90).solver
+        'two_stage'
+    """
+    call = torch.ops.farms_fast.solver_facts
+    inner = order if inner is None else inner
+    return SolverFacts(*call(device, compute_capability, count, order, inner, dtype, solver))
+
+
 def _called(op: Callable[..., Any], *arguments: object) -> Any:
+    """Calls an op whose error for want of memory is to be torch's own."""
     try:
         return op(*arguments)
     except RuntimeError as error:

@@ -1,7 +1,7 @@
 """One analysis on several devices or machines: who takes which layer, and who collects.
 
-Every process runs the same program (`torchrun` starts them and tells each its rank). The layers are
-shared out by what they are predicted to cost; each process reads only its own tensors.
+Every process runs the same program; `torchrun` starts them and tells each its rank. The layers are
+shared out by their predicted cost, and each process reads only its own tensors.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 
-# How long the others wait for the slowest rank, which may still be computing when they are done.
+# How long ranks that are done wait for the slowest one.
 _PATIENCE = timedelta(days=2)
 
 
@@ -57,13 +57,13 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that collects."""
+        """Whether this is the process that collects: rank 0."""
         return self.rank == 0
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value, in their order, on the main rank; nothing elsewhere.
 
-        It also waits: the main rank goes on when all others have come this far.
+        The main rank waits for all others.
         """
         if self.group is None:
             return [value]
@@ -73,21 +73,21 @@ class Ranks:
         return [] if values is None else [v for v in values if v is not None]
 
     def on_main_machine(self) -> bool:
-        """Whether this process is on the machine of the main rank. All ranks have to ask."""
+        """Whether this process runs on the machine of the main rank. All ranks have to ask."""
         if self.group is None:
             return True
-        told = [_machine()]
-        dist.broadcast_object_list(told, src=dist.get_global_rank(self.group, 0), group=self.group)
-        return told[0] == _machine()
+        main = [_machine()]
+        dist.broadcast_object_list(main, src=dist.get_global_rank(self.group, 0), group=self.group)
+        return main[0] == _machine()
 
     def wait(self) -> None:
-        """Goes on when all ranks have come this far."""
+        """Waits for all ranks."""
         if self.group is not None:
             dist.barrier(self.group)
 
 
 def _machine() -> str:
-    """What tells this machine, or this container, from any other."""
+    """An identity of this machine or container."""
     booted = Path("/proc/sys/kernel/random/boot_id")
     return platform.node() + (booted.read_text() if booted.exists() else "")
 

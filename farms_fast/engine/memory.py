@@ -31,10 +31,11 @@ FIT_VALUE_BYTES = 48
 # A window in the solver's table (32), and a matrix's exponent and flag (8).
 _TABLE_BYTES = 40
 
-# The two-stage solvers' band and tile (csrc/cuda/eigvalsh/two_stage.h, csrc/cpu/tridiagonal.h).
+# The two-stage solvers' band and tile (csrc/host/two_stage_workspace.h,
+# csrc/cpu/cpu_tridiagonal.h).
 _BAND, _TILE, _SHARES = 32, 64, 3
 # The largest orders that solver="auto" gives to each of the package's own CUDA solvers
-# (csrc/cuda/eigvalsh/measured_choice.inc); the rest go to cuSOLVER. Complex matrices count as real
+# (csrc/host/measured_choice.inc); the rest go to cuSOLVER. Complex matrices count as real
 # ones of twice the order, which is how they are solved.
 ONE_STAGE_ORDER = 160
 TWO_STAGE_ORDER = 11_008

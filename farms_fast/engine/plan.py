@@ -60,6 +60,11 @@ class LayerWindows:
         return self.spec.shape[0] * self.grid.count
 
     @property
+    def inner(self) -> int:
+        """The longer side of a window."""
+        return max(self.grid.rows, self.grid.columns)
+
+    @property
     def is_complex(self) -> bool:
         """Whether its stack is complex, as stored or made of two reals."""
         return self.spec.dtype.is_complex or _stores_two_reals(self.spec)
@@ -220,8 +225,8 @@ def plan(
         >>> max(planned.layers, key=lambda pair: pair[1].seconds)[0].spec.name
         'b'
     """
-    rule = xmin_rule(xmin)
-    whole = machine.memory // 2 if memory is None else memory
+    planner = _Planner(machine, dtype, xmin_rule(xmin), bootstrap)
+    total_memory = machine.memory // 2 if memory is None else memory
     skipped: list[Skipped] = []
     buckets: dict[tuple[int, torch.dtype, bool], list[LayerWindows]] = {}
     for index, spec in enumerate(specs):
@@ -234,39 +239,22 @@ def plan(
         # Weights stored as two reals become complex stacks: never beside real ones.
         key = (grid.order, spec.dtype, _stores_two_reals(spec))
         buckets.setdefault(key, []).append(LayerWindows(index, spec, grid))
-    need = partial(_need, machine=machine, dtype=dtype)
     layers = [layer for bucket in buckets.values() for layer in bucket]
-    overlapping = all(need([layer]).least <= whole // UNDER_WAY for layer in layers)
-    budget = MemoryBudget.of(whole // UNDER_WAY if overlapping else whole)
+    overlapping = all(planner.need([x]).least <= total_memory // UNDER_WAY for x in layers)
+    budget = MemoryBudget.of(total_memory // UNDER_WAY if overlapping else total_memory)
     for layer in layers:
-        _check_fits(layer, need([layer]), budget, memory is None)
-    finish = partial(
-        _batch, budget=budget, machine=machine, dtype=dtype, rule=rule, bootstrap=bootstrap
-    )
-    batches = [finish(part) for bucket in buckets.values() for part in _split(bucket, need, budget)]
+        _check_fits(layer, planner.need([layer]), budget, memory is None)
+    batches = [
+        planner.batch(part, budget)
+        for bucket in buckets.values()
+        for part in planner.split(bucket, budget)
+    ]
     batches.sort(key=lambda batch: batch.layers[0].index)
-    return Plan(tuple(batches), tuple(skipped), whole, overlapping)
+    return Plan(tuple(batches), tuple(skipped), total_memory, overlapping)
 
 
 def _stores_two_reals(spec: LayerSpec) -> bool:
     return spec.kind == "spectral" and not spec.dtype.is_complex
-
-
-def _inner(layer: LayerWindows) -> int:
-    return max(layer.grid.rows, layer.grid.columns)
-
-
-def _need(layers: Sequence[LayerWindows], machine: Machine, dtype: torch.dtype) -> Need:
-    order, item = layers[0].grid.order, int(dtype.itemsize)
-    inner = max(map(_inner, layers))
-    return Need(
-        weights=sum(layer.weight_bytes for layer in layers),
-        windows=sum(layer.windows for layer in layers),
-        order=order,
-        longest=order * max(layer.windows for layer in layers),
-        matrix=matrix_bytes(machine.kind, order, inner, item, layers[0].is_complex),
-        item=item,
-    )
 
 
 _FORGOTTEN_UNIT = 2**14
@@ -285,84 +273,79 @@ def _check_fits(layer: LayerWindows, need: Need, budget: MemoryBudget, default: 
         )
 
 
-def _split(
-    layers: Sequence[LayerWindows], need: partial[Need], budget: MemoryBudget
-) -> list[list[LayerWindows]]:
-    parts: list[list[LayerWindows]] = []
-    weights = spectra = evals = 0
-    for layer in layers:
-        alone = need([layer])
-        weights += alone.weights
-        spectra += alone.spectra
-        evals += alone.eigenvalues
-        if (
-            not parts
-            or weights > budget.weights
-            or spectra > budget.spectra
-            or evals > MAX_EIGENVALUES
-            or need([*parts[-1], layer]).least > budget.total
-        ):
-            parts.append([])
-            weights, spectra, evals = alone.weights, alone.spectra, alone.eigenvalues
-        parts[-1].append(layer)
-    return parts
+@dataclass(frozen=True)
+class _Planner:
+    """What the needs and costs of batches depend on besides their layers."""
 
+    machine: Machine
+    dtype: torch.dtype
+    rule: str
+    bootstrap: int
 
-def _batch(
-    layers: Sequence[LayerWindows],
-    budget: MemoryBudget,
-    machine: Machine,
-    dtype: torch.dtype,
-    rule: str,
-    bootstrap: int,
-) -> Batch:
-    bounds = _limits(layers, budget, machine, dtype, bootstrap)
-    price = partial(
-        _costs,
-        bounds=bounds,
-        alone=partial(_limits, budget=budget, machine=machine, dtype=dtype, bootstrap=bootstrap),
-        machine=machine,
-        rule=rule,
-        bootstrap=bootstrap,
-    )
-    order = layers[0].grid.order
-    return Batch(order, tuple(layers), bounds.workspace, bounds.fit_values, bounds.peak, price)
-
-
-def _costs(
-    layers: Sequence[LayerWindows],
-    bounds: Limits,
-    alone: Callable[[Sequence[LayerWindows]], Limits],
-    machine: Machine,
-    rule: str,
-    bootstrap: int,
-) -> tuple[Cost, ...]:
-    order = layers[0].grid.order
-    windows = sum(layer.windows for layer in layers)
-    calls = math.ceil(windows / bounds.chunk)
-    costs = []
-    for layer in layers:
-        solved = eigenvalues_cost(
-            machine,
-            order,
-            _inner(layer),
-            layer.windows,
-            item=layer.item,
-            is_complex=layer.is_complex,
-            calls=calls * layer.windows / windows,
+    def need(self, layers: Sequence[LayerWindows]) -> Need:
+        order, item = layers[0].grid.order, int(self.dtype.itemsize)
+        inner = max(layer.inner for layer in layers)
+        return Need(
+            weights=sum(layer.weight_bytes for layer in layers),
+            windows=sum(layer.windows for layer in layers),
+            order=order,
+            longest=order * max(layer.windows for layer in layers),
+            matrix=matrix_bytes(self.machine.kind, order, inner, item, layers[0].is_complex),
+            item=item,
         )
-        fitted = fit_cost(machine, order, layer.windows, rule, bootstrap, bounds.fit_values)
-        loaded = weights_cost(machine, layer.weight_bytes)
-        costs.append(total([loaded, solved, fitted, Cost(memory=alone([layer]).peak)]))
-    return tuple(costs)
 
+    def split(
+        self, layers: Sequence[LayerWindows], budget: MemoryBudget
+    ) -> list[list[LayerWindows]]:
+        parts: list[list[LayerWindows]] = []
+        weights = spectra = evals = 0
+        for layer in layers:
+            own = self.need([layer])
+            weights += own.weights
+            spectra += own.spectra
+            evals += own.eigenvalues
+            if (
+                not parts
+                or weights > budget.weights
+                or spectra > budget.spectra
+                or evals > MAX_EIGENVALUES
+                or self.need([*parts[-1], layer]).least > budget.total
+            ):
+                parts.append([])
+                weights, spectra, evals = own.weights, own.spectra, own.eigenvalues
+            parts[-1].append(layer)
+        return parts
 
-def _limits(
-    layers: Sequence[LayerWindows],
-    budget: MemoryBudget,
-    machine: Machine,
-    dtype: torch.dtype,
-    bootstrap: int,
-) -> Limits:
-    parallel = machine.cores if machine.kind == "cpu" else None
-    return limits(_need(layers, machine, dtype), budget, bootstrap, parallel)
+    def limits(self, layers: Sequence[LayerWindows], budget: MemoryBudget) -> Limits:
+        parallel = self.machine.cores if self.machine.kind == "cpu" else None
+        return limits(self.need(layers), budget, self.bootstrap, parallel)
+
+    def batch(self, layers: Sequence[LayerWindows], budget: MemoryBudget) -> Batch:
+        bounds, order = self.limits(layers, budget), layers[0].grid.order
+        price = partial(self.costs, bounds=bounds, budget=budget)
+        return Batch(order, tuple(layers), bounds.workspace, bounds.fit_values, bounds.peak, price)
+
+    def costs(
+        self, layers: Sequence[LayerWindows], bounds: Limits, budget: MemoryBudget
+    ) -> tuple[Cost, ...]:
+        machine, order = self.machine, layers[0].grid.order
+        windows = sum(layer.windows for layer in layers)
+        calls = math.ceil(windows / bounds.chunk)
+        costs = []
+        for layer in layers:
+            solved = eigenvalues_cost(
+                machine,
+                order,
+                layer.inner,
+                layer.windows,
+                item=layer.item,
+                is_complex=layer.is_complex,
+                calls=calls * layer.windows / windows,
+            )
+            fitted = fit_cost(
+                machine, order, layer.windows, self.rule, self.bootstrap, bounds.fit_values
+            )
+            loaded = weights_cost(machine, layer.weight_bytes)
+            memory = Cost(memory=self.limits([layer], budget).peak)
+            costs.append(total([loaded, solved, fitted, memory]))
+        return tuple(costs)

@@ -25,7 +25,6 @@ from farms_fast.live.passes import DevicePasses
 from farms_fast.live.pending import EvalFilter, LayerAlpha, PendingAlphas
 from farms_fast.live.weights import LiveWeights
 from farms_fast.spectra.bootstrap import FitRule
-from farms_fast.spectra.power_law import xmin_rule
 from farms_fast.spectra.windows import FixedAspectSampling, Sampling
 from farms_fast.weights.layers import LayerSpec, layers_from_module, module_tensor
 from farms_fast.weights.stacks import WeightTransform
@@ -103,7 +102,7 @@ class LiveAnalysis:
         change: WeightTransform | None = None,
     ) -> None:
         check_module("model", model)
-        rule = FitRule(xmin_rule(xmin), xmin_pos, bins, getattr(sampling, "compat", None))
+        rule = FitRule.checked(xmin, xmin_pos, bins, getattr(sampling, "compat", None))
         check_dtype(dtype)
         check_sampling(sampling)
         budget = None if memory is None else check_int("memory", memory, least=1)
@@ -112,8 +111,6 @@ class LiveAnalysis:
             not_negative("evals_threshold", evals_threshold),
             rule.xmin,
         )
-        # A spectrum without values: the rule checks its own settings.
-        rule.fit(torch.empty(0, dtype=torch.float64, device="cpu"), [0])
         with _no_autocast_no_grad():
             specs, skipped = layers_from_module(model, include, exclude, change=change)
             devices = _devices(model, specs)

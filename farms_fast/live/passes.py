@@ -137,7 +137,7 @@ class DevicePasses:
 
     def _allocate_copies(self, tensors: Mapping[str, LiveTensor]) -> Snapshot | None:
         """Where the tensors can be copied to; None where the device has no memory for it."""
-        there = {name: found for name, found in tensors.items() if isinstance(found, Tensor)}
+        there = {name: read for name, read in tensors.items() if isinstance(read, Tensor)}
         if not self._passes_beside_copy:
             copied = sum(tensor.numel() * tensor.element_size() for tensor in there.values())
             self._passes_beside_copy = self._all_prepared(reserved=copied)
@@ -192,17 +192,17 @@ class DevicePasses:
     ) -> list[tuple[_Pass, Tensor]]:
         """The results of a pass; where the memory does not suffice those of its parts.
 
-        A layer that cannot be read, or not be solved even alone, is in `failures`.
+        A layer that cannot be read, or does not fit by itself, is in `failures`.
         """
         try:
-            found = self._read(planned, tensors, stacks, failures)
-            if len(found) < len(planned.layers):
+            read = self._read(planned, tensors, stacks, failures)
+            if len(read) < len(planned.layers):
                 planned = planned.without(failures, self._device)
-            return [(planned, self._run(planned, found))] if found else []
+            return [(planned, self._run(planned, read))] if read else []
         except torch.OutOfMemoryError as caught:
             error = str(caught)
         # Beyond the handler, where the failed pass's tensors are no longer held by its frames.
-        found = []
+        read = []
         if self._streams:
             torch.cuda.empty_cache()
         parts: Sequence[Batch] = planned.batches
@@ -230,12 +230,7 @@ class DevicePasses:
             if layer.index in failures:
                 continue
             try:
-                own = []
-                for name in layer.spec.tensors:
-                    tensor = tensors[name]
-                    if isinstance(tensor, Exception):
-                        raise tensor
-                    own.append(tensor)
+                own = [_raise_or_tensor(tensors[name]) for name in layer.spec.tensors]
                 stack = stacks.of(layer.index, layer.spec, own)
                 _check_stack(stack, layer, self._device)
                 read.append(stack)
@@ -264,6 +259,12 @@ class DevicePasses:
             columns = fits.alpha, fits.D, fits.xmin, fits.n_tail, fits.status, fits.dropped
             rows.append(torch.stack(columns, dim=1))
         return torch.cat([torch.cat(rows), bad.unsqueeze(1)], dim=1)
+
+
+def _raise_or_tensor(read: LiveTensor) -> Tensor:
+    if isinstance(read, Exception):
+        raise read
+    return read
 
 
 def _check_stack(stack: Tensor, layer: LayerWindows, device: torch.device) -> None:

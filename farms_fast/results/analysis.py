@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from farms_fast.core.arguments import check_type, list_of
@@ -14,13 +14,14 @@ from farms_fast.core.text import printable
 from farms_fast.results.files import (
     data_frame,
     read_json,
-    write_csv,
     write_json,
     write_npz,
     write_parquet,
+    write_rows,
     write_safetensors,
 )
 from farms_fast.results.record import CSV_COLUMNS, LayerRecord
+from farms_fast.results.settings import AnalysisSettings
 from farms_fast.results.store import ResultsStore
 from farms_fast.views.html import write_report
 from farms_fast.views.notebook import analysis_html
@@ -43,12 +44,12 @@ class Analysis:
     Args:
         layers: the records.
         skipped: the tensors that are not layers.
-        settings: how the analysis was made, best in values that JSON has a form for.
+        settings: how the analysis was made; None where nobody can say.
 
     Attributes:
         layers: one `LayerRecord` per layer.
         skipped: the tensors that are not layers, each with its reason.
-        settings: how it was made: sampling, rule, dtype, device, solver, versions, source.
+        settings: how it was made; None for an analysis made by hand.
 
     Example:
         >>> record = LayerRecord("encoder.fc", "linear", (1, 4, 4), "ok", alpha=2.5)
@@ -65,13 +66,13 @@ class Analysis:
         self,
         layers: Sequence[LayerRecord],
         skipped: Sequence[Skipped] = (),
-        settings: Mapping[str, object] | None = None,
+        settings: AnalysisSettings | None = None,
     ) -> None:
         self.layers = list_of("layers", layers, LayerRecord, "LayerRecords")
         self.skipped = list_of("skipped", skipped, Skipped, "Skipped tensors")
         if settings is not None:
-            check_type("settings", settings, Mapping, "a mapping of names to values")
-        self.settings: dict[str, object] = dict(settings or {})
+            check_type("settings", settings, AnalysisSettings, "AnalysisSettings")
+        self.settings = settings
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -155,7 +156,8 @@ class Analysis:
 
     def as_side(self) -> Side:
         """The values that a page shows."""
-        return Side(self.layers, self.skipped, self.settings, self.mean_alpha)
+        settings = self.settings.values() if self.settings else {}
+        return Side(self.layers, self.skipped, settings, self.mean_alpha)
 
     def to_pandas(self) -> pd.DataFrame:
         """One row per layer, in order, with the scalars of the records as columns.
@@ -177,13 +179,12 @@ class Analysis:
         Raises:
             OSError: if it cannot be written.
         """
-        write_csv(path, self.layers)
+        write_rows(path, CSV_COLUMNS, [layer.scalars() for layer in self.layers])
 
     def to_json(self, path: str | os.PathLike[str], spectra: bool = False) -> None:
         """Writes everything that `from_json` reads back; NaN as null.
 
-        The file appears whole or not at all. Settings that JSON has no form for are written as
-        their `str`, tuples as lists.
+        The file appears whole or not at all.
 
         Args:
             path: the file, replaced if it exists.

@@ -18,13 +18,9 @@ from farms_fast.core.progress import Progress, reporter
 from farms_fast.core.text import fixed
 from farms_fast.results.analysis import Analysis, layer_named
 from farms_fast.results.files import data_frame, write_rows
-from farms_fast.results.paired_bootstrap import (
-    DECIDING_SETTINGS,
-    difference_error,
-    independent_error,
-    same_windows,
-)
+from farms_fast.results.paired_bootstrap import difference_error
 from farms_fast.results.record import LayerRecord
+from farms_fast.results.settings import COMPARABILITY_FIELDS, AnalysisSettings
 from farms_fast.views.html import write_comparison
 from farms_fast.views.notebook import comparison_html
 
@@ -223,9 +219,12 @@ class Comparison:
 
     @property
     def settings_that_differ(self) -> dict[str, tuple[object, object]]:
-        """Settings of the two analyses that are not the same, but for where the weights are."""
-        names = dict.fromkeys([*self.a.settings, *self.b.settings])
-        pairs = {name: (self.a.settings.get(name), self.b.settings.get(name)) for name in names}
+        """Settings of the two analyses that are not the same, but for where the weights are.
+
+        Those of an analysis without settings are None.
+        """
+        a, b = (side.settings.values() if side.settings else {} for side in (self.a, self.b))
+        pairs = {name: (a.get(name), b.get(name)) for name in a or b}
         return {
             name: pair
             for name, pair in pairs.items()
@@ -236,7 +235,7 @@ class Comparison:
     def notes(self) -> list[str]:
         """What a reader of the numbers has to know, one sentence each; mostly empty."""
         notes = []
-        changed = [name for name in self.settings_that_differ if name in DECIDING_SETTINGS]
+        changed = [name for name in self.settings_that_differ if name in COMPARABILITY_FIELDS]
         if changed:
             notes.append(
                 f"the analyses were made with different settings ({', '.join(changed)}), so their "
@@ -296,9 +295,11 @@ class Comparison:
         """
         document = {
             "format": "farms_fast.comparison",
-            "version": 1,
-            "settings_a": plain(self.a.settings),
-            "settings_b": plain(self.b.settings),
+            "version": 2,
+            **{
+                f"settings_{name}": side.settings.to_plain() if side.settings else None
+                for name, side in (("a", self.a), ("b", self.b))
+            },
             "notes": self.notes,
             "layers": [plain(layer.scalars()) for layer in self.layers],
         }
@@ -362,14 +363,14 @@ def compare(
     records_a, records_b = _by_name("a", a), _by_name("b", b)
     names = _in_order(list(records_a), list(records_b))
     where = resolve_device(device, torch.device("cpu"))
-    pairing = paired and same_windows(a.settings, b.settings)
+    settings = a.settings
+    if not (paired and settings and b.settings and settings.is_comparable_with(b.settings)):
+        settings = None
     layers = []
     windows = sum(record.windows for record in a)
     with reporter(progress, len(names), windows) as report:
         for name in names:
-            layer = _difference(
-                records_a.get(name), records_b.get(name), a, where if pairing else None
-            )
+            layer = _difference(records_a.get(name), records_b.get(name), settings, where)
             layers.append(layer)
             report(name, 0 if layer.a is None else layer.a.windows, True)
     return Comparison(a, b, layers)
@@ -396,16 +397,16 @@ def nothing_in_common(a: Analysis, b: Analysis) -> str:
 def _difference(
     a: LayerRecord | None,
     b: LayerRecord | None,
-    analysis: Analysis,
-    pairing: torch.device | None,
+    settings: AnalysisSettings | None,
+    device: torch.device,
 ) -> LayerDifference:
+    """The difference; the settings are those of both analyses, None where they differ."""
     if a is None or b is None or math.isnan(a.alpha) or math.isnan(b.alpha):
         return LayerDifference(a, b)
-    if pairing is not None:
-        error = difference_error(a, b, analysis.settings, pairing)
-        if error is not None:
-            return LayerDifference(a, b, error, paired=True)
-    return LayerDifference(a, b, independent_error(a, b))
+    error = difference_error(a, b, settings, device) if settings else None
+    if error is not None:
+        return LayerDifference(a, b, error, paired=True)
+    return LayerDifference(a, b, math.hypot(a.alpha_se, b.alpha_se))
 
 
 def _by_name(argument: str, analysis: Analysis) -> dict[str, LayerRecord]:

@@ -27,6 +27,7 @@ from farms_fast.results.record import (
     TEXT_FIELDS,
     LayerRecord,
 )
+from farms_fast.results.settings import AnalysisSettings
 from farms_fast.weights.layers import Skipped
 
 if TYPE_CHECKING:
@@ -36,7 +37,6 @@ __all__ = [
     "array_name",
     "data_frame",
     "read_json",
-    "write_csv",
     "write_json",
     "write_npz",
     "write_parquet",
@@ -45,18 +45,13 @@ __all__ = [
 ]
 
 _FORMAT = "farms_fast.analysis"
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 _INSTEAD = "use to_csv or to_json"
 
 Array = npt.NDArray[np.float64]
 
 
 # ------------------------------------------------------------------------------------------- tables
-
-
-def write_csv(path: FilePath, layers: Sequence[LayerRecord]) -> None:
-    """As `Analysis.to_csv` says."""
-    write_rows(path, CSV_COLUMNS, [layer.scalars() for layer in layers])
 
 
 def write_rows(
@@ -80,7 +75,7 @@ def data_frame(
 
 
 def write_parquet(
-    path: FilePath, layers: Sequence[LayerRecord], settings: Mapping[str, object]
+    path: FilePath, layers: Sequence[LayerRecord], settings: AnalysisSettings | None
 ) -> None:
     """As `Analysis.to_parquet` says."""
     with optional_import("pyarrow", extra="parquet", needed_for="to_parquet", instead=_INSTEAD):
@@ -97,13 +92,17 @@ def write_parquet(
         else:
             columns[name] = pyarrow.array(list(map(float, values)), pyarrow.float64())
     table = pyarrow.table(columns).replace_schema_metadata(
-        {"farms_fast.settings": json.dumps(plain(settings))}
+        {"farms_fast.settings": _settings_json(settings)}
     )
     # Whole in memory first: pyarrow asks a stream for its position, which a pipe does not have.
     data = io.BytesIO()
     pyarrow.parquet.write_table(table, data)
     with atomic_file(path) as stream:
         stream.write(data.getvalue())
+
+
+def _settings_json(settings: AnalysisSettings | None) -> str:
+    return "null" if settings is None else settings.to_json()
 
 
 # --------------------------------------------------------------------------------------------- JSON
@@ -113,21 +112,23 @@ def write_json(
     path: FilePath,
     layers: Sequence[LayerRecord],
     skipped: Sequence[Skipped],
-    settings: Mapping[str, object],
+    settings: AnalysisSettings | None,
     spectra: bool,
 ) -> None:
     """As `Analysis.to_json` says."""
     document = {
         "format": _FORMAT,
         "version": _FORMAT_VERSION,
-        "settings": plain(settings),
+        "settings": None if settings is None else settings.to_plain(),
         "layers": [_layer_to_plain(layer, spectra) for layer in layers],
         "skipped": [plain(dataclasses.asdict(tensor)) for tensor in skipped],
     }
     write_text(path, json.dumps(document, allow_nan=False, indent=None if spectra else 1) + "\n")
 
 
-def read_json(path: FilePath) -> tuple[list[LayerRecord], list[Skipped], dict[str, object]]:
+def read_json(
+    path: FilePath,
+) -> tuple[list[LayerRecord], list[Skipped], AnalysisSettings | None]:
     """The layers, skipped tensors and settings of a file of `write_json`.
 
     Raises:
@@ -147,16 +148,18 @@ def read_json(path: FilePath) -> tuple[list[LayerRecord], list[Skipped], dict[st
     if document.get("version") != _FORMAT_VERSION:
         raise ValueError(
             f"path: {os.fspath(path)!r} has format version {document.get('version')!r}, "
-            f"this release reads version {_FORMAT_VERSION}"
+            f"this release reads version {_FORMAT_VERSION}: write it anew from its store, or use "
+            "the release that wrote it"
         )
     try:
+        settings = document["settings"]
         return (
             [_layer_from_plain(layer) for layer in document["layers"]],
             [
                 Skipped(name=s["name"], shape=tuple(s["shape"]), reason=s["reason"])
                 for s in document["skipped"]
             ],
-            dict(document["settings"]),
+            None if settings is None else AnalysisSettings.from_plain(settings),
         )
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
@@ -239,11 +242,11 @@ def write_npz(path: FilePath, layers: Sequence[LayerRecord]) -> None:
 
 
 def write_safetensors(
-    path: FilePath, layers: Sequence[LayerRecord], settings: Mapping[str, object]
+    path: FilePath, layers: Sequence[LayerRecord], settings: AnalysisSettings | None
 ) -> None:
     """As `Analysis.spectra_to_safetensors` says."""
     # By hand, because the library wants all tensors in memory at once.
-    metadata = {"format": "farms_fast.spectra", "settings": json.dumps(plain(settings))}
+    metadata = {"format": "farms_fast.spectra", "settings": _settings_json(settings)}
     header: dict[str, object] = {"__metadata__": metadata}
     shapes = [_spectrum(layer).shape for layer in layers]
     end = 0

@@ -7,66 +7,35 @@ import fcntl
 import glob
 import os
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 from farms_fast.engine.distributed import Ranks
 from farms_fast.engine.stages import LayerState
 from farms_fast.results.analysis import Analysis
 from farms_fast.results.record import LayerRecord
+from farms_fast.results.settings import AnalysisSettings
 from farms_fast.results.store import ResultsStore, StoredRun, merge
 from farms_fast.weights.layers import Skipped
-
-# What decides a run's layers and their numbers. Another release may compute them otherwise; devices
-# agree to within the error of the eigenvalues, so a run may go on on another one.
-_DECIDING = (
-    "source",
-    "base",
-    "include",
-    "exclude",
-    "sampling",
-    "xmin",
-    "xmin_pos",
-    "bins",
-    "bootstrap",
-    "dtype",
-    "solver",
-    "farms_fast",
-)
-
 
 _LOCK = ".lock"
 
 
-@dataclass(frozen=True)
-class FinishedLayer:
-    """A layer that a run has finished.
-
-    Attributes:
-        position: in the model.
-        record: its record.
-        digest: of the weights that the record comes from.
-    """
-
-    position: int
-    record: LayerRecord
-    digest: str
-
-
 class RunRecorder:
-    """Records in memory, collected from all ranks at the end.
+    """Records in memory; the main rank collects those of all ranks at the end.
 
     Args:
         ranks: the processes that share the run.
+        settings: of the analysis.
     """
 
     #: Whether layers' contents have to be told apart by a digest.
     needs_digests = False
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ranks: Ranks, settings: AnalysisSettings) -> None:
         self._ranks = ranks
+        self._settings = settings
         self._records: dict[int, LayerRecord] = {}
 
     def is_known(self, name: str, digest: str) -> bool:
@@ -81,71 +50,68 @@ class RunRecorder:
             positions: in the model, by the layers' index in the plan.
             eps: unit roundoff of the arithmetic that gave the eigenvalues.
         """
-        new = []
         for state in states:
-            name, position = state.layer.spec.name, positions[state.layer.index]
-            if state.known:
-                self._records[position] = self._known_record(name, state.digest)
-            else:
-                new.append(FinishedLayer(position, LayerRecord.of(state, eps), state.digest))
-        self._keep(new)
+            self._records[positions[state.layer.index]] = LayerRecord.of(state, eps)
 
-    def _known_record(self, name: str, digest: str) -> LayerRecord:
-        raise KeyError(name)
+    def analysis(self, names: Sequence[str], skipped: Sequence[Skipped]) -> Analysis:
+        """The analysis of the whole model on the main rank, of a rank's own layers on the others.
 
-    def _keep(self, layers: Sequence[FinishedLayer]) -> None:
-        self._records |= {layer.position: layer.record for layer in layers}
-
-    def analysis(
-        self, names: Sequence[str], skipped: Sequence[Skipped], settings: Mapping[str, object]
-    ) -> Analysis:
-        """Everything that was kept; on ranks that do not lead, what they themselves kept."""
+        Args:
+            names: the model's layers in order.
+            skipped: the tensors that are not layers.
+        """
         merged = dict(self._records)
         for records in self._ranks.gather(self._records):
             merged |= records
-        return Analysis([merged[position] for position in sorted(merged)], skipped, settings)
+        return Analysis([merged[position] for position in sorted(merged)], skipped, self._settings)
 
 
 class _StoreRecorder(RunRecorder):
-    """Records in a store as soon as they are there.
+    """Records in a store as soon as they are there, and nothing of them in memory.
 
-    Ranks on the machine of the leading one write to the store itself. On other machines each writes
-    to a file of its own beside it, which the leading one merges at the end: nothing then depends on
-    how well a network's file system lets many machines write to one file.
+    Ranks on the machine of the main one write to the store itself. On other machines each writes to
+    a file of its own beside it, which the main rank merges at the end: nothing then depends on how
+    well a network's file system lets many machines write to one file.
+
+    Args:
+        ranks: the processes that share the run.
+        settings: of the analysis.
+        path: the store.
+        main: the run in it.
+        mine: the run that this rank writes to.
+        part: what closes this rank's own file.
     """
 
     needs_digests = True
 
     def __init__(
-        self, ranks: Ranks, path: Path, main: StoredRun, mine: StoredRun, part: ExitStack
+        self,
+        ranks: Ranks,
+        settings: AnalysisSettings,
+        path: Path,
+        main: StoredRun,
+        mine: StoredRun,
+        part: ExitStack,
     ) -> None:
-        super().__init__(ranks)
+        super().__init__(ranks, settings)
         self._path = path
         self._main = main
         self._mine = mine
         self._part = part
-        self._known: dict[tuple[str, str], LayerRecord] = {}
+        self._names: set[str] = set()
 
     def is_known(self, name: str, digest: str) -> bool:
-        record = self._main.finished(name, digest)
-        if record is not None:
-            self._known[name, digest] = record
-        return record is not None
+        return self._main.finished(name, digest) is not None
 
-    def _known_record(self, name: str, digest: str) -> LayerRecord:
-        return self._known.pop((name, digest))
+    def take(self, states: Sequence[LayerState], positions: Sequence[int], eps: float) -> None:
+        self._mine.put_many(
+            (positions[state.layer.index], LayerRecord.of(state, eps), state.digest)
+            for state in states
+            if not state.known
+        )
+        self._names |= {state.layer.spec.name for state in states}
 
-    def _keep(self, layers: Sequence[FinishedLayer]) -> None:
-        if layers:
-            self._mine.put_many([(x.position, x.record, x.digest) for x in layers])
-        for layer in layers:
-            # What can be read again takes no memory until it is asked for.
-            stored = self._mine.finished(layer.record.name, layer.digest)
-            self._records[layer.position] = stored or layer.record
-
-    def analysis(
-        self, names: Sequence[str], skipped: Sequence[Skipped], settings: Mapping[str, object]
-    ) -> Analysis:
+    def analysis(self, names: Sequence[str], skipped: Sequence[Skipped]) -> Analysis:
         self._part.close()
         self._ranks.gather(None)
         if self._ranks.is_main:
@@ -156,15 +122,14 @@ class _StoreRecorder(RunRecorder):
         with ResultsStore(self._path, create=False) as store:
             layers, _, _ = store.read(self._main.id)
         if not self._ranks.is_main:
-            own = {record.name for record in self._records.values()}
-            layers = [layer for layer in layers if layer.name in own]
-        return Analysis(layers, skipped, settings)
+            layers = [layer for layer in layers if layer.name in self._names]
+        return Analysis(layers, skipped, self._settings)
 
 
 @contextlib.contextmanager
 def recording(
     store: str | os.PathLike[str] | None,
-    settings: Mapping[str, object],
+    settings: AnalysisSettings,
     ranks: Ranks,
     layers: int,
     force: bool = False,
@@ -183,25 +148,25 @@ def recording(
         ValueError: it is not a results store.
     """
     if store is None:
-        yield RunRecorder(ranks)
+        yield RunRecorder(ranks, settings)
         return
     path = Path(store)
-    with contextlib.ExitStack() as opened:
-        # The leading rank makes the run, the others find it.
+    with ExitStack() as opened:
+        # The main rank makes the run, the others find it.
         if not ranks.is_main:
             ranks.wait()
         target = opened.enter_context(ResultsStore(path))
         if ranks.is_main:
             _collect(path)
-        main = target.run(settings, deciding=_DECIDING, total=layers, force=force and ranks.is_main)
+        main = target.run(settings, total=layers, force=force and ranks.is_main)
         if ranks.is_main:
             ranks.wait()
-        part = opened.enter_context(contextlib.ExitStack())
+        part = opened.enter_context(ExitStack())
         mine = main
         if not ranks.on_main_machine():
             own = part.enter_context(_own_part(path, ranks.rank))
-            mine = part.enter_context(ResultsStore(own)).run(settings, deciding=_DECIDING)
-        yield _StoreRecorder(ranks, path, main, mine, part)
+            mine = part.enter_context(ResultsStore(own)).run(settings)
+        yield _StoreRecorder(ranks, settings, path, main, mine, part)
 
 
 @contextlib.contextmanager

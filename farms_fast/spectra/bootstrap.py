@@ -26,6 +26,7 @@ from farms_fast.spectra.power_law import (
     PowerLawFits,
     fit_power_laws,
     packed_offsets,
+    xmin_rule,
 )
 from farms_fast.spectra.windows import WindowGrid
 
@@ -49,6 +50,14 @@ class FitRule:
     xmin_pos: float = 2
     bins: int = 100
     compat: str | None = None
+
+    @classmethod
+    def checked(cls, xmin: str, xmin_pos: float, bins: int, compat: str | None = None) -> FitRule:
+        """The rule of this name; TypeError or ValueError for a setting that no fit takes."""
+        rule = cls(xmin_rule(xmin), xmin_pos, bins, compat)
+        # A fit of no spectra checks the rest.
+        rule.fit(torch.empty(0, dtype=torch.float64, device="cpu"), [])
+        return rule
 
     def fit(self, packed: Tensor, lengths: Sequence[int]) -> PowerLawFits:
         """Fits packed ascending spectra of the given lengths."""

@@ -66,46 +66,37 @@ def esd(
         (9,)
     """
     with on_stream_of(W):
-        return _esd(W, sampling, dtype, device, solver, memory)
-
-
-def _esd(
-    W: Any,
-    sampling: Sampling | None,
-    dtype: DTypeLike,
-    device: str | torch.device | None,
-    solver: str | None,
-    memory: int | str | None,
-) -> Any:
-    tensor, restore = to_tensor("W", W)
-    if tensor.ndim < 2:
-        raise ValueError(f"W: expected at least 2 dimensions, got shape {tuple(tensor.shape)}")
-    if tensor.numel() == 0:
-        raise ValueError(f"W: expected a matrix with elements, got shape {tuple(tensor.shape)}")
-    precision = dtype_of(dtype)
-    where = resolve_device(device, tensor.device)
-    check_solver(solver, where)
-    budget = 0 if memory is None else memory_bytes(memory)
-    sampling = FullMatrix() if sampling is None else sampling
-    check_sampling(sampling)
-    rows, columns = tensor.shape[-2:]
-    grid = sampling.grid(rows, columns)
-    if grid.count == 0:
-        raise ValueError(
-            f"sampling: expected a window that fits {rows} x {columns}, {sampling} has none"
-        )
-    stack = tensor.reshape(-1, rows, columns).to(where)
-    table = window_table(grid, entries=stack.shape[0])
-    evals = window_eigenvalues([stack], table, grid.order, precision, solver, budget)
-    pooled = evals.reshape(stack.shape[0], -1)
-    if not bool(pooled.isfinite().all()):
-        if bool(stack.isfinite().all()):
-            name = str(precision).removeprefix("torch.")
-            raise ValueError(f"W: expected eigenvalues within the range of {name}, got an overflow")
-        raise ValueError("W: expected finite values, got NaN or infinity")
-    if grid.count > 1:
-        pooled = pooled.sort(dim=-1).values
-    return restore(pooled.reshape(*tensor.shape[:-2], -1))
+        tensor, restore = to_tensor("W", W)
+        if tensor.ndim < 2:
+            raise ValueError(f"W: expected at least 2 dimensions, got shape {tuple(tensor.shape)}")
+        if tensor.numel() == 0:
+            raise ValueError(f"W: expected a matrix with elements, got shape {tuple(tensor.shape)}")
+        precision = dtype_of(dtype)
+        where = resolve_device(device, tensor.device)
+        check_solver(solver, where)
+        budget = 0 if memory is None else memory_bytes(memory)
+        sampling = FullMatrix() if sampling is None else sampling
+        check_sampling(sampling)
+        rows, columns = tensor.shape[-2:]
+        grid = sampling.grid(rows, columns)
+        if grid.count == 0:
+            raise ValueError(
+                f"sampling: expected a window that fits {rows} x {columns}, {sampling} has none"
+            )
+        stack = tensor.reshape(-1, rows, columns).to(where)
+        table = window_table(grid, entries=stack.shape[0])
+        evals = window_eigenvalues([stack], table, grid.order, precision, solver, budget)
+        pooled = evals.reshape(stack.shape[0], -1)
+        if not bool(pooled.isfinite().all()):
+            if bool(stack.isfinite().all()):
+                name = str(precision).removeprefix("torch.")
+                raise ValueError(
+                    f"W: expected eigenvalues within the range of {name}, got an overflow"
+                )
+            raise ValueError("W: expected finite values, got NaN or infinity")
+        if grid.count > 1:
+            pooled = pooled.sort(dim=-1).values
+        return restore(pooled.reshape(*tensor.shape[:-2], -1))
 
 
 def window_eigenvalues(
@@ -120,7 +111,7 @@ def window_eigenvalues(
     try:
         return ops.window_eigvalsh(stacks, table, order, dtype, solver or "auto", memory)
     except RuntimeError as error:
-        _, found, needed = str(error).partition("argument 'memory_budget': ")
-        if not found:
+        _, _, needed = str(error).partition("argument 'memory_budget': ")
+        if not needed:
             raise
         raise ValueError(f"memory: {needed}") from None

@@ -33,6 +33,7 @@ __all__ = [
     "PowerLawFits",
     "fit_power_law",
     "fit_power_laws",
+    "one_spectrum",
     "packed_offsets",
     "sort_spectra",
     "xmin_rule",
@@ -195,7 +196,7 @@ def fit_power_law(
         ('ok', 2.0, 3)
     """
     with on_stream_of(evals):
-        values = _spectrum(evals)
+        values = one_spectrum(evals)
         # A comparison costs a hundredth of a sort, and most spectra come sorted. NaN compares as
         # false.
         ascending = bool((values[1:] >= values[:-1]).all())
@@ -293,8 +294,13 @@ def fit_power_laws(
     )
 
 
-def _spectrum(evals: object) -> torch.Tensor:
-    """One spectrum as a float64 tensor on its own device, perhaps sharing the caller's memory."""
+def one_spectrum(evals: object) -> torch.Tensor:
+    """A caller's spectrum as a float64 tensor on its device, perhaps sharing the caller's memory.
+
+    Raises:
+        TypeError: no real floating array.
+        ValueError: not 1-D, or empty.
+    """
     tensor, _ = to_tensor("evals", evals, real=True)
     if tensor.ndim != 1:
         raise ValueError(f"evals: expected one spectrum (1-D), got shape {tuple(tensor.shape)}")

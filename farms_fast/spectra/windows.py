@@ -76,10 +76,10 @@ class FixedAspectSampling:
     def grid(self, rows: int, columns: int) -> WindowGrid:
         """The windows of a rows x columns matrix; a grid without windows where none fits."""
         rows, columns = check_int("rows", rows), check_int("columns", columns)
-        place = published_grid if self.compat == "farms" else fixed_aspect_grid
+        make_grid = published_grid if self.compat == "farms" else fixed_aspect_grid
         # Beyond the matrix's extents neither changes the grid; the host code counts in 64 bits.
         per_dim = min(int(self.per_dim), max(rows, columns))
-        return place(rows, columns, min(int(self.rows), rows), float(self.q), per_dim)
+        return make_grid(rows, columns, min(int(self.rows), rows), float(self.q), per_dim)
 
 
 @dataclass(frozen=True)

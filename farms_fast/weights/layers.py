@@ -8,8 +8,9 @@ list of skipped ones, with its reason.
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fnmatch import fnmatchcase
+from typing import NamedTuple
 
 from torch import nn
 from torch.nn.utils import parametrize
@@ -51,12 +52,8 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class _Owned:
-    """A tensor of a module, under the name that it has when nothing is wrapped.
-
-    `reason` says why it is no weight of its own, and is empty when it may be one.
-    """
+class _Owned(NamedTuple):
+    """A tensor of a module, and why it is no weight of its own; empty when it may be one."""
 
     header: TensorHeader
     owner: nn.Module
@@ -73,17 +70,17 @@ def layers_from_headers(
 ) -> tuple[list[LayerSpec], list[Skipped]]:
     """Layers of a checkpoint, from the names, shapes and dtypes of its tensors.
 
-    A grouped convolution cannot be told from an ungrouped one by its header, nor a transposed one
-    without a bias: both are read as `(out, in, *kernel)`. Their modules tell more.
+    A header does not say whether a convolution is grouped or, without a bias, transposed: all are
+    read as `(out, in, *kernel)`. Their modules tell more.
 
     Args:
         headers: one for each tensor; the layers come in this order.
-        include: None, a glob or several, matched with case against layer names. A layer that it
-            matches is analysed even when it is left out by default, as embeddings are.
+        include: None, a glob or several, matched with case against layer names. It brings in
+            layers that are left out by default, as embeddings are.
         exclude: as `include`; it has the last word.
         config: the model's, for what headers do not tell: how many key heads a fused projection
             has, how a weight is quantised.
-        change: what an adapter makes of the weights, quantised ones being restored by then.
+        change: what an adapter makes of the weights, once quantised ones have been restored.
 
     Returns:
         The layers to analyse and the tensors that are not analysed, both in order.
@@ -94,15 +91,10 @@ def layers_from_headers(
 
     Example:
         >>> import torch
-        >>> headers = [
-        ...     TensorHeader("conv.weight", (8, 4, 3, 3), torch.float32),
-        ...     TensorHeader("conv.bias", (8,), torch.float32),
-        ... ]
-        >>> layers, skipped = layers_from_headers(headers)
-        >>> layers[0].name, layers[0].kind, layers[0].shape
+        >>> headers = [TensorHeader("conv.weight", (8, 4, 3, 3), torch.float32)]
+        >>> (layer,), skipped = layers_from_headers(headers)
+        >>> layer.name, layer.kind, layer.shape
         ('conv', 'conv2d', (9, 8, 4))
-        >>> skipped[0].name, skipped[0].reason
-        ('conv.bias', 'vector, not a matrix')
     """
     names = [header.name for header in headers]
     if len(set(names)) != len(names):
@@ -123,10 +115,9 @@ def layers_from_module(
 ) -> tuple[list[LayerSpec], list[Skipped]]:
     """Layers of a module, from the types of its submodules and the shapes of their parameters.
 
-    Buffers are not analysed, but for those that hold a quantised weight. A parametrised, pruned or
-    normalised weight, and one in a LoRA layer as PEFT makes it, is taken as the module uses it. A
-    `config` attribute as Hugging Face's models have it is read. Of tied weights the first that is
-    analysed counts, the others are skipped.
+    Buffers count only where they hold a quantised weight. A parametrised, pruned or normalised
+    weight, and one in a LoRA layer of PEFT, is taken as the module uses it. The `config` of a
+    Hugging Face model is read. The first of tied weights is analysed, the others are skipped.
 
     Args:
         module: any module; it is neither run nor changed.
@@ -142,7 +133,6 @@ def layers_from_module(
         TypeError: `module` is not a module, a pattern is not a string, or `change` no function.
 
     Example:
-        >>> from torch import nn
         >>> layers, skipped = layers_from_module(nn.Sequential(nn.Linear(8, 4), nn.ReLU()))
         >>> [(layer.name, layer.tensors, layer.shape) for layer in layers]
         [('0', ('0.weight',), (1, 4, 8))]
@@ -165,7 +155,7 @@ def layers_from_module(
                 () if visible == name else (name,),
             )
             if parametrize.is_parametrized(owner, leaf):
-                # Computed just now and gone in a moment: the next one may lie in the same place.
+                # It was computed just now and is freed: the next one may get the same address.
                 header = replace(header, identity=(id(owner), leaf))
             owned.append(_Owned(header, owner, reason or sparse_layout(tensor) or elsewhere))
     config = _config_of(module)
@@ -178,9 +168,8 @@ def layers_from_module(
     notes = module_notes(module)
     weights = _changed(merge_complex_parts(weights, notes), change)
     index = HeaderIndex((header for header, _ in weights), config, notes)
-    answers: list[tuple[int, TensorHeader, list[Part] | str]] = [
-        (number, item.header, item.reason) for number, item in enumerate(owned) if item.reason
-    ]
+    answers: list[tuple[int, TensorHeader, list[Part] | str]] = []
+    answers += [(n, item.header, item.reason) for n, item in enumerate(owned) if item.reason]
     for header, reason in weights:
         position = min((positions[n] for n in header.stored if n in positions), default=len(owned))
         owner = owned[position].owner if position < len(owned) else None

@@ -1,4 +1,4 @@
-"""What a model's config.json tells that the headers of its tensors do not."""
+"""What a model's config.json says and the headers of its tensors do not."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _HEAD_BY_HEAD = frozenset({"gpt_neox", "gpt_neox_japanese", "bloom", "persimmon"
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The entries that matter here; zero or empty where a config does not have them.
+    """The entries of a config that matter here; zero or empty where it has none.
 
     Attributes:
         model_type: Hugging Face's name of the architecture.
@@ -36,7 +36,7 @@ class ModelConfig:
 
     @classmethod
     def of(cls, entries: Mapping[str, Any]) -> ModelConfig:
-        """From the entries of a config.json; what is not understood is passed over.
+        """From the entries of a config.json; ignores what it does not understand.
 
         Example:
             >>> config = ModelConfig.of({"num_attention_heads": 8, "hidden_size": 64})
@@ -67,7 +67,7 @@ class ModelConfig:
         )
 
     def grouped_heads(self, leaf: str) -> tuple[int, int] | None:
-        """Groups of heads of a fused projection, and query heads in each; None if not known.
+        """The number of head groups of a fused projection and of query heads in each, if known.
 
         Args:
             leaf: `query_key_value` (GPT-NeoX, BLOOM, Falcon), `wqkv` (InternLM2) or `c_attn`

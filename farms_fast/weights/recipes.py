@@ -12,19 +12,9 @@ from dataclasses import dataclass, fields, is_dataclass
 from types import FunctionType
 from typing import Any, ClassVar
 
-import torch
+from torch import Tensor
 
-__all__ = [
-    "AsStored",
-    "Computed",
-    "HeadRows",
-    "Recipe",
-    "Rows",
-    "TrailingPositions",
-    "canonical_json",
-    "recipe_id",
-    "region_read",
-]
+__all__ = ["AsStored", "Computed", "HeadRows", "Recipe", "Rows", "TrailingPositions", "recipe_id"]
 
 
 class Recipe:
@@ -33,14 +23,13 @@ class Recipe:
     recipe_name: ClassVar[str]
 
     def __init_subclass__(cls, *, name: str) -> None:
-        """Keeps the declared name."""
         cls.recipe_name = name
 
-    def __call__(self, *tensors: Any, **options: Any) -> torch.Tensor:
+    def __call__(self, *tensors: Any, **options: Any) -> Tensor:
         """The weight or the stack: a view wherever strides allow one; tensors are never written."""
         raise NotImplementedError
 
-    def region(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def region(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Views of what the recipe reads of its tensors."""
         return tensors
 
@@ -58,12 +47,7 @@ def recipe_id(recipe: object) -> str:
         >>> recipe_id(Rows(0, 768))
         '{"count":768,"recipe":"rows/1","start":0,"step":1,"transposed":false}'
     """
-    return canonical_json(recipe)
-
-
-def canonical_json(value: object) -> str:
-    """Compact JSON with sorted keys, of plain values and recipes."""
-    return json.dumps(value, default=_declared, sort_keys=True, separators=(",", ":"))
+    return json.dumps(recipe, default=_declared, sort_keys=True, separators=(",", ":"))
 
 
 def _declared(value: object) -> dict[str, object]:
@@ -78,17 +62,6 @@ def _declared(value: object) -> dict[str, object]:
     return {**named, **{field.name: getattr(value, field.name) for field in fields(value)}}
 
 
-def region_read(recipe: object, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """Views of what a stack is made from: the rows that a recipe takes, or all of the tensors.
-
-    Example:
-        >>> import torch
-        >>> region_read(Rows(2, 2), (torch.zeros(6, 3),))[0].shape
-        torch.Size([2, 3])
-    """
-    return recipe.region(*tensors) if isinstance(recipe, Recipe) else tensors
-
-
 @dataclass(frozen=True)
 class Rows(Recipe, name="rows/1"):
     """`count` rows from `start`, each `step` apart, of a matrix or of each matrix of a stack.
@@ -101,12 +74,12 @@ class Rows(Recipe, name="rows/1"):
     step: int = 1
     transposed: bool = False
 
-    def region(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def region(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The rows, of as many dimensions as the weight has."""
         matrix = tensors[0].mT if self.transposed else tensors[0]
         return (matrix[..., self.start : self.start + self.count * self.step : self.step, :],)
 
-    def __call__(self, weight: torch.Tensor) -> torch.Tensor:
+    def __call__(self, weight: Tensor) -> Tensor:
         """`(S, count, C)`."""
         (rows,) = self.region(weight)
         return rows if rows.dim() == 3 else rows.unsqueeze(0)
@@ -114,38 +87,37 @@ class Rows(Recipe, name="rows/1"):
 
 @dataclass(frozen=True)
 class HeadRows(Recipe, name="head-rows/1"):
-    """Rows of q, k or v where the heads of one group stand together.
+    """Rows of q, k or v where a group's query heads, its key head and its value head adjoin.
 
-    `(groups * (queries + 2) * head_dim, C)`: in each group its query heads, one key head and one
-    value head. A view when there is one group.
+    The weight is `(groups * (queries + 2) * head_dim, C)`. One group gives a view.
     """
 
     role: str
     groups: int
     queries: int
 
-    def region(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def region(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The role's heads, `(groups, heads, head_dim, C)`."""
         heads = tensors[0].reshape(self.groups, self.queries + 2, -1, tensors[0].shape[-1])
         first = {"q": 0, "k": self.queries, "v": self.queries + 1}[self.role]
         return (heads.narrow(1, first, self.queries if self.role == "q" else 1),)
 
-    def __call__(self, weight: torch.Tensor) -> torch.Tensor:
+    def __call__(self, weight: Tensor) -> Tensor:
         """`(1, rows of the role, C)`."""
         return self.region(weight)[0].flatten(0, 2).unsqueeze(0)
 
 
 @dataclass(frozen=True)
 class TrailingPositions(Recipe, name="trailing-positions/1"):
-    """`(a, b, *positions)` to one matrix for each group and position, group by group.
+    """`(a, b, *positions)` to one (a/groups) x b matrix for each group and then each position.
 
-    Matrices are (a/groups) x b, or b x (a/groups) when `transposed`.
+    When `transposed`, matrices are b x (a/groups).
     """
 
     groups: int = 1
     transposed: bool = False
 
-    def __call__(self, weight: torch.Tensor) -> torch.Tensor:
+    def __call__(self, weight: Tensor) -> Tensor:
         """`(groups * positions, R, C)`."""
         kernels = weight.flatten(2)
         grouped = kernels.reshape(self.groups, -1, *kernels.shape[1:])  # (g, a/g, b, positions)
@@ -158,7 +130,7 @@ class TrailingPositions(Recipe, name="trailing-positions/1"):
 class AsStored(Recipe, name="as-stored/1"):
     """`(S, R, C)` as it is, `(R, C)` as a stack of one."""
 
-    def __call__(self, weight: torch.Tensor) -> torch.Tensor:
+    def __call__(self, weight: Tensor) -> Tensor:
         """`(S, R, C)`."""
         return weight if weight.dim() == 3 else weight.unsqueeze(0)
 
@@ -170,7 +142,7 @@ class Computed(Recipe, name="computed/1"):
     weight: Any
     stack: Any
 
-    def __call__(self, *tensors: torch.Tensor) -> torch.Tensor:
+    def __call__(self, *tensors: Tensor) -> Tensor:
         """`(S, R, C)`."""
-        stack: torch.Tensor = self.stack(self.weight(*tensors))
+        stack: Tensor = self.stack(self.weight(*tensors))
         return stack

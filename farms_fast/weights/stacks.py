@@ -7,21 +7,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-__all__ = [
-    "LayerSpec",
-    "Part",
-    "Patterns",
-    "Skipped",
-    "TensorHeader",
-    "ToTensor",
-    "WeightCandidate",
-    "WeightTransform",
-]
+__all__ = ["LayerSpec", "Part", "Skipped", "TensorHeader", "WeightCandidate", "WeightTransform"]
 
 Patterns = str | Sequence[str] | None
 # A recipe of `farms_fast.weights.recipes`, or a caller's own function.
-ToTensor = Callable[..., torch.Tensor]
+ToTensor = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)

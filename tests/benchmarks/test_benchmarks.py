@@ -70,7 +70,7 @@ def test_the_quick_set_measures_every_case_against_peers(quick: Any) -> None:
         "gram": len(GRAM["quick"]),
         "fit": len(FIT["quick"]) * len(RULES),
         "jobs": 4,
-        "faces": 2,
+        "drop_ins": 2,
         "details": 2,
     }
     peers = {entry["extra_info"]["peer"] for entry in quick["benchmarks"]}

@@ -26,6 +26,7 @@ from farms_fast.results.analysis import Analysis
 from farms_fast.results.record import LayerRecord
 from farms_fast.spectra.windows import FixedAspectSampling, FullMatrix
 from farms_fast.weights.layers import Skipped
+from tests.support.records import SETTINGS
 
 HOSTILE = "a\x1b[31mred\x1b[0m\n[bold]b[/bold]\u202e\x07"
 
@@ -58,7 +59,7 @@ def an_analysis(*names: str) -> Analysis:
             Skipped(name="embed.weight", shape=(10, 4), reason="an embedding"),
             Skipped(name="norm.bias", shape=(4,), reason="a vector"),
         ],
-        {"xmin": "median"},
+        SETTINGS,
     )
 
 
@@ -465,7 +466,7 @@ def test_quiet_prints_nothing_but_writes(analysed: dict[str, Any], tmp_path: Pat
     result = run("m", "--quiet", "--json", tmp_path / "a.json")
     assert (result.exit_code, result.output) == (0, "")
     assert analysed["progress"] is False
-    assert json.loads((tmp_path / "a.json").read_text())["settings"] == {"xmin": "median"}
+    assert json.loads((tmp_path / "a.json").read_text())["settings"] == SETTINGS.to_plain()
 
 
 @pytest.mark.slow

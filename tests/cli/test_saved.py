@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import csv
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import typer
 from safetensors.numpy import load_file
 from typer.testing import CliRunner, Result
 
-from farms_fast.cli.export import register
+from farms_fast.cli.main import app
 from farms_fast.results.analysis import Analysis
 from farms_fast.results.store import ResultsStore
-from tests.support.records import assert_same, made_up
+from tests.support.records import SETTINGS, assert_same, made_up
 
 HOSTILE = "a\x1b[31mred\x1b[0m\n\u202e"
 
 
 def run(*arguments: str | Path) -> Result:
-    app = typer.Typer()
-    register(app)
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
@@ -31,10 +29,10 @@ def store(tmp_path: Path) -> Path:
     """Run 1 is finished; run 2 has one layer of three and other numbers."""
     path = tmp_path / "run.sqlite"
     with ResultsStore(path) as opened:
-        first = opened.run({"source": "model.safetensors"})
+        first = opened.run(SETTINGS)
         first.put_many((index, made_up(index), "d") for index in range(2))
         first.complete(["layer.0", "layer.1"])
-        opened.run({"source": HOSTILE}, total=3).put(0, made_up(0, weights=1), "d")
+        opened.run(replace(SETTINGS, source=HOSTILE), total=3).put(0, made_up(0, weights=1), "d")
     return path
 
 
@@ -50,7 +48,7 @@ def test_export_writes_every_form(store: Path, tmp_path: Path) -> None:
             made_up(index).alpha for index in range(2)
         ]
     analysis = Analysis.from_json(tmp_path / "json")
-    assert analysis.settings == {"source": "model.safetensors"}
+    assert analysis.settings == SETTINGS
     # As `analyze --json` writes it.
     assert analysis["layer.1"].alpha == made_up(1).alpha
     assert analysis["layer.1"].window_evals.size == 0

@@ -28,7 +28,14 @@ TYPES: dict[str, type] = {
     "cuda_architectures": str,
     "solvers": dict,
 }
-OPS = {"window_gram", "eigvalsh", "window_eigvalsh", "fit_power_law", "solver_names"}
+OPS = {
+    "window_gram",
+    "eigvalsh",
+    "window_eigvalsh",
+    "fit_power_law",
+    "solver_names",
+    "solver_facts",
+}
 
 
 def test_keys_and_types() -> None:

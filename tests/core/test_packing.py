@@ -7,7 +7,7 @@ from itertools import chain, pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from farms_fast.core.packing import split_by_budget
+from farms_fast.core.packing import group_by_budget, split_by_budget
 
 
 @given(st.lists(st.integers(0, 12)), st.integers(0, 20))
@@ -26,3 +26,13 @@ def test_parts_are_full_but_never_over_full(sizes: list[int], most: int) -> None
 
 def test_an_item_beyond_the_limit_is_alone() -> None:
     assert split_by_budget([9, 1, 9, 9, 1, 1], int, 8) == [[9], [1], [9], [9], [1, 1]]
+
+
+@given(st.lists(st.integers(0, 12)), st.integers(0, 20))
+def test_groups_hold_equal_keys_in_order(sizes: list[int], most: int) -> None:
+    parts = group_by_budget(sizes, lambda size: size % 3, int, most)
+    for key in range(3):
+        own = [part for part in parts if part[0] % 3 == key]
+        alike = [size for size in sizes if size % 3 == key]
+        assert own == split_by_budget(alike, int, most)
+    assert sum(map(len, parts)) == len(sizes)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
 
-from farms_fast.core import ops
-from farms_fast.spectra.windows import FixedAspectSampling, window_table
+from farms_fast.core import extension, ops
+from farms_fast.engine import memory
+from farms_fast.spectra.windows import FixedAspectSampling, FullMatrix, window_table
 from farms_fast.testing import reference
 
 DTYPES = [
@@ -254,3 +257,137 @@ def test_no_memory_for_a_result_is_torchs_own_error(device: torch.device) -> Non
         ops.window_gram([weight], table, 2000)
     # Nothing is wrong afterwards.
     assert ops.window_gram([weight], table[:1], 2000)[0, 0, 0] == 2000
+
+
+H200 = {"device": "cuda", "compute_capability": 90}
+GRAM_DTYPES = [torch.float64, torch.float32, torch.complex128, torch.complex64]
+SIZES = [(1, 1), (100, 150), (161, 161), (255, 300), (256, 256), (512, 600), (3500, 3600)]
+
+
+def planned_bytes(kind: str, order: int, inner: int, dtype: torch.dtype) -> int:
+    real = torch.finfo(dtype).bits // 8
+    return memory.matrix_bytes(kind, order, inner, real, dtype.is_complex)
+
+
+@pytest.mark.parametrize("dtype", GRAM_DTYPES, ids=str)
+@pytest.mark.parametrize(("order", "inner"), SIZES)
+def test_facts_of_a_cpu(order: int, inner: int, dtype: torch.dtype) -> None:
+    one = ops.solver_facts(order, inner, dtype=dtype)
+    two_stage = order >= 256 and not dtype.is_complex
+    assert one.solver == ("two_stage" if two_stage else "lapack")
+    assert one.matrix_bytes == order**2 * dtype.itemsize
+    if two_stage:
+        assert one.bytes == planned_bytes("cpu", order, inner, dtype)
+    else:
+        assert one.bytes == order * (order + inner) * dtype.itemsize
+    # One more thread for each.
+    nine = ops.solver_facts(order, inner, dtype=dtype, count=9)
+    assert (nine.solver, nine.max_batch, nine.bytes) == (one.solver, 9, 9 * one.bytes)
+
+
+@pytest.mark.parametrize("dtype", GRAM_DTYPES, ids=str)
+@pytest.mark.parametrize("order", [161, 257, 512, 1000, 2000, 2048, 2049, 5000, 11008, 11009])
+def test_facts_of_many_windows_on_an_h200(order: int, dtype: torch.dtype) -> None:
+    facts = ops.solver_facts(order, dtype=dtype, count=500, **H200)
+    largest = 2048 if dtype.is_complex else 11008
+    assert facts.solver == ("two_stage" if order <= largest else "cusolver")
+    for count in (1, 2, 17):
+        few = ops.solver_facts(order, dtype=dtype, count=count, **(H200 | {"solver": facts.solver}))
+        planned = count * planned_bytes("cuda", order, order, dtype)
+        # A plan rounds every array of every matrix up, and always counts on a band that spills.
+        spilled = 8 * 8 * (order * (2 if dtype.is_complex else 1) + 8)
+        slack = count * (20 * 256 + spilled) if facts.solver == "two_stage" else 0
+        assert few.max_batch == min(count, facts.max_batch)
+        if few.max_batch == count:
+            assert planned - slack <= few.bytes <= planned
+
+
+@pytest.mark.parametrize("dtype", GRAM_DTYPES, ids=str)
+def test_small_windows_take_nothing_on_an_h200(dtype: torch.dtype) -> None:
+    for order in (1, 32, 80) if dtype.is_complex else (1, 100, 160):
+        facts = ops.solver_facts(order, dtype=dtype, count=10_000, **H200)
+        assert facts == ("one_stage", 10_000, 0, 0)
+    # Few larger ones are read by clusters, and yet larger ones as Gram matrices in float64.
+    scale = 2 if dtype.is_complex else 1
+    assert ops.solver_facts(256 // scale, dtype=dtype, count=9, **H200) == ("one_stage", 9, 0, 0)
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    found = ops.solver_facts(512 // scale, dtype=dtype, count=9, **H200)
+    assert found == ("one_stage", 9, (512 // scale) ** 2 * wide.itemsize, 0)
+
+
+@pytest.mark.parametrize(
+    ("capability", "one_stage", "two_stage"),
+    [(75, 104, 0), (80, 160, 0), (86, 128, 0), (89, 128, 0), (90, 512, 16384), (120, 128, 0)],
+)
+def test_largest_orders_of_other_architectures(
+    capability: int, one_stage: int, two_stage: int
+) -> None:
+    for solver, largest in (("one_stage", one_stage), ("two_stage", two_stage)):
+        for dtype, order in ((torch.float64, largest), (torch.complex64, largest // 2)):
+            settings = {"dtype": dtype, "device": "cuda", "compute_capability": capability}
+            if order:
+                assert ops.solver_facts(order, **settings, solver=solver).solver == solver
+            with pytest.raises(RuntimeError, match=f"order {order + 1} .* takes up to {order}"):
+                ops.solver_facts(order + 1, **settings, solver=solver)
+
+
+def test_an_architecture_without_measurements_gets_cusolver() -> None:
+    for capability in (75, 80, 86, 120):
+        facts = ops.solver_facts(100, device="cuda", compute_capability=capability, count=1000)
+        assert facts.solver == "cusolver"
+        assert facts.bytes > 1000 * 100**2 * 8
+
+
+def test_workspace_never_shrinks_with_the_batch() -> None:
+    for solver in ("cusolver", "one_stage", "two_stage"):
+        sizes = [
+            ops.solver_facts(300, count=count, solver=solver, **H200).workspace_bytes
+            for count in range(1, 70)
+        ]
+        assert sizes == sorted(sizes)
+
+
+@pytest.mark.gpu
+def test_facts_of_this_gpu() -> None:
+    major, minor = torch.cuda.get_device_capability()
+    for order, count in ((100, 1000), (300, 9), (2000, 20)):
+        here = ops.solver_facts(order, count=count, device="cuda")
+        told = ops.solver_facts(
+            order, count=count, device="cuda", compute_capability=10 * major + minor
+        )
+        assert here[:3] == told[:3]
+        assert here.solver == "cusolver" or here == told
+        stack = torch.randn(count, order, order, dtype=torch.float64, device="cuda")
+        table = window_table(FullMatrix().grid(order, order), count)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        ops.window_eigvalsh([stack], table, order)
+        results = count * (8 * order + 40)
+        taken = torch.cuda.max_memory_allocated() - before
+        assert taken <= here.bytes + results + 2**20
+
+
+@pytest.mark.parametrize(
+    ("message", "arguments"),
+    [
+        (r"'device': expected cpu or cuda, got tpu", {"device": "tpu"}),
+        (r"'count': expected a positive number of windows, got 0", {"count": 0}),
+        (r"'order': expected a positive order, got 0", {"order": 0, "inner": 0}),
+        (r"'inner': expected the longer side of windows of order 20, got 19", {"inner": 19}),
+        (r"'dtype': expected float32, .* got Half", {"dtype": torch.float16}),
+        (r"'compute_capability': expected 10 \* major \+ minor", H200 | {"compute_capability": 9}),
+        (r"'solver': expected one of auto, lapack, two_stage on the CPU", {"solver": "cusolver"}),
+        (r"'solver': expected one of auto, cusolver, .* on CUDA", H200 | {"solver": "lapack"}),
+    ],
+)
+def test_bad_arguments_of_facts_are_named(message: str, arguments: dict) -> None:
+    with pytest.raises(RuntimeError, match=r"farms_fast\.solver_facts: argument " + message):
+        ops.solver_facts(**({"order": 20} | arguments))
+
+
+def test_only_a_gpu_that_is_there_needs_no_compute_capability() -> None:
+    message = "'compute_capability': expected that of a GPU, such as 90, in a build without CUDA"
+    here = extension.has_cuda() and torch.cuda.is_available()
+    with nullcontext() if here else pytest.raises(RuntimeError, match=message):
+        assert ops.solver_facts(20, device="cuda").max_batch == 1

@@ -35,6 +35,7 @@ from farms_fast.compat import modelbalancing as balancing
 from farms_fast.compat import net_esd_estimator, net_esd_estimator_farms, weightwatcher
 from farms_fast.core.arguments import check_type, list_of, path_of
 from farms_fast.live import LiveAnalysis
+from farms_fast.results.settings import AnalysisSettings
 from farms_fast.results.store import ResultsStore, merge
 
 LAYER = LayerRecord("fc", "linear", (1, 4, 4), "ok", alpha=2.5, window_evals=np.ones((1, 4)))
@@ -90,7 +91,7 @@ OTHERS: dict[str, tuple[Call, str, str]] = {
     "fit_power_law": (fit_power_law, "evals", "a NumPy array, a torch tensor"),
     "Analysis layers": (Analysis, "layers", "LayerRecords"),
     "Analysis skipped": (lambda wrong: Analysis([], wrong), "skipped", "Skipped tensors"),
-    "Analysis settings": (lambda wrong: Analysis([], (), wrong), "settings", "a mapping of names"),
+    "Analysis settings": (lambda wrong: Analysis([], (), wrong), "settings", "AnalysisSettings"),
     "to_html title": (lambda wrong: ANALYSIS.to_html("never", title=wrong), "title", "a string"),
     "plot_alpha ax": (ANALYSIS.plot_alpha, "ax", "None or matplotlib's Axes"),
     "plot_esd ax": (LAYER.plot_esd, "ax", "None or matplotlib's Axes"),
@@ -184,10 +185,10 @@ def test_a_rule_that_is_no_word(rule: Any) -> None:
 def test_a_run_and_a_timeout_of_another_type() -> None:
     wrong: Any = [1]
     with ResultsStore("run.sqlite") as store:
-        store.run({"xmin": "median"})
+        store.run(AnalysisSettings("model"))
         with pytest.raises(ValueError, match=r"^run: expected one of 1, got \[1\]"):
             store.read(wrong)
-        with pytest.raises(TypeError, match=r"^settings: expected a mapping .*, got list"):
+        with pytest.raises(TypeError, match=r"^settings: expected AnalysisSettings, got list"):
             store.run(wrong)
     with pytest.raises(TypeError, match=r"^timeout: expected a number, got \[1\]"):
         ResultsStore("run.sqlite", timeout=wrong)

@@ -23,15 +23,22 @@ from hypothesis import strategies as st
 from farms_fast.core.text import printable
 from farms_fast.results.analysis import Analysis
 from farms_fast.results.record import LayerRecord, Uncertainty
+from farms_fast.results.settings import AnalysisSettings
 from farms_fast.spectra.metrics import METRIC_NAMES, spectrum_metrics
 from farms_fast.spectra.power_law import PowerLawFit
+from farms_fast.spectra.windows import FixedAspectSampling
 from farms_fast.weights.layers import Skipped
+from tests.support.records import SETTINGS
 
 WINDOWS = np.array([[0.5, 1.0, 3.0], [0.1, 2.0, 7.0]])
 ARRAYS = ("window_alphas", "window_evals")
 
 # A whole file of this version of the format.
-VERSION_1 = """{"format": "farms_fast.analysis", "version": 1, "settings": {"xmin": "median"},
+VERSION_2 = """{"format": "farms_fast.analysis", "version": 2, "settings": {"source": "m",
+"base": null, "include": ["fc"], "exclude": [], "sampling": {"kind": "fixed_aspect", "rows": 4,
+"q": 1.0, "per_dim": 3, "compat": null}, "xmin": "median", "xmin_pos": 2.0, "bins": 100,
+"bootstrap": 100, "dtype": "float64", "device": "cpu", "solver": "auto", "farms_fast": "0.1",
+"torch": "2.13", "numpy": "2.4"},
 "layers": [{"name": "fc", "kind": "linear", "shape": [1, 2, 2], "status": "ok", "message": "",
 "windows": 2, "window_rows": 2, "window_cols": 2, "alpha": 2.5, "D": 0.1, "sigma": 0.5, "xmin": 1.0,
 "xmax": 3.0, "num_pl_spikes": 3, "norm": 6.5, "log_norm": 0.8, "spectral_norm": 3.0,
@@ -79,7 +86,7 @@ def an_analysis() -> Analysis:
             LayerRecord.without_spectrum("broken", "conv2d", (9, 4, 4), "nonfinite", "2 NaN"),
         ],
         [Skipped(name="encoder.0.bias", shape=(6,), reason="a vector")],
-        {"sampling": {"rows": 4, "q": 1.0}, "xmin": "median", "solver": None},
+        SETTINGS,
     )
 
 
@@ -348,24 +355,9 @@ def test_json_is_strict_json(tmp_path: Path) -> None:
     assert same(record, back)
 
 
-def test_json_settings_of_any_kind(tmp_path: Path) -> None:
-    settings: dict[str, object] = {
-        "path": Path("a") / "b",
-        "shape": (1, 2),
-        "count": np.int64(3),
-        "value": np.float64(0.1),
-        "nothing": math.nan,
-        "flag": True,
-    }
-    Analysis([], settings=settings).to_json(tmp_path / "a.json")
-    assert Analysis.from_json(tmp_path / "a.json").settings == {
-        "path": str(Path("a") / "b"),
-        "shape": [1, 2],
-        "count": 3,
-        "value": 0.1,
-        "nothing": None,
-        "flag": True,
-    }
+def test_an_analysis_made_by_hand_has_no_settings(tmp_path: Path) -> None:
+    Analysis([]).to_json(tmp_path / "a.json")
+    assert Analysis.from_json(tmp_path / "a.json").settings is None
 
 
 @given(st.text(), st.floats(), st.floats())
@@ -385,14 +377,14 @@ def test_json_keeps_any_name_and_number(name: str, alpha: float, xmin: float) ->
         ("[]", "was not written by Analysis.to_json"),
         ('{"layers": []}', "was not written by Analysis.to_json"),
         ('{"format": "farms_fast.analysis", "version": 99}', "has format version 99"),
-        ('{"format": "farms_fast.analysis", "version": 1}', "has a damaged record"),
+        ('{"format": "farms_fast.analysis", "version": 2}', "has a damaged record"),
         (
-            '{"format": "farms_fast.analysis", "version": 1, "settings": {}, "skipped": [],'
+            '{"format": "farms_fast.analysis", "version": 2, "settings": null, "skipped": [],'
             ' "layers": [{"name": "a"}]}',
             "has a damaged record",
         ),
         (
-            '{"format": "farms_fast.analysis", "version": 1, "settings": 3, "skipped": [],'
+            '{"format": "farms_fast.analysis", "version": 2, "settings": 3, "skipped": [],'
             ' "layers": []}',
             "has a damaged record",
         ),
@@ -406,16 +398,32 @@ def test_from_json_refuses_other_files(tmp_path: Path, text: str, message: str) 
     assert str(path) in str(caught.value)
 
 
-def test_version_1_of_the_format_stays_readable(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text(VERSION_1)
-    record = Analysis.from_json(tmp_path / "a.json")["fc"]
+def test_an_older_file_is_refused(tmp_path: Path) -> None:
+    older = VERSION_2.replace('"version": 2', '"version": 1')
+    (tmp_path / "a.json").write_text(older)
+    with pytest.raises(ValueError, match="format version 1, this release reads version 2: write"):
+        Analysis.from_json(tmp_path / "a.json")
+
+
+def test_version_2_of_the_format_stays_readable(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(VERSION_2)
+    analysis = Analysis.from_json(tmp_path / "a.json")
+    assert analysis.settings == AnalysisSettings(
+        "m",
+        include=("fc",),
+        sampling=FixedAspectSampling(rows=4, per_dim=3),
+        farms_fast="0.1",
+        torch="2.13",
+        numpy="2.4",
+    )
+    record = analysis["fc"]
     np.testing.assert_array_equal(record.window_evals, [[0.5, 3.0], [1.0, 2.0]], strict=True)
     np.testing.assert_array_equal(record.evals, [0.5, 1.0, 2.0, 3.0], strict=True)
     np.testing.assert_array_equal(record.window_alphas, [2.0, math.nan], strict=True)
     assert (record.alpha, record.matrix_rank, record.shape) == (2.5, 4, (1, 2, 2))
     # Pooled eigenvalues that are not those of the windows come from no analysis.
-    (tmp_path / "a.json").write_text(VERSION_1.replace("[0.5, 1.0, 2.0, 3.0]", "[0.5, 1.0, 2.0]"))
-    with pytest.raises(ValueError, match=r"evals of 'fc' .*window_evals"):
+    (tmp_path / "a.json").write_text(VERSION_2.replace("[0.5, 1.0, 2.0, 3.0]", "[0.5, 1.0, 2.0]"))
+    with pytest.raises(ValueError, match="evals of 'fc' are not its window_evals in order"):
         Analysis.from_json(tmp_path / "a.json")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import stat
@@ -22,8 +21,9 @@ from safetensors import safe_open
 from farms_fast.results.analysis import Analysis
 from farms_fast.results.files import array_name
 from farms_fast.results.record import INT_FIELDS, TEXT_FIELDS, LayerRecord
+from farms_fast.results.settings import AnalysisSettings
 from farms_fast.results.store import ResultsStore
-from tests.support.records import any_array, made_up
+from tests.support.records import SETTINGS, any_array, made_up
 
 FAILED = LayerRecord.without_spectrum("broken", "conv2d", (9, 4, 4), "nonfinite", "2 NaN")
 AWKWARD = [
@@ -48,7 +48,7 @@ AWKWARD = [
 
 
 def an_analysis() -> Analysis:
-    return Analysis([made_up(0), made_up(1, windows=3, k=5), FAILED], (), {"xmin": "median"})
+    return Analysis([made_up(0), made_up(1, windows=3, k=5), FAILED], (), SETTINGS)
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
@@ -106,7 +106,7 @@ class TestSpectra:
 
     def test_from_a_store_one_layer_at_a_time(self, write, tmp_path: Path) -> None:
         with ResultsStore(tmp_path / "run.sqlite") as store:
-            store.run({}).put_many((i, made_up(i), "d") for i in range(3))
+            store.run(SETTINGS).put_many((i, made_up(i), "d") for i in range(3))
         analysis = Analysis.from_store(tmp_path / "run.sqlite")
         write(analysis, tmp_path / "a")
         assert all("window_evals" not in vars(layer) for layer in analysis)
@@ -148,7 +148,7 @@ def test_safetensors_says_how_it_was_made(tmp_path: Path) -> None:
     an_analysis().spectra_to_safetensors(tmp_path / "a")
     with safe_open(tmp_path / "a", framework="numpy") as file:
         metadata = file.metadata()
-    assert json.loads(metadata["settings"]) == {"xmin": "median"}
+    assert AnalysisSettings.from_json(metadata["settings"]) == SETTINGS
     # The numbers begin at a multiple of eight bytes.
     assert int.from_bytes((tmp_path / "a").read_bytes()[:8], "little") % 8 == 0
 
@@ -177,7 +177,8 @@ class TestParquet:
         analysis.layers[0].name = "a\ud800"
         analysis.to_parquet(tmp_path / "a")
         table = pyarrow.parquet.read_table(tmp_path / "a")
-        assert json.loads(table.schema.metadata[b"farms_fast.settings"]) == {"xmin": "median"}
+        settings = table.schema.metadata[b"farms_fast.settings"]
+        assert AnalysisSettings.from_json(settings) == SETTINGS
         rows = table.to_pylist()
         assert [row["name"] for row in rows] == ["a\\ud800", "layer.1", "broken"]
         for row, layer in zip(rows, analysis, strict=True):

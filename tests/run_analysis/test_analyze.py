@@ -21,6 +21,7 @@ import farms_fast
 from farms_fast import Analysis, FixedAspectSampling, FullMatrix, LayerRecord, analyze
 from farms_fast.core.progress import reporter
 from farms_fast.engine.plan import plan
+from farms_fast.results.settings import AnalysisSettings
 from farms_fast.testing import reference
 from farms_fast.weights.sources import MappingSource, ModuleSource, open_source
 from tests.support.bounds import error_bound
@@ -449,23 +450,23 @@ def test_an_error_in_the_callers_progress_is_the_callers(model: Model) -> None:
 
 
 def test_settings_are_recorded(model: Model, tmp_path: Path) -> None:
-    assert analyze(model, SAMPLING, include="fc", device="cpu").settings == {
-        "source": "Model",
-        "base": None,
-        "include": ["fc"],
-        "exclude": [],
-        "sampling": "FixedAspectSampling(rows=10, q=1.0, per_dim=3, compat=None)",
-        "xmin": "median",
-        "xmin_pos": 2.0,
-        "bins": 100,
-        "bootstrap": 100,
-        "dtype": "float64",
-        "device": "cpu",
-        "solver": "auto",
-        "farms_fast": farms_fast.__version__,
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-    }
+    assert analyze(model, SAMPLING, include="fc", device="cpu").settings == AnalysisSettings(
+        source="Model",
+        base=None,
+        include=("fc",),
+        exclude=(),
+        sampling=SAMPLING,
+        xmin="median",
+        xmin_pos=2.0,
+        bins=100,
+        bootstrap=100,
+        dtype="float64",
+        device="cpu",
+        solver="auto",
+        farms_fast=farms_fast.__version__,
+        torch=torch.__version__,
+        numpy=np.__version__,
+    )
     save_file(model.state_dict(), tmp_path / "m.safetensors")
     analysis = analyze(
         tmp_path / "m.safetensors",
@@ -480,10 +481,11 @@ def test_settings_are_recorded(model: Model, tmp_path: Path) -> None:
         include="fc",
     )
     found = analysis.settings
-    assert found["source"] == str(tmp_path / "m.safetensors")
-    assert (found["sampling"], found["xmin"], found["xmin_pos"]) == ("FullMatrix()", "peak", 2.0)
-    assert (found["bins"], found["bootstrap"], found["dtype"]) == (50, 0, "float32")
-    assert found["solver"] == "lapack"
+    assert found is not None
+    assert found.source == str(tmp_path / "m.safetensors")
+    assert (found.sampling, found.xmin, found.xmin_pos) == (FullMatrix(), "peak", 2.0)
+    assert (found.bins, found.bootstrap, found.dtype) == (50, 0, "float32")
+    assert found.solver == "lapack"
     analysis.to_json(tmp_path / "a.json")
     assert Analysis.from_json(tmp_path / "a.json").settings == found
 
@@ -495,7 +497,7 @@ def test_what_the_rule_does_not_read_is_recorded_as_its_default(
     model: Model, xmin: str, settings: tuple[float, int]
 ) -> None:
     found = analyze(model, SAMPLING, xmin, xmin_pos=3, bins=50, bootstrap=0).settings
-    assert (found["xmin_pos"], found["bins"]) == settings
+    assert (found.xmin_pos, found.bins) == settings
 
 
 def test_memory_and_dtype_as_text(model: Model) -> None:
@@ -525,13 +527,13 @@ def test_a_base_in_memory_is_opened_once(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     monkeypatch.setattr(MappingSource, "__init__", counting)
     analysis = analyze(tmp_path, SAMPLING, base={"q.weight": torch.randn(20, 20)})
-    assert analysis.settings["base"] == "state dict of 1 entries"
+    assert analysis.settings.base == "state dict of 1 entries"
     assert opened == [1]
 
 
 def test_default_sampling_is_farms(model: Model) -> None:
     analysis = analyze(model, include="fc")
-    assert analysis.settings["sampling"] == str(FixedAspectSampling())
+    assert analysis.settings.sampling == FixedAspectSampling()
     assert (analysis["fc"].window_rows, analysis["fc"].window_cols) == (24, 24)
     assert analysis["fc"].windows == 15
 
@@ -661,4 +663,4 @@ def test_positions_of_the_arguments(model: Model) -> None:
     call: Callable[..., Analysis] = analyze
     with pytest.raises(TypeError):
         call(model, SAMPLING, "median", 3)
-    assert call(model, SAMPLING, "ks", include="fc").settings["xmin"] == "ks"
+    assert call(model, SAMPLING, "ks", include="fc").settings.xmin == "ks"

@@ -6,6 +6,7 @@ import numpy as np
 
 from farms_fast.results.analysis import Analysis
 from farms_fast.results.record import LayerRecord, Uncertainty
+from farms_fast.results.settings import AnalysisSettings
 from farms_fast.spectra.power_law import fit_power_law
 from farms_fast.weights.layers import Skipped
 
@@ -51,7 +52,7 @@ def an_analysis(blocks: int = 3, seed: int = 0, **options: int) -> Analysis:
             window_evals=np.zeros((1, 8)),
         ),
     ]  # fmt: skip
-    settings = {"source": "/models/some model", "xmin": "median", "sampling": "windows"}
+    settings = AnalysisSettings("/models/some model")
     skipped = [Skipped("a.bias", (4,), "vector, not a matrix"), Skipped(HOSTILE, (), "<b>")]
     # In front, where sorting has to take it from.
     bad = LayerRecord.without_spectrum("bad", "linear", (1, 4, 4), "nonfinite", "3 weights are NaN")

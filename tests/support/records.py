@@ -11,7 +11,10 @@ from hypothesis.extra import numpy as arrays
 
 from farms_fast import Analysis
 from farms_fast.results.record import INT_FIELDS, SCALAR_FIELDS, TEXT_FIELDS, LayerRecord
+from farms_fast.results.settings import AnalysisSettings
 from farms_fast.results.store import ResultsStore
+
+SETTINGS = AnalysisSettings("model.safetensors", farms_fast="0.1", torch="2.13", numpy="2.4")
 
 
 def made_up(index: int, weights: int = 0, windows: int = 6, k: int = 64) -> LayerRecord:

@@ -17,7 +17,8 @@ import torch
 from farms_fast import Analysis, FixedAspectSampling, analyze
 from farms_fast.engine import distributed
 from farms_fast.engine.distributed import torchrun_group
-from farms_fast.results.run_recorder import FinishedLayer, RunRecorder, _StoreRecorder
+from farms_fast.engine.stages import LayerState
+from farms_fast.results.run_recorder import RunRecorder, _StoreRecorder
 from farms_fast.results.store import ResultsStore
 from tests.run_analysis.test_resume import assert_equal, weights_of
 from tests.support.records import stored
@@ -35,14 +36,15 @@ def weights() -> dict[str, torch.Tensor]:
 def logging_to(path: Path) -> None:
     """Has every layer that is computed written to a file, before it is stored."""
     for kind in (RunRecorder, _StoreRecorder):
-        keep = kind._keep
 
-        def logged(self: Any, layers: Sequence[FinishedLayer], keep: Any = keep) -> None:
+        def logged(
+            self: Any, states: Sequence[LayerState], *rest: Any, take: Any = kind.take
+        ) -> None:
             with path.open("a") as log:
-                log.writelines(f"{layer.record.name}\n" for layer in layers)
-            keep(self, layers)
+                log.writelines(f"{state.layer.spec.name}\n" for state in states if not state.known)
+            take(self, states, *rest)
 
-        kind._keep = logged  # type: ignore[method-assign]
+        kind.take = logged  # type: ignore[method-assign]
 
 
 def logged(path: Path) -> list[str]:

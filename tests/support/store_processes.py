@@ -14,11 +14,12 @@ import sqlite3
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from farms_fast.results.record import LayerRecord
 from farms_fast.results.store import ResultsStore, StoredRun
-from tests.support.records import assert_same, made_up
+from tests.support.records import SETTINGS, assert_same, made_up
 
 LAYERS = 240
 
@@ -94,7 +95,7 @@ def kill_again_and_again(path: Path, seed: int) -> dict[str, object]:
 
         def work() -> None:
             with ResultsStore(path) as store, log.open("a", buffering=1) as computed:
-                analyse(store.run({"seed": 0}), lambda name: print(name, file=computed), LAYERS)
+                analyse(store.run(SETTINGS), lambda name: print(name, file=computed), LAYERS)
 
         pid = child(work)
         if len(kills) < 25:
@@ -129,7 +130,9 @@ def at_once(path: Path, same_run: bool) -> dict[str, object]:
     def work(number: int) -> None:
         with ResultsStore(path) as store:
             weights = 0 if same_run else number
-            analyse(store.run({"weights": weights}), lambda name: None, layers, weights)
+            analyse(
+                store.run(replace(SETTINGS, bins=100 + weights)), lambda name: None, layers, weights
+            )
 
     pids = [child(lambda number=number: work(number)) for number in range(3)]
     statuses = [os.WEXITSTATUS(os.waitpid(pid, 0)[1]) for pid in pids]
@@ -138,8 +141,7 @@ def at_once(path: Path, same_run: bool) -> dict[str, object]:
         infos = store.runs()
         assert all(info.finished is not None for info in infos)
         for info in infos:
-            weights = info.settings["weights"]
-            assert isinstance(weights, int)
+            weights = info.settings.bins - 100
             found = store.read(info.id)[0]
             assert len(found) == layers
             for index, layer in enumerate(found):

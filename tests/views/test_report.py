@@ -23,6 +23,7 @@ from farms_fast import FixedAspectSampling, FullMatrix, analyze
 from farms_fast.cli.main import app
 from farms_fast.results.analysis import Analysis
 from farms_fast.results.record import LayerRecord
+from farms_fast.results.settings import AnalysisSettings
 from farms_fast.results.store import ResultsStore
 from farms_fast.spectra.marchenko_pastur import (
     marchenko_pastur_density,
@@ -262,7 +263,7 @@ def test_stable_rank_of_one_window_does_not_grow_with_their_number() -> None:
 def test_spectra_of_a_store_are_not_kept(tmp_path: Path) -> None:
     path = tmp_path / "run.sqlite"
     with ResultsStore(path) as store:
-        run = store.run({"source": "m"})
+        run = store.run(AnalysisSettings("m"))
         run.put(0, a_layer("fc", 1), "digest")
         run.complete(["fc"])
     analysis = Analysis.from_store(path)
@@ -412,10 +413,10 @@ def store(tmp_path: Path) -> Path:
     """Run 1 is finished; run 2 has one layer of three."""
     path = tmp_path / "run.sqlite"
     with ResultsStore(path) as opened:
-        first = opened.run({"source": "first"})
+        first = opened.run(AnalysisSettings("first"))
         first.put_many((i, a_layer(f"h.{i}.fc", i), "d") for i in range(2))
         first.complete(["h.0.fc", "h.1.fc"])
-        opened.run({"source": "second"}, total=3).put(0, a_layer("h.0.fc", 7), "d")
+        opened.run(AnalysisSettings("second"), total=3).put(0, a_layer("h.0.fc", 7), "d")
     return path
 
 

@@ -19,6 +19,7 @@ import pytest
 from farms_fast.results.analysis import Analysis
 from farms_fast.results.comparison import compare
 from farms_fast.results.record import LayerRecord
+from farms_fast.results.settings import AnalysisSettings
 from farms_fast.views.html import payload
 from farms_fast.views.html.payload import curves_of
 from tests.support.analyses import HOSTILE, RIGHT_TO_LEFT, VERY_LONG, a_layer, an_analysis
@@ -158,7 +159,9 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def comparison(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("pages") / "compare.html"
     a = an_analysis()
-    b = Analysis([*list(an_analysis(2, seed=3)), a_layer("extra", 1)], [], {"xmin": "ks"})
+    b = Analysis(
+        [*list(an_analysis(2, seed=3)), a_layer("extra", 1)], [], AnalysisSettings("m", xmin="ks")
+    )
     compare(a, b).to_html(path)
     return path
 
@@ -388,7 +391,7 @@ def test_five_hundred_layers(
         lambda record: known.setdefault(record.alpha, known.get(record.alpha) or curves_of(record)),
     )
     path = tmp_path / "many.html"
-    Analysis(layers, [], {"source": "many"}).to_html(path)
+    Analysis(layers, [], AnalysisSettings("many")).to_html(path)
     size = path.stat().st_size
     assert size < 15e6
     page = Page(browser, path)

@@ -304,4 +304,4 @@ def test_callable_that_cannot_be_told_from_others_is_an_error() -> None:
 
 
 KNOWN_TENSOR = "f3e71a1d64fbe45ded039c6b1abb985880f86d4f"
-KNOWN_LAYER = "37e4f2a9d63f1b6bc4fb45dd14ebe1c890d8c49e"
+KNOWN_LAYER = "38a17166a531fe2037117b75fff248a98c47bbe5"

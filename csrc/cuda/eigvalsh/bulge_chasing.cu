@@ -26,7 +26,6 @@ namespace {
 
 constexpr int kLanes = kNarrowBand;  // of a sweep: one for each column, or row, of its 4 x 4 blocks
 constexpr int kChaseThreads = 512;
-constexpr int64_t kBandSharedBytes = 224 * 1024;
 constexpr int kRingChunk = 64;  // columns that enter and leave a ring together
 constexpr int kRingChunkSteps = kRingChunk / kLanes;
 constexpr int kRingSlots = kChaseThreads / kLanes;
@@ -271,16 +270,11 @@ __global__ void __launch_bounds__(kChaseThreads)
 }
 
 template <class Config>
-int64_t band_bytes(int64_t order) {
-  return (order + kNarrowColumn) * Config::pitch * static_cast<int64_t>(sizeof(double));
-}
-
-template <class Config>
 void launch(const double* band, int batch, int order, double* diagonal, double* off_diagonal, cudaStream_t stream) {
   // Sweeps start two steps apart, so half as many as a sweep has steps can be under way.
   const int useful = ((order / kLanes + 2) / 2 + 1) * kLanes;
   const int threads = useful >= kChaseThreads ? kChaseThreads : (useful + 31) / 32 * 32;
-  const int bytes = static_cast<int>(band_bytes<Config>(order));
+  const int bytes = static_cast<int>(narrow_band_bytes(order, Config::pitch));
   FARMS_CUDA_CHECK(cudaFuncSetAttribute(chase_kernel<Config>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
   chase_kernel<Config><<<batch, threads, bytes, stream>>>(band, order, diagonal, off_diagonal);
   FARMS_LAUNCH_CHECK();
@@ -302,13 +296,11 @@ void launch_ring(const double* band, int batch, int order, double* spill, double
 
 }  // namespace
 
-bool chase_spills(int64_t order) { return band_bytes<DenseBand>(order) > kBandSharedBytes; }
-
 void chase_bulges(const double* band, int batch, int order, double* spill, double* diagonal, double* off_diagonal,
                   cudaStream_t stream) {
   if (chase_spills(order)) {
     launch_ring(band, batch, order, spill, diagonal, off_diagonal, stream);
-  } else if (band_bytes<SpreadBand>(order) > kBandSharedBytes) {
+  } else if (narrow_band_bytes(order, SpreadBand::pitch) > kBandSharedBytes) {
     launch<DenseBand>(band, batch, order, diagonal, off_diagonal, stream);
   } else {
     launch<SpreadBand>(band, batch, order, diagonal, off_diagonal, stream);

@@ -1,7 +1,6 @@
 // The library solver: cuSOLVER's batched tridiagonalisation and divide-and-conquer, eigenvalues only.
 #include <cusolverDn.h>
 
-#include <limits>
 #include <map>
 #include <memory>
 
@@ -34,7 +33,7 @@ Types types_of(DType dtype) {
   }
 }
 
-struct Context {
+struct LibraryHandle {
   cusolverDnHandle_t handle = nullptr;
   cusolverDnParams_t params = nullptr;
   // The end of the handle's last work: what a handle keeps for itself must not serve two streams at once.
@@ -43,11 +42,11 @@ struct Context {
 
 // One handle per thread and device, made on first use and kept until the process ends: destroying one in a static
 // destructor would call into a CUDA runtime that may be gone by then.
-const Context& context() {
-  static thread_local std::map<int, Context> contexts;
+const LibraryHandle& library() {
+  static thread_local std::map<int, LibraryHandle> handles;
   int device = 0;
   FARMS_CUDA_CHECK(cudaGetDevice(&device));
-  Context& found = contexts[device];
+  LibraryHandle& found = handles[device];
   if (found.handle == nullptr) {
     FARMS_CUSOLVER_CHECK(cusolverDnCreate(&found.handle));
     FARMS_CUSOLVER_CHECK(cusolverDnCreateParams(&found.params));
@@ -56,52 +55,45 @@ const Context& context() {
   return found;
 }
 
-struct Workspace {
+struct LibraryWorkspace {
   size_t device = 0;
   size_t host = 0;
 };
 
-Workspace query(int64_t batch, int64_t order, DType dtype) {
-  const Context& ctx = context();
+LibraryWorkspace query(int64_t batch, int64_t order, DType dtype) {
+  const LibraryHandle& lib = library();
   const Types types = types_of(dtype);
-  Workspace bytes;
+  LibraryWorkspace bytes;
   FARMS_CUSOLVER_CHECK(cusolverDnXsyevBatched_bufferSize(
-      ctx.handle, ctx.params, CUSOLVER_EIG_MODE_NOVECTOR, CUBLAS_FILL_MODE_LOWER, order, types.matrix, nullptr, order,
+      lib.handle, lib.params, CUSOLVER_EIG_MODE_NOVECTOR, CUBLAS_FILL_MODE_LOWER, order, types.matrix, nullptr, order,
       types.values, nullptr, types.matrix, &bytes.device, &bytes.host, batch));
   return bytes;
 }
 
-int64_t max_order(DType) { return 46340; }  // whose square is the last that 32 bits hold
-
-int64_t max_batch(int64_t order, DType) {
-  // Element counts are 32-bit inside the routine, and it refuses batches a little above 32,000.
-  const int64_t elements = std::numeric_limits<int32_t>::max();
-  const int64_t batch = elements / (order * order);
-  return batch < 1 ? 1 : (batch > 16384 ? 16384 : batch);
+int64_t workspace_bytes(int64_t batch, int64_t order, DType dtype) {
+  return static_cast<int64_t>(query(batch, order, dtype).device);
 }
-
-size_t workspace_bytes(int64_t batch, int64_t order, DType dtype) { return query(batch, order, dtype).device; }
 
 void solve(void* gram, int64_t batch, int64_t order, DType dtype, void* workspace, void* evals, int* failed,
            cudaStream_t stream) {
-  const Context& ctx = context();
+  const LibraryHandle& lib = library();
   const Types types = types_of(dtype);
-  const Workspace bytes = query(batch, order, dtype);
+  const LibraryWorkspace bytes = query(batch, order, dtype);
   // The routine has returned from the host's part of its work when the call does.
   std::unique_ptr<char[]> host(bytes.host > 0 ? new char[bytes.host] : nullptr);
-  FARMS_CUDA_CHECK(cudaStreamWaitEvent(stream, ctx.end));
-  FARMS_CUSOLVER_CHECK(cusolverDnSetStream(ctx.handle, stream));
+  FARMS_CUDA_CHECK(cudaStreamWaitEvent(stream, lib.end));
+  FARMS_CUSOLVER_CHECK(cusolverDnSetStream(lib.handle, stream));
   FARMS_CUSOLVER_CHECK(cusolverDnXsyevBatched(
-      ctx.handle, ctx.params, CUSOLVER_EIG_MODE_NOVECTOR, CUBLAS_FILL_MODE_LOWER, order, types.matrix, gram, order,
+      lib.handle, lib.params, CUSOLVER_EIG_MODE_NOVECTOR, CUBLAS_FILL_MODE_LOWER, order, types.matrix, gram, order,
       types.values, evals, types.matrix, workspace, bytes.device, host.get(), bytes.host, failed, batch));
-  FARMS_CUDA_CHECK(cudaEventRecord(ctx.end, stream));
+  FARMS_CUDA_CHECK(cudaEventRecord(lib.end, stream));
 }
 
 }  // namespace
 
 const CudaSolver& cusolver() {
-  static const InPlaceSolver in_place{max_batch, workspace_bytes, solve};
-  static const CudaSolver solver{"cusolver", max_order, nullptr, &in_place};
+  static const InPlaceSolver in_place{workspace_bytes, solve};
+  static const CudaSolver solver{kCusolver, nullptr, &in_place};
   return solver;
 }
 

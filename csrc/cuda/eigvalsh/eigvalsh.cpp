@@ -1,43 +1,48 @@
-#include "csrc/cuda/eigvalsh/eigvalsh.h"
+// The ops eigvalsh and window_eigvalsh on CUDA: batches of any size through a solver, in chunks that its limits and the
+// memory budget allow.
+#include "csrc/eigvalsh.h"
+
+#include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <string>
 
 #include "csrc/cuda/check.h"
 #include "csrc/cuda/context.h"
-#include "csrc/cuda/eigvalsh/measured_choice.h"
+#include "csrc/cuda/current_device.h"
 #include "csrc/cuda/eigvalsh/one_stage.h"
 #include "csrc/cuda/eigvalsh/scale.h"
 #include "csrc/cuda/eigvalsh/solver.h"
 #include "csrc/cuda/shared_gram.h"
+#include "csrc/solver_info.h"
 
 namespace farms_fast {
 namespace {
 
 const CudaSolver& one_stage() {
-  static const DirectSolver direct{one_stage_max_window_order, one_stage_windows, one_stage_gram};
-  static const CudaSolver solver{"one_stage", one_stage_max_order, &direct, nullptr};
+  static const DirectSolver direct{one_stage_windows, one_stage_gram};
+  static const CudaSolver solver{kOneStage, &direct, nullptr};
   return solver;
 }
 
-const std::vector<const CudaSolver*>& solvers() {
-  static const std::vector<const CudaSolver*> all{&cusolver(), &one_stage(), &two_stage()};
-  return all;
+const CudaSolver& solver_of(const CudaSolverTraits& traits) {
+  static const std::vector<const CudaSolver*> solvers{&cusolver(), &one_stage(), &two_stage()};
+  for (const CudaSolver* solver : solvers)
+    if (&solver->traits == &traits) return *solver;
+  fail("cuda: no solver behind the name ", traits.name);
 }
 
-// The solver of that name, or for "auto" the one that measured fastest.
+// What the ops about solvers learn from this machine.
+int64_t workspace_bytes(const CudaSolverTraits& traits, int64_t batch, int64_t order, DType gram) {
+  const InPlaceSolver* in_place = solver_of(traits).in_place;
+  return in_place == nullptr ? 0 : in_place->workspace_bytes(batch, order, gram);
+}
+
+const CudaMachine kMachine{current_device, workspace_bytes};
+[[maybe_unused]] const CudaMachine* const told = cuda_machine = &kMachine;
+
 const CudaSolver& find_solver(const char* op, const std::string& name, int64_t count, int64_t order, DType gram) {
-  const std::string wanted = name == "auto" ? measured_choice(count, order, gram) : name;
-  std::string known = "auto";
-  for (const CudaSolver* solver : solvers()) {
-    if (wanted == solver->name) {
-      FARMS_CHECK(order <= solver->max_order(gram), op, "solver", "expected one that takes order ", order,
-                  is_complex(gram) ? " complex" : " real", ", got ", name, ", which takes up to ",
-                  solver->max_order(gram));
-      return *solver;
-    }
-    known += std::string(", ") + solver->name;
-  }
-  fail(op, ": argument 'solver': expected one of ", known, " on CUDA, got ", name);
+  return solver_of(cuda_solver(op, name, current_device(), count, order, gram));
 }
 
 // A quarter of the device's memory: fixed for a device, so that the same input always falls into the same chunks.
@@ -55,17 +60,14 @@ struct Chunks {
   int64_t workspace;
 };
 
-// The most matrices at once whose copies and workspace fit into the budget, spread evenly over the calls. No in_place:
-// the matrices alone.
-Chunks plan_chunks(const char* op, const InPlaceSolver* in_place, int64_t count, int64_t order, DType dtype,
+// The most matrices at once whose copies and workspace fit into the budget, spread evenly over the calls.
+Chunks plan_chunks(const char* op, const CudaSolver& solver, int64_t count, int64_t order, DType dtype,
                    int64_t memory_budget) {
   const int64_t budget = memory_budget > 0 ? memory_budget : default_budget();
   const int64_t matrix = order * order * static_cast<int64_t>(item_size(dtype));
-  const auto workspace = [&](int64_t batch) {
-    return in_place == nullptr ? 0 : static_cast<int64_t>(in_place->workspace_bytes(batch, order, dtype));
-  };
+  const auto workspace = [&](int64_t batch) { return workspace_bytes(solver.traits, batch, order, dtype); };
   const auto needed = [&](int64_t batch) { return batch * matrix + workspace(batch); };
-  int64_t most = in_place == nullptr ? count : std::min(count, in_place->max_batch(order, dtype));
+  int64_t most = std::min(count, solver.traits.max_batch(order));
   most = std::max<int64_t>(1, std::min(most, budget / matrix));
   while (most > 1 && needed(most) > budget) most = std::max<int64_t>(1, most * 7 / 8);
   FARMS_CHECK(needed(most) <= budget, op, "memory_budget", "expected at least the ", needed(most),
@@ -80,10 +82,9 @@ Chunks plan_chunks(const char* op, const InPlaceSolver* in_place, int64_t count,
 // fill(begin, batch, gram, workspace, bytes): writes the chunk's Gram matrices; until then the solver's workspace is
 // free.
 template <typename Fill>
-void solve_chunks(const char* op, const InPlaceSolver& solver, int64_t count, int64_t order, DType dtype,
-                  int64_t memory_budget, bool clip, const CudaContext& context, torch::stable::Tensor& evals,
-                  const Fill& fill) {
-  const Chunks chunks = plan_chunks(op, &solver, count, order, dtype, memory_budget);
+void solve_chunks(const char* op, const CudaSolver& solver, int64_t count, int64_t order, DType dtype,
+                  int64_t memory_budget, bool clip, const CudaContext& context, const Tensor& evals, const Fill& fill) {
+  const Chunks chunks = plan_chunks(op, solver, count, order, dtype, memory_budget);
   const int64_t matrix = order * order * static_cast<int64_t>(item_size(dtype));
   const DType real = real_dtype(dtype);
   const auto gram = context.bytes(chunks.size * matrix);
@@ -96,8 +97,8 @@ void solve_chunks(const char* op, const InPlaceSolver& solver, int64_t count, in
     char* out = static_cast<char*>(evals.mutable_data_ptr()) + begin * order * static_cast<int64_t>(item_size(real));
     fill(begin, batch, gram.mutable_data_ptr(), workspace.mutable_data_ptr(), chunks.workspace);
     scale_gram(gram.mutable_data_ptr(), batch, order, dtype, exponents, context.stream());
-    solver.solve(gram.mutable_data_ptr(), batch, order, dtype, workspace.mutable_data_ptr(), out, failed,
-                 context.stream());
+    solver.in_place->solve(gram.mutable_data_ptr(), batch, order, dtype, workspace.mutable_data_ptr(), out, failed,
+                           context.stream());
     unscale_eigenvalues(out, batch, order, real, exponents, failed, clip, context.stream());
   }
 }
@@ -108,8 +109,8 @@ void form_chunk(const std::vector<Window>& windows, int64_t begin, int64_t batch
   form_grams_cuda(plan, order, in, precision, workspace, gram, context.stream());
 }
 
-void solve_windows(const DirectSolver& solver, const std::vector<Window>& windows, int64_t order, DType in,
-                   DType precision, const CudaContext& context, torch::stable::Tensor& evals) {
+void solve_windows(const CudaSolver& solver, const std::vector<Window>& windows, int64_t order, DType in,
+                   DType precision, const CudaContext& context, const Tensor& evals) {
   std::vector<WindowView> views;
   for (const Window& window : windows) views.push_back(view_of(window, in));
   const int64_t count = static_cast<int64_t>(windows.size()), bytes = count * static_cast<int64_t>(sizeof(WindowView));
@@ -117,17 +118,16 @@ void solve_windows(const DirectSolver& solver, const std::vector<Window>& window
   void* stored = table.mutable_data_ptr();
   store_table_cuda(reinterpret_cast<const int64_t*>(views.data()), bytes / static_cast<int64_t>(sizeof(int64_t)),
                    stored, context.stream());
-  solver.solve_windows(static_cast<const WindowView*>(stored), count, order, in, precision, evals.mutable_data_ptr(),
-                       context.stream());
+  solver.direct->solve_windows(static_cast<const WindowView*>(stored), count, order, in, precision,
+                               evals.mutable_data_ptr(), context.stream());
 }
 
 // By their Gram matrices, in float64 whatever the precision, as in the solver's own.
-void solve_grams(const char* op, const DirectSolver& solver, const std::vector<Window>& windows, int64_t order,
-                 DType in, DType precision, int64_t memory_budget, const CudaContext& context,
-                 torch::stable::Tensor& evals) {
+void solve_grams(const char* op, const CudaSolver& solver, const std::vector<Window>& windows, int64_t order, DType in,
+                 DType precision, int64_t memory_budget, const CudaContext& context, const Tensor& evals) {
   const int64_t count = static_cast<int64_t>(windows.size());
   const DType gram = gram_dtype(in, DType::f64);
-  const Chunks chunks = plan_chunks(op, nullptr, count, order, gram, memory_budget);
+  const Chunks chunks = plan_chunks(op, solver, count, order, gram, memory_budget);
   const auto matrices = context.bytes(chunks.size * order * order * static_cast<int64_t>(item_size(gram)));
   const auto workspace = context.bytes(chunks.workspace);
   for (int64_t begin = 0; begin < count; begin += chunks.size) {
@@ -136,56 +136,60 @@ void solve_grams(const char* op, const DirectSolver& solver, const std::vector<W
                chunks.workspace, context);
     char* out =
         static_cast<char*>(evals.mutable_data_ptr()) + begin * order * static_cast<int64_t>(item_size(precision));
-    solver.solve_gram(matrices.mutable_data_ptr(), batch, order, gram, precision, /*clip=*/true, out, context.stream());
+    solver.direct->solve_gram(matrices.mutable_data_ptr(), batch, order, gram, precision, /*clip=*/true, out,
+                              context.stream());
   }
 }
 
-}  // namespace
-
-std::vector<std::string> cuda_solver_names() {
-  std::vector<std::string> names;
-  for (const CudaSolver* solver : solvers()) names.emplace_back(solver->name);
-  return names;
-}
-
-void eigvalsh_cuda(const torch::stable::Tensor& gram, DType dtype, const std::string& name, int64_t memory_budget,
-                   torch::stable::Tensor& evals) {
+Tensor eigvalsh(Tensor gram, std::string name, int64_t memory_budget) {
   const char* op = "eigvalsh";
+  const auto [dtype, evals] = check_eigvalsh(gram, memory_budget);
+  if (evals.numel() == 0) return evals;
   const CudaContext context(gram);
   const int64_t count = gram.size(0), order = gram.size(1);
   const CudaSolver& solver = find_solver(op, name, count, order, dtype);
   if (solver.direct != nullptr) {
     solver.direct->solve_gram(gram.const_data_ptr(), count, order, dtype, real_dtype(dtype), /*clip=*/false,
                               evals.mutable_data_ptr(), context.stream());
-    return;
+    return evals;
   }
   const int64_t matrix = order * order * static_cast<int64_t>(item_size(dtype));
   const char* data = static_cast<const char*>(gram.const_data_ptr());
-  solve_chunks(op, *solver.in_place, count, order, dtype, memory_budget, /*clip=*/false, context, evals,
+  solve_chunks(op, solver, count, order, dtype, memory_budget, /*clip=*/false, context, evals,
                [&](int64_t begin, int64_t batch, void* chunk, void*, int64_t) {
                  FARMS_CUDA_CHECK(cudaMemcpyAsync(chunk, data + begin * matrix, batch * matrix,
                                                   cudaMemcpyDeviceToDevice, context.stream()));
                });
+  return evals;
 }
 
-void window_eigvalsh_cuda(const std::vector<Window>& windows, int64_t order, DType in, DType precision,
-                          const std::string& name, int64_t memory_budget, torch::stable::Tensor& evals) {
+Tensor window_eigvalsh(std::vector<Tensor> weights, Tensor table, int64_t order, ScalarType dtype, std::string name,
+                       int64_t memory_budget) {
   const char* op = "window_eigvalsh";
+  const WindowEigvalshCall call = check_window_eigvalsh(weights, table, order, dtype, memory_budget);
+  const std::vector<Window>& windows = call.table.windows;
+  const Tensor& evals = call.evals;
+  const DType in = call.table.dtype, precision = call.precision;
+  if (windows.empty()) return evals;
   const CudaContext context(evals);
-  const int64_t count = static_cast<int64_t>(windows.size());
-  const DType gram = gram_dtype(in, precision);
-  const CudaSolver& solver = find_solver(op, name, count, order, gram);
-  if (solver.direct != nullptr) {
-    if (order <= solver.direct->max_window_order(gram))
-      solve_windows(*solver.direct, windows, order, in, precision, context, evals);
-    else
-      solve_grams(op, *solver.direct, windows, order, in, precision, memory_budget, context, evals);
-    return;
-  }
-  solve_chunks(op, *solver.in_place, count, order, gram, memory_budget, /*clip=*/true, context, evals,
-               [&](int64_t begin, int64_t batch, void* chunk, void* workspace, int64_t bytes) {
-                 form_chunk(windows, begin, batch, order, in, precision, chunk, workspace, bytes, context);
-               });
+  const int64_t count = call.table.count();
+  const CudaSolver& solver = find_solver(op, name, count, order, call.gram());
+  if (solver.direct == nullptr)
+    solve_chunks(op, solver, count, order, call.gram(), memory_budget, /*clip=*/true, context, evals,
+                 [&](int64_t begin, int64_t batch, void* chunk, void* workspace, int64_t bytes) {
+                   form_chunk(windows, begin, batch, order, in, precision, chunk, workspace, bytes, context);
+                 });
+  else if (order <= solver.traits.max_window_order(call.gram()))
+    solve_windows(solver, windows, order, in, precision, context, evals);
+  else
+    solve_grams(op, solver, windows, order, in, precision, memory_budget, context, evals);
+  return evals;
 }
 
+}  // namespace
 }  // namespace farms_fast
+
+STABLE_TORCH_LIBRARY_IMPL(farms_fast, CUDA, m) {
+  m.impl("eigvalsh", TORCH_BOX(&farms_fast::eigvalsh));
+  m.impl("window_eigvalsh", TORCH_BOX(&farms_fast::window_eigvalsh));
+}

@@ -142,23 +142,17 @@ void solve(const OneStageProblem& problem, int64_t count, cudaStream_t stream) {
   one_stage::solve_in_clusters(problem, count, stream);
 }
 
-// Without clusters, what the shared memory of a block allows: 104 on Turing, 128 or 160 since.
-int max_real_order() {
-  const int in_clusters = one_stage::max_cluster_order();
-  if (in_clusters > 0) return in_clusters;
-  int device = 0, bytes = 0, order = 0;
-  FARMS_CUDA_CHECK(cudaGetDevice(&device));
-  FARMS_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+// Whether a plan counts on the largest order whose block fits.
+constexpr bool plan_is_right(int shared_bytes) {
+  int order = 0;
   for (const BlockOption& block : kBlockOptions)
-    if (block.shared_bytes <= bytes) order = block.order;
-  return order;
+    if (block.shared_bytes <= shared_bytes) order = block.order;
+  return order == one_block_order(shared_bytes);
 }
+static_assert(plan_is_right(64 << 10) && plan_is_right(99 << 10) && plan_is_right(163 << 10) &&
+              plan_is_right(hopper::kBlockSharedBytes));
 
 }  // namespace
-
-int64_t one_stage_max_window_order(DType dtype) { return is_complex(dtype) ? 128 : 256; }
-
-int64_t one_stage_max_order(DType dtype) { return is_complex(dtype) ? max_real_order() / 2 : max_real_order(); }
 
 void one_stage_windows(const WindowView* windows, int64_t count, int64_t order, DType in, DType precision, void* evals,
                        cudaStream_t stream) {

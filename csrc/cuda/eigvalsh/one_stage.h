@@ -10,15 +10,9 @@
 
 #include "csrc/dtype.h"
 #include "csrc/gram.h"
+#include "csrc/host/cuda_solvers.h"
 
 namespace farms_fast {
-
-// The largest order that the two functions below take on the current device: 512 where it has clusters, else 160 or
-// what its shared memory allows; half of that for complex types. `dtype` is the windows' or the Gram matrices' type.
-int64_t one_stage_max_order(DType dtype);
-
-// The largest order up to which forming the Gram matrix in the cluster measured no slower.
-int64_t one_stage_max_window_order(DType dtype);
 
 // windows: (count,) in device memory, of `order` vectors of type `in`. evals: (count, order), of type `precision` (f32
 // or f64; found in float64 either way), ascending, negative rounding noise as 0. A window with a value that is not

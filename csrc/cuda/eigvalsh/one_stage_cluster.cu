@@ -12,6 +12,7 @@
 #include "csrc/cuda/eigvalsh/cluster_reduction.cuh"
 #include "csrc/cuda/eigvalsh/problem.cuh"
 #include "csrc/cuda/eigvalsh/spectrum.cuh"
+#include "csrc/host/cuda_solvers.h"
 
 namespace farms_fast {
 namespace one_stage {
@@ -154,7 +155,7 @@ const ClusterOption kClusterOptions[] = {
     option<Order192In2>(), option<Order256In8>(), option<Order256In4>(),
     option<Order256In2>(), option<Order384In8>(), option<Order512In8>(),
 };
-constexpr int kMaxClusterOrder = 512;
+static_assert(ClusterSolver<Order512In8>::max_order == kClusterOrder);
 constexpr int kCount = sizeof(kClusterOptions) / sizeof(kClusterOptions[0]);
 
 // How many matrices of each option the current device works on at once.
@@ -170,14 +171,6 @@ const int* matrices_at_once() {
 }
 
 }  // namespace
-
-int max_cluster_order() {
-  int device = 0, clusters = 0, bytes = 0;
-  FARMS_CUDA_CHECK(cudaGetDevice(&device));
-  FARMS_CUDA_CHECK(cudaDeviceGetAttribute(&clusters, cudaDevAttrClusterLaunch, device));
-  FARMS_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  return clusters != 0 && bytes >= hopper::kBlockSharedBytes ? kMaxClusterOrder : 0;
-}
 
 void solve_in_clusters(const OneStageProblem& problem, int64_t count, cudaStream_t stream) {
   const int* at_once = matrices_at_once();

@@ -2,55 +2,9 @@
 
 #include "csrc/cuda/check.h"
 #include "csrc/cuda/eigvalsh/tridiagonal.h"
-#include "csrc/cuda/hopper.h"
 
 namespace farms_fast {
 namespace {
-
-// A batch's workspace, laid out one array after the other.
-struct Layout {
-  BandWorkspace panels;
-  double* band;
-  double* spill;
-  double* diagonal;
-  double* off_diagonal;
-  double* matrices;  // but for real float64: the matrices as such
-  size_t bytes;
-};
-
-constexpr size_t kAlignment = 256;
-
-// Complex Hermitian matrices are reduced as real ones of twice the order, see load.cuh.
-int reals(DType dtype) { return is_complex(dtype) ? 2 : 1; }
-
-// order: of the real matrices.
-Layout lay_out(void* workspace, int64_t batch, int64_t order, DType dtype) {
-  const int64_t padded = padded_order(order), panel = padded * kWideBand, square = kWideBand * kWideBand;
-  char* base = static_cast<char*>(workspace);
-  size_t used = 0;
-  const auto take = [&](int64_t per_matrix) {
-    double* array = reinterpret_cast<double*>(base + used);
-    used += (static_cast<size_t>(batch * per_matrix) * sizeof(double) + kAlignment - 1) / kAlignment * kAlignment;
-    return array;
-  };
-  Layout layout = {};
-  for (int i = 0; i < 2; ++i) {
-    layout.panels.v[i] = take(panel);
-    layout.panels.w[i] = take(panel);
-  }
-  layout.panels.product = take(panel);
-  layout.panels.t = take(square);
-  layout.panels.partial = take(padded / kMatrixTile * kMostShares * square);
-  layout.panels.middle = take(kMostShares * square);
-  layout.panels.done = reinterpret_cast<unsigned*>(take(1));
-  layout.band = take(wide_count(order));
-  layout.spill = chase_spills(order) ? take((order + kNarrowColumn) * kNarrowColumn) : nullptr;
-  layout.diagonal = take(order);
-  layout.off_diagonal = take(order);
-  if (dtype != DType::f64) layout.matrices = take(order * order);
-  layout.bytes = used;
-  return layout;
-}
 
 __global__ void widen_kernel(const float* __restrict__ in, int64_t count, double* __restrict__ out) {
   const int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
@@ -86,27 +40,10 @@ void widen(const void* gram, int64_t batch, int order, DType dtype, double* out,
   FARMS_LAUNCH_CHECK();
 }
 
-// Devices with thread-block clusters, and with the shared memory that the narrow bands take.
-bool takes_device() {
-  int device = 0, major = 0, shared_bytes = 0;
-  FARMS_CUDA_CHECK(cudaGetDevice(&device));
-  FARMS_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  FARMS_CUDA_CHECK(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  return major >= 9 && shared_bytes >= hopper::kBlockSharedBytes;
-}
-
-int64_t max_order(DType dtype) { return takes_device() ? 16384 / reals(dtype) : 0; }
-
-int64_t max_batch(int64_t, DType) { return 16384; }
-
-size_t workspace_bytes(int64_t batch, int64_t order, DType dtype) {
-  return lay_out(nullptr, batch, order * reals(dtype), dtype).bytes;
-}
-
 void solve(void* gram, int64_t batch, int64_t order, DType dtype, void* workspace, void* evals, int* failed,
            cudaStream_t stream) {
   const int matrices = static_cast<int>(batch), n = static_cast<int>(order) * reals(dtype);
-  const Layout layout = lay_out(workspace, batch, n, dtype);
+  const TwoStageWorkspace layout = lay_out_two_stage(workspace, batch, n, dtype);
   double* matrix = dtype == DType::f64 ? static_cast<double*>(gram) : layout.matrices;
   widen(gram, batch, static_cast<int>(order), dtype, matrix, stream);
   FARMS_CUDA_CHECK(cudaMemsetAsync(failed, 0, batch * sizeof(int), stream));
@@ -125,8 +62,8 @@ void solve(void* gram, int64_t batch, int64_t order, DType dtype, void* workspac
 }  // namespace
 
 const CudaSolver& two_stage() {
-  static const InPlaceSolver in_place{max_batch, workspace_bytes, solve};
-  static const CudaSolver solver{"two_stage", max_order, nullptr, &in_place};
+  static const InPlaceSolver in_place{two_stage_workspace_bytes, solve};
+  static const CudaSolver solver{kTwoStage, nullptr, &in_place};
   return solver;
 }
 

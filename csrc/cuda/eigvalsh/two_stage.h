@@ -11,20 +11,9 @@
 #include <cstdint>
 
 #include "csrc/cuda/eigvalsh/solver.h"
+#include "csrc/host/two_stage_workspace.h"
 
 namespace farms_fast {
-
-constexpr int kWideBand = 32;   // half-width of the band after the first reduction, and width of its panels
-constexpr int kNarrowBand = 4;  // half-width after the second
-constexpr int kMatrixTile = 64;
-
-// Doubles that a stored column of a band takes: from its diagonal element down, bulges included.
-constexpr int kWideColumn = 2 * kWideBand;
-constexpr int kNarrowColumn = 2 * kNarrowBand;
-
-__host__ __device__ constexpr int64_t padded_order(int64_t order) {
-  return (order + kMatrixTile - 1) / kMatrixTile * kMatrixTile;
-}
 
 // One panel of every matrix: columns [column, column + kWideBand), rows from column + kWideBand on, become an upper
 // triangle (written back) and Householder vectors, I - V T V^T.
@@ -37,19 +26,6 @@ constexpr bool has_panel(int order, int column) { return order - column - kWideB
 constexpr bool is_second_panel(int column) { return column % kMatrixTile != 0; }
 static_assert(kMatrixTile == 2 * kWideBand);
 
-constexpr int kMostShares = 3;
-struct BandWorkspace {
-  double* v[2];     // (batch, padded_order, kWideBand), of the two panels of a column of tiles
-  double* w[2];     // likewise
-  double* product;  // (batch, padded_order, kWideBand): A V
-  double* t;        // (batch, kWideBand, kWideBand)
-  double* partial;  // (batch, padded_order / kMatrixTile, kMostShares, kWideBand, kWideBand): of small products, tile
-                    // by tile
-  double* middle;   // (batch, kMostShares, kWideBand, kWideBand): T^T V^T A V T / 2; W^T V T and V^T V T, W and V on
-                    // the left of the first panel
-  unsigned* done;   // (batch,), zero
-};
-
 // A <- A - V W^T - W V^T with W = A V T - V (T^T V^T A V T) / 2 for the rows and columns from `begin` on: the matrix
 // seen through the panel's reflectors. After the first panel of a column of tiles the other tiles are left for the
 // second one to update, if there is one.
@@ -58,16 +34,11 @@ void apply_panel(double* gram, int batch, int order, int begin, const BandWorksp
 // The band of half-width kWideBand in memory: tiles of kBandTile x kBandTile, a line of a cache each and one column of
 // it after the other. Of four columns, kWideColumn rows from their first diagonal element down take each other's places
 // in turn, so that a step of bulge chasing finds its tiles at the same places of every column.
-constexpr int kBandTile = 4;
 __host__ __device__ constexpr int64_t wide_index(int row, int column) {
   constexpr int tiles = kWideColumn / kBandTile, area = kBandTile * kBandTile;
   return (static_cast<int64_t>(column / kBandTile) * tiles + row / kBandTile % tiles) * area +
          column % kBandTile * kBandTile + row % kBandTile;
 }
-__host__ __device__ constexpr int64_t wide_columns(int64_t order) {
-  return (order + kBandTile - 1) / kBandTile * kBandTile + kWideColumn;
-}
-__host__ __device__ constexpr int64_t wide_count(int64_t order) { return wide_columns(order) * kWideColumn; }
 
 // The band of the reduced matrices. band: (batch, wide_count(order)), zero outside of it.
 void extract_band(const double* gram, int batch, int order, double* band, cudaStream_t stream);
@@ -79,6 +50,5 @@ void narrow_band(double* band, int batch, int order, cudaStream_t stream);
 // not fit into shared memory (see chase_spills). diagonal: (batch, order). off_diagonal: (batch, order), the last 0.
 void chase_bulges(const double* band, int batch, int order, double* spill, double* diagonal, double* off_diagonal,
                   cudaStream_t stream);
-bool chase_spills(int64_t order);
 
 }  // namespace farms_fast

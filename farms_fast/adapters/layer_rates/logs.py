@@ -1,4 +1,4 @@
-"""Tables of rates written down: as CSV, and as scalars for TensorBoard."""
+"""Logs of rates: CSV files and TensorBoard scalars."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import csv
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import astuple
 from typing import Any
 
 from farms_fast.adapters.layer_rates.rate_table import COLUMNS, RateTable
@@ -14,7 +15,7 @@ from farms_fast.core.optional import optional_import
 
 __all__ = ["CSV_COLUMNS", "CsvLog", "Log", "Logs", "TensorBoardLog", "logs_of", "scalars"]
 
-# What is told of every new table of rates.
+# A function that gets every new table of rates.
 Log = Callable[[RateTable], object]
 # A function, the path of a CSV file, or several of them.
 Logs = Log | str | os.PathLike[str] | Sequence[Log | str | os.PathLike[str]] | None
@@ -23,10 +24,10 @@ CSV_COLUMNS = COLUMNS
 
 
 class CsvLog:
-    """Appends every table to a CSV file, one line a layer.
+    """Appends every table to a CSV file, one line for each layer.
 
     Args:
-        path: the file; its header is written when it is new or empty.
+        path: the file; a new or empty one gets a header.
 
     Example:
         >>> import tempfile
@@ -50,8 +51,7 @@ class CsvLog:
             if file.tell() == 0:
                 writer.writerow(CSV_COLUMNS)
             for row in table:
-                own = [getattr(row, column) for column in CSV_COLUMNS[2:]]
-                writer.writerow([table.call, table.base_lr, *own])
+                writer.writerow([table.call, table.base_lr, *astuple(row)])
 
 
 class TensorBoardLog:
@@ -70,19 +70,19 @@ class TensorBoardLog:
         self.writer = where if self._folder is None else _writer_of(self._folder)
 
     def __call__(self, table: RateTable) -> None:
-        """Writes the table at its call."""
+        """Writes the table, with its call as the step."""
         for name, value in scalars(table).items():
             self.writer.add_scalar(name, value, table.call)
         self.writer.flush()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TensorBoardLog:
-        """Another log to the same writer, which holds threads and cannot be copied."""
+        """Returns a log to the same writer, which holds threads and cannot be copied."""
         copied = object.__new__(type(self))
         copied.__dict__.update(self.__dict__)
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the writer where its folder is known."""
+        """The folder alone, where it is known."""
         return self.__dict__ if self._folder is None else {"_folder": self._folder}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -99,7 +99,7 @@ def _writer_of(folder: str) -> Any:
 
 
 def scalars(table: RateTable) -> dict[str, float]:
-    """The numbers of a table by the names that they have in a log.
+    """Returns the numbers of a table by the names that they have in a log.
 
     Example:
         >>> from farms_fast.adapters.layer_rates.rate_table import LayerRate
@@ -119,21 +119,19 @@ def scalars(table: RateTable) -> dict[str, float]:
 
 
 def logs_of(log: Logs) -> list[Log]:
-    """One function or several as a list; the path of a CSV file as its log.
-
-    Raises:
-        TypeError: something else is among them.
-    """
+    """Returns the logs as a list of functions; TypeError for anything that is no log."""
     if log is None:
         return []
-    several = isinstance(log, Iterable) and not callable(log) and not isinstance(log, (str, bytes))
-    found: list[Any] = [*log] if several else [log]  # type: ignore[misc]
-    return [_log_of(entry) for entry in found]
-
-
-def _log_of(entry: Any) -> Log:
-    if callable(entry):
-        return entry  # type: ignore[no-any-return]
-    if isinstance(entry, (str, os.PathLike)):
-        return CsvLog(entry)
-    raise TypeError(f"log: expected functions of a table or the path of a CSV, got {entry!r}")
+    if callable(log) or isinstance(log, (str, bytes)) or not isinstance(log, Iterable):
+        log = [log]  # type: ignore[list-item]
+    logs: list[Log] = []
+    for entry in log:
+        if callable(entry):
+            logs.append(entry)
+        elif isinstance(entry, (str, os.PathLike)):
+            logs.append(CsvLog(entry))
+        else:
+            raise TypeError(
+                f"log: expected functions of a table or the path of a CSV, got {entry!r}"
+            )
+    return logs

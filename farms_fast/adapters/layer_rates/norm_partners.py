@@ -10,33 +10,33 @@ __all__ = ["NORM_RULES", "is_norm", "norm_partners"]
 
 NORM_RULES = ("name", "order", None)
 
+_NORMS = (
+    nn.modules.batchnorm._BatchNorm,
+    nn.modules.instancenorm._InstanceNorm,
+    nn.LayerNorm,
+    nn.GroupNorm,
+)
 _WORDS = ("batch_norm", "batchnorm", "layer_norm", "layernorm", "norm", "bn", "gn", "ln")
 _LAYER_WORDS = ("conv", "fc", "linear", "lin", "dense", "proj")
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module scales what it normalises: torch's own, and others by their class name."""
-    kinds = (
-        nn.modules.batchnorm._BatchNorm,
-        nn.modules.instancenorm._InstanceNorm,
-        nn.LayerNorm,
-        nn.GroupNorm,
-    )
-    if isinstance(module, kinds):
+    """Whether a module is a normalisation: one of torch's, or one by its class name."""
+    if isinstance(module, _NORMS):
         return True
     own = list(module.parameters())
     return "Norm" in type(module).__name__ and bool(own) and all(p.dim() <= 1 for p in own)
 
 
 def norm_partners(model: nn.Module, rule: str | None, owners: Mapping[str, str]) -> dict[str, str]:
-    """The layer at whose rate each normalisation is trained.
+    """Finds the layer at whose rate each normalisation is trained.
 
     Args:
         model: the module.
-        rule: "name": by their names, `bn1` beside `conv1`, `block.norm2` beside `block.conv2`, and
-            in a Sequential the one that follows it (`downsample.0`, `downsample.1`). "order": the
-            first normalisation after a layer, in the order of the modules, if it has as many
-            features as the layer has outputs. None: no partners.
+        rule: "name" goes by names: `bn1` and `conv1`, `block.norm2` and `block.conv2`, and in a
+            Sequential the neighbours `downsample.1` and `downsample.0`. "order" takes the first
+            normalisation after a layer, in the order of the modules, if it has as many features
+            as the layer has outputs. None finds no partners.
         owners: layer names by the name of the module that has their weight.
 
     Returns:
@@ -71,22 +71,20 @@ def _by_name(model: nn.Module, owners: Mapping[str, str]) -> dict[str, str]:
 def _named_like(path: str) -> Iterator[str]:
     """Names that the layer before a normalisation may have, the likeliest first."""
     parent, dot, leaf = path.rpartition(".")
+    above, point, name = parent.rpartition(".")
     if leaf.isdigit():
         yield f"{parent}{dot}{int(leaf) - 1}"
-    for word in _WORDS:
-        if word in leaf:
-            for other in _LAYER_WORDS:
-                yield f"{parent}{dot}{leaf.replace(word, other)}"
-            for removed in (f"_{word}", f"{word}_"):
-                if removed in leaf:
-                    yield f"{parent}{dot}{leaf.replace(removed, '')}"
-            break
-    for word in _WORDS:  # lists of them: `norms.0` beside `convs.0`
-        if word in parent.rpartition(".")[2]:
-            above, point, name = parent.rpartition(".")
-            for other in _LAYER_WORDS:
-                yield f"{above}{point}{name.replace(word, other)}.{leaf}"
-            break
+    word = next((word for word in _WORDS if word in leaf), None)
+    if word is not None:
+        for other in _LAYER_WORDS:
+            yield f"{parent}{dot}{leaf.replace(word, other)}"
+        for removed in (f"_{word}", f"{word}_"):
+            if removed in leaf:
+                yield f"{parent}{dot}{leaf.replace(removed, '')}"
+    word = next((word for word in _WORDS if word in name), None)
+    if word is not None:  # lists of them: `norms.0` and `convs.0`
+        for other in _LAYER_WORDS:
+            yield f"{above}{point}{name.replace(word, other)}.{leaf}"
 
 
 def _by_order(model: nn.Module, owners: Mapping[str, str]) -> dict[str, str]:
@@ -94,7 +92,7 @@ def _by_order(model: nn.Module, owners: Mapping[str, str]) -> dict[str, str]:
     before: tuple[str, int | None] | None = None
     for path, module in model.named_modules():
         if path in owners:
-            before = owners[path], _extent(module, ("out_channels", "out_features", "nf"))
+            before = owners[path], _integer(module, "out_channels", "out_features", "nf")
         elif is_norm(module):
             if before is not None and before[1] is not None and before[1] == _features(module):
                 partners[path] = before[0]
@@ -103,15 +101,17 @@ def _by_order(model: nn.Module, owners: Mapping[str, str]) -> dict[str, str]:
 
 
 def _features(norm: nn.Module) -> int | None:
+    """How many features a normalisation has, None if it has more than one dimension of them."""
     shape = getattr(norm, "normalized_shape", None)
     if isinstance(shape, tuple):
         return shape[0] if len(shape) == 1 else None
-    found = _extent(norm, ("num_features", "num_channels"))
-    if found is None:
-        found = max((p.numel() for p in norm.parameters()), default=None)
-    return found
+    features = _integer(norm, "num_features", "num_channels")
+    if features is None:
+        features = max((p.numel() for p in norm.parameters()), default=None)
+    return features
 
 
-def _extent(module: nn.Module, names: tuple[str, ...]) -> int | None:
-    found = (getattr(module, name, None) for name in names)
-    return next((value for value in found if isinstance(value, int)), None)
+def _integer(module: nn.Module, *names: str) -> int | None:
+    """The first of these attributes that is an integer."""
+    values = (getattr(module, name, None) for name in names)
+    return next((value for value in values if isinstance(value, int)), None)

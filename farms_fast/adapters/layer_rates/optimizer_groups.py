@@ -1,22 +1,150 @@
-"""Parameter groups: made for an optimizer, and found again in it."""
+"""Parameter groups: who is in which, how an optimizer gets them, and how they are found in it."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from farms_fast.adapters.layer_rates.assignment import Assignment
+from farms_fast.adapters.layer_rates.norm_partners import is_norm
+from farms_fast.adapters.layer_rates.tuned_layers import LeftAlone, TunedLayer
 
-__all__ = ["FoundGroups", "base_rate", "check_rate", "make_groups", "set_rate"]
+__all__ = [
+    "Assignment",
+    "NoDecay",
+    "OptimizerGroups",
+    "assign",
+    "base_rate",
+    "check_rate",
+    "make_groups",
+    "set_rate",
+    "undecayed",
+]
 
 Group = dict[str, Any]
-# What `make_groups` itself says of a group.
+# The entries that `make_groups` sets itself.
 _OWN = ("params", "name", "layer")
+# None, "vectors" or globs of parameter names.
+NoDecay = str | Sequence[str] | None
+
+_MATRIX_OWNERS = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)
+_BIAS = re.compile(r"(^|_)bias(_|\d|$)")
+
+
+@dataclass(frozen=True, eq=False)
+class Assignment:
+    """The layer at whose rate each trainable parameter is trained.
+
+    Attributes:
+        layers: the parameters of each layer, by name.
+        rest: the parameters that are trained at the base rate, by name.
+    """
+
+    layers: Mapping[str, Mapping[str, nn.Parameter]]
+    rest: Mapping[str, nn.Parameter]
+
+    @property
+    def rest_name(self) -> str:
+        """The name of the group of what is not tuned, which no layer has."""
+        name = "rest"
+        while name in self.layers:
+            name += "_"
+        return name
+
+    def sets(self) -> Iterator[tuple[str, Mapping[str, nn.Parameter]]]:
+        """The rest and then each layer, by name."""
+        yield self.rest_name, self.rest
+        yield from self.layers.items()
+
+
+def assign(
+    model: nn.Module,
+    layers: Sequence[TunedLayer],
+    left_alone: LeftAlone,
+    partners: Mapping[str, str],
+) -> Assignment:
+    """Assigns the parameters that are trainable now.
+
+    Args:
+        model: the module that has the layers.
+        layers: its layers.
+        left_alone: the layers that are not tuned.
+        partners: the layer of each normalisation that has one.
+    """
+    tuned = {
+        layer.name: {name: p for name, p in layer.parameters.items() if p.requires_grad}
+        for layer in layers
+        if layer.name not in left_alone and not layer.frozen
+    }
+    names = {id(p): name for name, p in model.named_parameters()}
+    taken = {name for parameters in tuned.values() for name in parameters}
+    for path, layer_name in partners.items():
+        if layer_name not in tuned:
+            continue
+        for parameter in model.get_submodule(path).parameters():
+            name = names[id(parameter)]
+            if parameter.requires_grad and name not in taken:
+                taken.add(name)
+                tuned[layer_name][name] = parameter
+    rest = {n: p for n, p in model.named_parameters() if p.requires_grad and n not in taken}
+    return Assignment(tuned, rest)
+
+
+def undecayed(
+    model: nn.Module,
+    layers: Sequence[TunedLayer],
+    trained: Mapping[str, nn.Parameter],
+    no_decay: NoDecay,
+) -> set[str]:
+    """Returns the names of the parameters without weight decay.
+
+    Args:
+        model: the module that has the layers.
+        layers: its layers.
+        trained: the parameters of all groups, by name.
+        no_decay: as in `LayerRates.param_groups`.
+
+    Raises:
+        TypeError: `no_decay` is something else.
+        ValueError: a glob matches no parameter.
+    """
+    if no_decay is None:
+        return set()
+    if no_decay == "vectors":
+        biases = {name for layer in layers for name in layer.others}
+        norms = {id(p) for m in model.modules() if is_norm(m) for p in m.parameters(recurse=False)}
+        # A linear layer with a single output has one row, but its weight is no vector.
+        matrices = {id(m.weight) for m in model.modules() if isinstance(m, _MATRIX_OWNERS)}
+        return {
+            name
+            for name, p in trained.items()
+            if name in biases or id(p) in norms or (id(p) not in matrices and _is_vector(name, p))
+        }
+    globs = [no_decay] if isinstance(no_decay, str) else no_decay
+    if not isinstance(globs, Sequence) or not all(isinstance(glob, str) for glob in globs):
+        raise TypeError(f"no_decay: expected None, 'vectors' or globs, got {no_decay!r}")
+    matched: set[str] = set()
+    for glob in globs:
+        names = {name for name in trained if fnmatchcase(name, glob)}
+        if not names:
+            raise ValueError(
+                f"no_decay: expected globs that match a trainable parameter, got {glob!r}, "
+                f"which matches none of {len(trained)}"
+            )
+        matched |= names
+    return matched
+
+
+def _is_vector(name: str, parameter: nn.Parameter) -> bool:
+    """Whether it has one dimension besides those of 1, or is called a bias."""
+    named_bias = _BIAS.search(name.rpartition(".")[2]) is not None
+    return named_bias or parameter.dim() <= 1 or parameter.numel() == max(parameter.shape)
 
 
 def make_groups(
@@ -26,7 +154,7 @@ def make_groups(
     undecayed: Collection[str],
     options: Mapping[str, Any],
 ) -> list[Group]:
-    """The groups for an optimizer: the rest first, even where it has no parameter.
+    """Makes the groups for an optimizer: the rest first, even where it has no parameter.
 
     Args:
         assignment: which parameter belongs where.
@@ -36,37 +164,34 @@ def make_groups(
         options: further entries of every group.
 
     Raises:
-        ValueError: an option is an entry that this makes.
+        ValueError: an option is an entry that this function sets.
     """
     for name in _OWN:
         if name in options:
             raise ValueError(f"{name}: expected other entries of a group, this one is made here")
     groups = []
     for layer, parameters in assignment.sets():
-        factor = factors.get(layer, 1.0)
-        rate = lr * factor if layer in assignment.layers else lr
-        parts: list[tuple[str, list[nn.Parameter], Group]] = [
-            (layer, [p for name, p in parameters.items() if name not in undecayed], {})
-        ]
+        rate = lr * factors.get(layer, 1.0) if layer in assignment.layers else lr
+        decayed = [p for name, p in parameters.items() if name not in undecayed]
         exempt = [p for name, p in parameters.items() if name in undecayed]
-        if exempt:
-            parts.append((f"{layer} (no decay)", exempt, {"weight_decay": 0.0}))
+        parts: list[tuple[str, list[nn.Parameter], Group]] = [
+            (layer, decayed, {}),
+            (f"{layer} (no decay)", exempt, {"weight_decay": 0.0}),
+        ]
         for name, members, changed in parts:
             if members or name == assignment.rest_name:
-                own = rate.clone() if isinstance(rate, torch.Tensor) else rate
-                groups.append(
-                    {"params": members, "name": name, "layer": layer, **options, **changed}
-                )
-                groups[-1]["lr"] = own
+                group = {"params": members, "name": name, "layer": layer, **options, **changed}
+                group["lr"] = rate.clone() if isinstance(rate, torch.Tensor) else rate
+                groups.append(group)
     return groups
 
 
 @dataclass(frozen=True, eq=False)
-class FoundGroups:
+class OptimizerGroups:
     """The groups of an assignment in an optimizer.
 
     Attributes:
-        layers: (layer, group) pairs.
+        layers: pairs of a layer and its group.
         rest: the groups of what is not tuned; the first has the base rate.
         groups: all groups of the optimizer.
     """
@@ -76,7 +201,7 @@ class FoundGroups:
     groups: list[Group]
 
     @staticmethod
-    def of(optimizer: Optimizer, assignment: Assignment) -> FoundGroups:
+    def of(optimizer: Optimizer, assignment: Assignment) -> OptimizerGroups:
         """Finds the groups by their parameters; groups of other parameters are left alone.
 
         Raises:
@@ -90,7 +215,7 @@ class FoundGroups:
             )
         owner = {id(p): layer for layer, named in assignment.sets() for p in named.values()}
         missing = {id(p): n for _, named in assignment.sets() for n, p in named.items()}
-        found = FoundGroups([], [], list(groups))
+        own = OptimizerGroups([], [], list(groups))
         for group in groups:
             owners = {owner[id(p)] for p in group["params"] if id(p) in owner}
             for parameter in group["params"]:
@@ -101,18 +226,17 @@ class FoundGroups:
                     "optimizer: expected the groups that param_groups() gave, one a layer; got "
                     f"one with the parameters of {len(owners)} of them ({some})"
                 )
-            if owners == {assignment.rest_name}:
-                found.rest.append(group)
+            empty_rest = not group["params"] and group.get("name") == assignment.rest_name
+            if empty_rest or owners == {assignment.rest_name}:
+                own.rest.append(group)
             elif owners:
-                found.layers.append((owners.pop(), group))
-            elif not group["params"] and group.get("name") == assignment.rest_name:
-                found.rest.append(group)
+                own.layers.append((owners.pop(), group))
         if missing:
             raise ValueError(
                 "optimizer: expected the groups that param_groups() gave, got none with "
                 f"{len(missing)} of their parameters (the first is {next(iter(missing.values()))})"
             )
-        return found
+        return own
 
     def still_of(self, optimizer: Optimizer) -> bool:
         """Whether the optimizer has the same groups, none replaced, added or taken away."""
@@ -123,7 +247,7 @@ class FoundGroups:
 
 
 def check_rate(lr: float | torch.Tensor) -> float:
-    """A base rate as a number.
+    """Returns a base rate as a number.
 
     Raises:
         TypeError: it is no number.
@@ -141,27 +265,27 @@ def check_rate(lr: float | torch.Tensor) -> float:
     return rate
 
 
-def base_rate(found: FoundGroups, lr: float | None, rest_name: str) -> float:
-    """The rate of what is not tuned: that of its group, or the one given, which it then gets.
+def base_rate(groups: OptimizerGroups, lr: float | None, rest_name: str) -> float:
+    """Returns the rate of the group `rest`; a given one is set there first.
 
     Raises:
-        ValueError: there is no such group, and none is given; or the one given is negative.
+        ValueError: there is no such group and no rate is given, or the given one is negative.
     """
     if lr is not None:
         rate = check_rate(lr)
-        for group in found.rest:
+        for group in groups.rest:
             set_rate(group, rate)
         return rate
-    if not found.rest:
+    if not groups.rest:
         raise ValueError(
             f"optimizer: expected the group {rest_name!r} of param_groups(), whose rate is the "
             "base rate; without it give the base rate as lr="
         )
-    return float(found.rest[0]["lr"])
+    return float(groups.rest[0]["lr"])
 
 
 def set_rate(group: Group, rate: float) -> None:
-    """Sets a group's rate; one that is a tensor is written in place, as compiled steps need it."""
+    """Sets the rate of a group; a tensor is written in place, as compiled steps need it."""
     if isinstance(group["lr"], torch.Tensor):
         group["lr"].fill_(rate)
     else:

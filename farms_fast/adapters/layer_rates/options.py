@@ -9,13 +9,7 @@ __all__ = ["check_options", "flag"]
 
 
 def check_options(rule: type, base: type, options: Mapping[str, object]) -> None:
-    """Raises TypeError, naming the rule, for a keyword that neither it nor its base takes.
-
-    Args:
-        rule: the class that was called.
-        base: whose arguments the options are.
-        options: what the rule's own arguments have left over.
-    """
+    """Raises TypeError, naming the rule, for an option that the base does not take."""
     known = set(inspect.signature(base).parameters)
     for name in options:
         if name not in known:
@@ -26,7 +20,7 @@ def check_options(rule: type, base: type, options: Mapping[str, object]) -> None
 
 
 def flag(argument: str, value: object) -> bool:
-    """The value; TypeError unless it is True or False."""
+    """Returns the value; TypeError unless it is True or False."""
     if not isinstance(value, bool):
         raise TypeError(f"{argument}: expected True or False, got {value!r}")
     return value

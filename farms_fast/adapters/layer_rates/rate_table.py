@@ -1,4 +1,4 @@
-"""The rates of one moment: what every layer got, and from which alpha."""
+"""Tables of rates: what every layer got at one call, and from which alpha."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ class LayerRate:
     """The rate of one layer.
 
     Attributes:
-        name: the layer's.
+        name: the layer's name.
         alpha: its power-law exponent, the mean over its parts where it has several (q, k and v of
-            one projection); NaN unless its fits are ok.
-        D: Kolmogorov-Smirnov distance of the fit, likewise.
-        n_evals: positive eigenvalues of the spectrum, none below the threshold.
-        status: `"ok"`; a fit's status, `"nonfinite"` or `"error"`; `"collapsed"` for a
-            layer with too few eigenvalues that had enough before; `"frozen"` or `"skipped"`
-            for a layer that is left alone.
-        message: why it keeps the base rate, or takes its block's; empty when it has a rate of its
-            own.
-        block: the layers of one block have one score; its own name unless rates are per block.
+            one projection); NaN unless all fits are ok.
+        D: the Kolmogorov-Smirnov distance of the fit, likewise.
+        n_evals: how many eigenvalues are positive and not below the threshold.
+        status: `"ok"`; the status of a failed fit, `"nonfinite"` or `"error"`; `"collapsed"` for a
+            layer with too few eigenvalues that had enough before; `"frozen"` or `"skipped"` for a
+            layer that is left alone.
+        message: why it keeps the base rate or takes its block's; empty if it has its own.
+        block: its block, all of whose layers have one score; its own name unless rates are per
+            block.
         score: what the factor was made from, the mean alpha of the block; NaN where there is none.
         factor: rate over base rate.
         lr: the learning rate.
@@ -57,7 +57,7 @@ class LayerRate:
         return not math.isnan(self.score)
 
 
-#: Of a table as rows: those of the call, then those of each layer.
+# The columns of a table as rows: first those of the call, then those of the layer.
 COLUMNS = ("call", "base_lr", *(field.name for field in fields(LayerRate)))
 
 
@@ -66,9 +66,9 @@ class RateTable:
     """The rates of all layers of a model, in its order.
 
     Attributes:
-        call: how often rates had been asked for: 0 for those that training began with.
+        call: how many calls of `step` there were; 0 for the initial rates.
         base_lr: the rate of what is not tuned.
-        rows: one a layer.
+        rows: one for each layer.
 
     Example:
         >>> table = RateTable(1, 0.1, (LayerRate("fc", alpha=2.5, factor=1.5),)).at(0.2)
@@ -92,7 +92,7 @@ class RateTable:
         return len(self.rows)
 
     def __getitem__(self, name: str) -> LayerRate:
-        """The row of a layer; KeyError if there is none of that name."""
+        """Returns the row of a layer; KeyError if no layer has that name."""
         for row in self.rows:
             if row.name == name:
                 return row
@@ -107,67 +107,57 @@ class RateTable:
         ]
         for row in self.rows:
             if row.status == "ok":
-                found = f"alpha {fixed(row.alpha)}, D {fixed(row.D)}"
+                outcome = f"alpha {fixed(row.alpha)}, D {fixed(row.D)}"
             else:
-                found = f"{row.status}: {printable(row.message)}"
+                outcome = f"{row.status}: {printable(row.message)}"
             rate = f"rate {row.lr:.4g} = {row.factor:.3f} x base"
-            lines.append(f"  {printable(row.name)}  {rate}, {found}")
+            lines.append(f"  {printable(row.name)}  {rate}, {outcome}")
         return "\n".join(lines)
 
     def to_pandas(self) -> pd.DataFrame:
-        """A frame with one row per layer, and the columns of `CsvLog`.
-
-        Raises:
-            ImportError: if pandas is not installed.
-        """
+        """Returns a frame with the columns of `CsvLog`; ImportError without pandas."""
         call = {"call": self.call, "base_lr": self.base_lr}
         return data_frame(COLUMNS, [call | asdict(row) for row in self.rows], instead="")
 
     @property
     def failed(self) -> list[LayerRate]:
-        """The layers that keep the base rate though they should have one of their own."""
-        left_alone = ("ok", "skipped", "frozen", "too_few")
-        return [row for row in self.rows if row.status not in left_alone]
+        """The layers that should have a rate of their own but have no alpha."""
+        expected = ("ok", "skipped", "frozen", "too_few")
+        return [row for row in self.rows if row.status not in expected]
 
     def at(self, base_lr: float, call: int | None = None) -> RateTable:
-        """The same factors at another base rate."""
+        """Returns the same factors at another base rate."""
         rows = tuple(replace(row, lr=base_lr * row.factor) for row in self.rows)
         return RateTable(self.call if call is None else call, base_lr, rows)
 
     def to_state(self) -> dict[str, Any]:
-        """Numbers and text alone, as state dicts are kept; None for NaN, which JSON has not."""
-        return {
-            "call": self.call,
-            "base_lr": _number(self.base_lr),
-            "rows": [row_state(row) for row in self.rows],
-        }
+        """Returns numbers, text and None, which stands for NaN: JSON has none."""
+        base_lr = None if math.isnan(self.base_lr) else self.base_lr
+        return {"call": self.call, "base_lr": base_lr, "rows": [row_state(r) for r in self.rows]}
 
     @staticmethod
     def from_state(state: Mapping[str, Any]) -> RateTable:
-        """What `to_state` gave; TypeError or KeyError for anything else."""
+        """Returns the table of a state; TypeError or KeyError if it is none."""
         rows = tuple(row_of(LayerRate, row) for row in state["rows"])
-        call, base_lr = state["call"], state["base_lr"]
-        return RateTable(_checked("call", call, "int"), _checked("base_lr", base_lr, "float"), rows)
+        call = _checked("call", state["call"], "int")
+        return RateTable(call, _checked("base_lr", state["base_lr"], "float"), rows)
 
 
 def row_state(row: Any) -> dict[str, Any]:
-    """The fields of a row, with None for NaN."""
-    return {field.name: _number(getattr(row, field.name)) for field in fields(row)}
-
-
-def _number(value: Any) -> Any:
-    return None if isinstance(value, float) and math.isnan(value) else value
+    """Returns the fields of a row, with None for NaN."""
+    values = {field.name: getattr(row, field.name) for field in fields(row)}
+    return {n: None if isinstance(v, float) and math.isnan(v) else v for n, v in values.items()}
 
 
 def row_of(kind: type[Row], entry: Mapping[str, Any]) -> Row:
-    """A row from its fields, None standing for NaN.
+    """Returns the row that `row_state` took apart.
 
     Args:
         kind: a dataclass of texts and numbers.
-        entry: as `row_state` gave it.
+        entry: its fields, None for NaN.
 
     Raises:
-        TypeError: a field is missing, of another kind, or none of the row's.
+        TypeError: a field is missing, is of another kind, or is none of the row's.
     """
     if not isinstance(entry, Mapping):
         raise TypeError(f"expected the fields of a {kind.__name__}, got {entry!r}")
@@ -181,11 +171,9 @@ def row_of(kind: type[Row], entry: Mapping[str, Any]) -> Row:
 
 
 def _checked(name: str, value: Any, kind: str) -> Any:
-    """The value of a field whose type is annotated so; TypeError if it is of another."""
-    if kind == "float" and value is None:
-        return math.nan
-    if kind == "float" and is_real(value):
-        return float(value)
+    """The value of a field with this annotation; TypeError if it is of another type."""
+    if kind == "float" and (value is None or is_real(value)):
+        return math.nan if value is None else float(value)
     if kind == "int" and isinstance(value, int) and not isinstance(value, bool):
         return value
     if kind == "str" and isinstance(value, str):

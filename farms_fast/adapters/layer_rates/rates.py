@@ -12,33 +12,37 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from farms_fast.adapters.layer_rates.assignment import (
-    Assignment,
-    assign,
-    edge_layers,
-    require_layers,
-)
-from farms_fast.adapters.layer_rates.decay import NoDecay, undecayed
 from farms_fast.adapters.layer_rates.decisions import decide
 from farms_fast.adapters.layer_rates.logs import Log, Logs, logs_of
-from farms_fast.adapters.layer_rates.model_watch import ModelWatch
 from farms_fast.adapters.layer_rates.norm_partners import norm_partners
 from farms_fast.adapters.layer_rates.optimizer_groups import (
-    FoundGroups,
+    Assignment,
     Group,
+    NoDecay,
+    OptimizerGroups,
+    assign,
     base_rate,
     check_rate,
     make_groups,
     set_rate,
+    undecayed,
 )
 from farms_fast.adapters.layer_rates.options import flag
-from farms_fast.adapters.layer_rates.rate_state import restored, state_of
-from farms_fast.adapters.layer_rates.rate_table import RateTable
-from farms_fast.adapters.layer_rates.sharing import Ahead, ProcessGroup, computed_once, ranks_of
+from farms_fast.adapters.layer_rates.parameter_check import ParameterCheck
+from farms_fast.adapters.layer_rates.ranks import (
+    PendingAnalysis,
+    ProcessGroup,
+    compute_once,
+    ranks_of,
+)
+from farms_fast.adapters.layer_rates.rate_state import read_state, shapes_of
+from farms_fast.adapters.layer_rates.rate_table import RateTable, row_state
 from farms_fast.adapters.layer_rates.tuned_layers import (
     Blocks,
     block_names,
+    edge_layers,
     plain_model,
+    require_layers,
     tuned_layers,
 )
 from farms_fast.core.arguments import check_int, check_module
@@ -47,30 +51,30 @@ from farms_fast.spectra.windows import FixedAspectSampling, Sampling
 from farms_fast.weights.layers import layers_from_module
 from farms_fast.weights.stacks import WeightTransform
 
-__all__ = ["LayerRates", "RateWarning"]
+__all__ = ["DEFAULT_SAMPLING", "LayerRates", "RateWarning"]
 
-_DEFAULT_SAMPLING = FixedAspectSampling()
+DEFAULT_SAMPLING = FixedAspectSampling()
 
 
 class RateWarning(UserWarning):
-    """A layer keeps the base rate because its alpha could not be found."""
+    """A layer keeps the base rate because it has no alpha."""
 
 
 class LayerRates(ABC):
-    """What all rules have in common that make a layer's learning rate from its alpha.
+    """The base of all rules that make a layer's learning rate from its alpha.
 
-    A subclass says in `factors` how scores become factors; everything else is here: which
-    parameters belong to which layer, groups for the optimizer, when to analyse, what to do with
-    layers that cannot be fitted, several processes, and resuming.
+    A subclass turns scores into factors, in `factors`. This class assigns parameters to layers,
+    makes the groups for the optimizer, analyses the weights, treats layers without a fit, shares
+    rates between processes, and resumes.
 
-    The group "rest" has what is not tuned and is never touched: its rate is the base rate, which
-    the scheduler sets as if there were no other. It comes first and exists even where it is empty,
-    which torch's optimizers accept. After each `scheduler.step()`, `step` sets every other group
-    to the base rate times its factor, whatever the scheduler made of it.
+    The group "rest" has what is not tuned. Its rate is the base rate; the scheduler sets it, and
+    `step` never changes it. It comes first and exists even where it is empty, which torch's
+    optimizers accept. After each `scheduler.step()`, `step` sets every other group to the base
+    rate times its factor, whatever the scheduler wrote there.
 
     Args:
-        model: what is trained; `torch.compile`, DataParallel and DistributedDataParallel around it
-            are looked through.
+        model: the module in training; it may be wrapped by `torch.compile`, DataParallel or
+            DistributedDataParallel.
         sampling: the windows; `FullMatrix()` for alpha without FARMS.
         xmin: where a tail starts, as in `farms_fast.fit_power_law`.
         per: "layer", "block" (the layers of a transformer's or residual block have the mean of
@@ -80,34 +84,33 @@ class LayerRates(ABC):
         bins: for the peak rule.
         skip_first: the first of the chosen layers (see `include` and `exclude`) keeps the base
             rate, trained or frozen.
-        skip_last: so does the last of them.
+        skip_last: the last of them keeps it.
         min_evals: layers with fewer eigenvalues keep it too, or take their block's rate.
         evals_threshold: smaller eigenvalues are left out.
-        norm: partners of normalisations, trained at their rate: "name" (`bn1` and `conv1`,
-            `downsample.1` and `downsample.0`), "order" (the normalisation after a layer, where the
-            features agree), or None (they stay with the rest).
-        every: rates are made anew at every so many calls of `step`.
-        unit: what a call stands for, "epoch" or "step" (of the optimizer); the callbacks for
-            trainers go by it.
+        norm: which layer's rate a normalisation gets: "name" (`bn1` goes with `conv1`,
+            `downsample.1` with `downsample.0`), "order" (the normalisation after a layer goes
+            with it if their features agree), or None (the base rate).
+        every: every so many calls of `step` make new rates.
+        unit: what a call stands for, "epoch" or "step" of the optimizer; for the callbacks.
         overlap: analyse a snapshot while training goes on, and use its rates from the next call.
-        initial: make the first rates from the initial weights, as published; else all are equal.
+        initial: make the first rates from the initial weights, as published; otherwise all rates
+            are equal at first.
         include: globs of layer names to tune, None for all.
         exclude: globs of layer names to leave alone.
         dtype: the precision to compute in.
         solver: for the eigenvalues, None for the fastest.
         memory: bytes that an analysis may take on the device.
-        process_group: between whose processes rates are shared: the first computes, the others
-            are told. "default" is that of torch.distributed where it is initialised; None is this
-            process alone.
-        log: told of every new table, on the first rank: a function, the path of a CSV file, or
+        process_group: the processes that share rates; the first one computes them. "default" is
+            the group of torch.distributed where it is initialised; None is this process alone.
+        log: what gets every new table, on the first rank: a function, the path of a CSV file, or
             several of them. The initial table follows when training begins.
         change: what stands for the model's weights, as in `layers_from_module`.
 
     Attributes:
         model: the plain module.
         layers: the layers and their parameters, in the model's order.
-        blocks: the block of each.
-        partners: the layer at whose rate each normalisation is trained, by name.
+        blocks: the block of each layer.
+        partners: the layer of each normalisation that has one, by name.
         skipped: tensors that are no layers.
         frozen: names of the parameters that are not trained and are in no group.
         factors_by_layer: rate over base rate, of the layers that have a rate of their own.
@@ -115,14 +118,14 @@ class LayerRates(ABC):
         calls: how often `step` was called.
 
     Raises:
-        TypeError: an argument of another kind.
-        ValueError: an argument out of range, or a model without a layer to tune.
+        TypeError: an argument is of another kind.
+        ValueError: an argument is out of range, or the model has no layer to tune.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        sampling: Sampling = _DEFAULT_SAMPLING,
+        sampling: Sampling = DEFAULT_SAMPLING,
         xmin: str = "median",
         *,
         per: Blocks = "layer",
@@ -148,7 +151,7 @@ class LayerRates(ABC):
     ) -> None:
         check_module("model", model)
         self.model = plain_model(model)
-        self._watch = ModelWatch(self.model)
+        self._parameter_check = ParameterCheck(self.model)
         self.every = check_int("every", every, least=1)
         if unit not in ("epoch", "step"):
             raise ValueError(f"unit: expected 'epoch' or 'step', got {unit!r}")
@@ -160,11 +163,8 @@ class LayerRates(ABC):
         specs, self.skipped = layers_from_module(self.model, include, exclude, change=change)
         self.layers = tuned_layers(self.model, specs)
         self.blocks = block_names(self.model, self.layers, per)
-        self._left_alone = edge_layers(
-            self.layers,
-            skip_first=flag("skip_first", skip_first),
-            skip_last=flag("skip_last", skip_last),
-        )
+        first, last = flag("skip_first", skip_first), flag("skip_last", skip_last)
+        self._left_alone = edge_layers(self.layers, skip_first=first, skip_last=last)
         require_layers(self.layers, self._left_alone, self.skipped)
         owners = {owner: layer.name for layer in self.layers for owner in layer.owners}
         self.partners = norm_partners(self.model, norm, owners)
@@ -182,34 +182,33 @@ class LayerRates(ABC):
             "include": include,
             "exclude": exclude,
         }
-        if any(layer.frozen for layer in self.layers):  # they shall cost nothing
+        if any(layer.frozen for layer in self.layers):  # frozen layers are not analysed
             trained = [s.name for layer in self.layers if not layer.frozen for s in layer.specs]
             self._analysis |= {"include": [glob.escape(n) for n in trained], "exclude": None}
         self._live: LiveAnalysis | None = LiveAnalysis(self.model, **self._analysis)
         self._assignment: Assignment | None = None
-        self._found: FoundGroups | None = None
-        self._ahead: Ahead | None = None
+        self._groups: OptimizerGroups | None = None
+        self._ahead: PendingAnalysis | None = None
         self.logs: list[Log] = logs_of(log)
         self.last: RateTable | None = None
         self.calls = 0
-        # The initial table, until training begins: a run that resumes has another.
-        self._untold: RateTable | None = None
+        # The initial table is logged when training begins: a run that resumes has another one.
+        self._pending_log: RateTable | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but what is made anew when it is needed: the analysis, and who has groups."""
-        state = self.__dict__ | {"_live": None, "_found": None}
+        """The state without the analysis and the optimizer's groups, which are found again."""
+        state = self.__dict__ | {"_live": None, "_groups": None}
         if self._ahead is not None and self._ahead.pending is not None:
-            state["_ahead"] = Ahead(rows=self._ahead.result())
+            state["_ahead"] = PendingAnalysis(rows=self._ahead.result())
         return state
 
     @abstractmethod
     def factors(self, scores: Sequence[float]) -> Sequence[float]:
-        """The factor of each kept layer or block, positive, from its score.
-
-        It is called with at least two scores, not all of them equal.
+        """Returns a positive factor for each kept layer or block.
 
         Args:
-            scores: alphas, or their means over blocks, in the model's order.
+            scores: at least two alphas, or their means over blocks, not all equal, in the
+                model's order.
         """
 
     @property
@@ -230,14 +229,14 @@ class LayerRates(ABC):
     def param_groups(
         self, lr: float | torch.Tensor, *, no_decay: NoDecay = None, **options: Any
     ) -> list[Group]:
-        """Parameter groups for any torch optimizer, each trainable parameter in exactly one.
+        """Makes parameter groups for any torch optimizer, each trainable parameter in one.
 
         Args:
             lr: the base rate.
-            no_decay: what is not decayed: "vectors" (biases, normalisations, and what else has one
-                dimension besides those of 1, but for linear layers and convolutions), or globs of
-                parameter names; such parameters of a layer have a group of their own, at the
-                layer's rate.
+            no_decay: what is not decayed: "vectors" (biases, normalisations, and parameters with
+                one dimension besides those of 1, except weights of linear layers and
+                convolutions), or globs of parameter names. Such parameters of a layer have a
+                group of their own, at the layer's rate.
             **options: further entries of every group, such as `weight_decay`.
 
         Returns:
@@ -245,33 +244,30 @@ class LayerRates(ABC):
             and `layer`, and those of `options`.
 
         Raises:
-            TypeError: the rate is no number, or `no_decay` something else.
+            TypeError: the rate is no number, or `no_decay` is something else.
             ValueError: the rate is negative, a glob matches no parameter, or an option is an entry
-                that is made here.
+                that this method sets.
         """
         base = check_rate(lr)
-        live = self._refreshed()
+        live = self._current_analysis()
         if self.last is None:
             ranks = ranks_of(self.process_group)
-            if self.initial:
-                self._adopt(computed_once(ranks, live))
-            else:
-                self._adopt([])
+            self._adopt(compute_once(ranks, live) if self.initial else [])
             assert self.last is not None
-            self.last = self._untold = self.last.at(base)
-        self._found = None
+            self.last = self._pending_log = self.last.at(base)
+        self._groups = None
         self._assignment = assign(self.model, self.layers, self._left_alone, self.partners)
         trained = {n: p for _, named in self._assignment.sets() for n, p in named.items()}
         exempt = undecayed(self.model, self.layers, trained, no_decay)
         return make_groups(self._assignment, lr, self.factors_by_layer, exempt, options)
 
     def step(self, optimizer: Optimizer, lr: float | None = None) -> RateTable:
-        """Makes new rates, if they are due, and sets them; call it after `scheduler.step()`.
+        """Sets the rates, making new ones at every `every`-th call; follows `scheduler.step()`.
 
         Args:
             optimizer: made from `param_groups`.
-            lr: the base rate, which the group "rest" gets too; None takes that of this group, as
-                the scheduler set it.
+            lr: the base rate, which the group "rest" gets too; None takes the rate of this group,
+                as the scheduler set it.
 
         Returns:
             The table that it acted on, also in `last`.
@@ -282,60 +278,67 @@ class LayerRates(ABC):
             TypeError: `optimizer` is no optimizer.
             RuntimeError: another rank failed.
         """
-        found, base = self._groups_of(optimizer, lr)
-        self._tell_initial()
+        groups, base = self._groups_of(optimizer, lr)
+        self._log_initial()
         ranks = ranks_of(self.process_group)
         self.calls += 1
         measured: list[LayerAlpha] | None = None
         if self._ahead is not None:
-            measured = computed_once(ranks, self._ahead.result)
+            measured = compute_once(ranks, self._ahead.result)
             self._ahead = None
         if self.calls % self.every == 0:
-            live = self._refreshed()
-            self._watch.check_trained({id(p) for g in optimizer.param_groups for p in g["params"]})
+            live = self._current_analysis()
+            optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            self._parameter_check.check_trained(optimized)
             if self.overlap:
-                self._ahead = Ahead.start(live, ranks)
+                self._ahead = PendingAnalysis.start(live, ranks)
             else:
-                measured = computed_once(ranks, live)
+                measured = compute_once(ranks, live)
         if measured is not None:
             self._adopt(measured)
-        self._set(found, base)
+        self._set(groups, base)
         assert self.last is not None  # param_groups has made one
         self.last = self.last.at(base, self.calls)
-        if measured is not None and ranks.is_main:
-            self._tell(self.last)
+        if measured is not None:
+            self._log(self.last)
         return self.last
 
     def apply(self, optimizer: Optimizer, lr: float | None = None) -> None:
         """Sets the rates again without making new ones or counting a call.
 
-        For a scheduler that steps more often than rates are made: call it after each step of it.
+        A scheduler that steps more often than rates are made needs it after each of its steps.
 
         Args:
-            optimizer: as in `step`, and so is `lr`.
-            lr: see there.
+            optimizer: as in `step`.
+            lr: as in `step`.
 
         Raises:
             ValueError: as in `step`.
             TypeError: as in `step`.
         """
-        found, base = self._groups_of(optimizer, lr, anew=False)
-        self._tell_initial()
-        self._set(found, base)
+        groups, base = self._groups_of(optimizer, lr, search=False)
+        self._log_initial()
+        self._set(groups, base)
 
     def state_dict(self) -> dict[str, Any]:
-        """Numbers and text (and None) from which a run goes on as if unbroken.
+        """Returns numbers, text and None (for NaN), from which a run goes on as if unbroken.
 
-        It waits for an analysis that is under way, which becomes part of it.
+        It waits for an analysis that is under way, which becomes part of the state.
         """
         ahead = self._ahead
-        # On the other ranks nothing is known of it but that it is under way.
+        # The other ranks know only that an analysis is under way.
         rows = None if ahead is None else [] if ahead.elsewhere else ahead.result()
-        rule = type(self).__name__
-        return state_of(rule, self.settings, self.layers, self.calls, self.last, rows)
+        return {
+            "rule": type(self).__name__,
+            "settings": dict(self.settings),
+            "calls": self.calls,
+            "layers": shapes_of(self.layers),
+            "last": None if self.last is None else self.last.to_state(),
+            "ahead": None if rows is None else [row_state(row) for row in rows],
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from what `state_dict` gave; rates come with the optimizer's own state.
+        """Resumes from what `state_dict` gave; the optimizer's own state has the rates.
 
         Args:
             state: of the same rule with the same settings, on a model of the same layers.
@@ -344,31 +347,32 @@ class LayerRates(ABC):
             ValueError: it is of another rule or another model, or damaged; nothing is changed then.
             TypeError: it is no state.
         """
-        found = restored(state, type(self).__name__, self.settings, self.layers)
-        self.calls, self.last, self._untold = found.calls, found.last, None
-        self._ahead = None if found.ahead is None else Ahead(rows=found.ahead)
+        rule = type(self).__name__
+        self.calls, self.last, rows = read_state(state, rule, self.settings, self.layers)
+        self._pending_log = None
+        self._ahead = None if rows is None else PendingAnalysis(rows=rows)
 
     def _groups_of(
-        self, optimizer: Optimizer, lr: float | None, *, anew: bool = True
-    ) -> tuple[FoundGroups, float]:
-        """The groups and the base rate; what was found last where groups are the same objects."""
+        self, optimizer: Optimizer, lr: float | None, *, search: bool = True
+    ) -> tuple[OptimizerGroups, float]:
+        """The groups and the base rate; without `search`, known groups are taken if still there."""
         if self._assignment is None:
             raise ValueError(
                 "optimizer: expected one that was made from param_groups(), which was not called"
             )
-        if anew or self._found is None or not self._found.still_of(optimizer):
-            self._found = FoundGroups.of(optimizer, self._assignment)
-        return self._found, base_rate(self._found, lr, self._assignment.rest_name)
+        if search or self._groups is None or not self._groups.still_of(optimizer):
+            self._groups = OptimizerGroups.of(optimizer, self._assignment)
+        return self._groups, base_rate(self._groups, lr, self._assignment.rest_name)
 
-    def _set(self, found: FoundGroups, base: float) -> None:
+    def _set(self, groups: OptimizerGroups, base: float) -> None:
         factors = self.factors_by_layer
-        for layer, group in found.layers:
+        for layer, group in groups.layers:
             set_rate(group, base * factors.get(layer, 1.0))
 
-    def _refreshed(self) -> LiveAnalysis:
-        """The analysis, which knows where the model is; ValueError if that is another one now."""
-        self._watch.check()
-        if self._watch.moved() or self._live is None:
+    def _current_analysis(self) -> LiveAnalysis:
+        """The analysis for the model's device and dtype; ValueError if parameters have changed."""
+        self._parameter_check.check_unchanged()
+        if self._parameter_check.moved() or self._live is None:
             self._live = LiveAnalysis(self.model, **self._analysis)
         return self._live
 
@@ -383,18 +387,22 @@ class LayerRates(ABC):
         rows = decide(self.layers, self.blocks, alphas, left_alone, self.factors, before)
         known = set() if self.last is None else {row.name for row in self.last.failed}
         self.last = RateTable(self.calls, 0.0, tuple(rows))
-        is_main = ranks_of(self.process_group).is_main
-        for row in self.last.failed:
-            if is_main and row.name not in known:
+        for row in self.last.failed if self._is_main else ():
+            if row.name not in known:
                 warnings.warn(
                     f"{row.name} keeps the base rate: {row.message}", RateWarning, stacklevel=3
                 )
 
-    def _tell_initial(self) -> None:
-        table, self._untold = self._untold, None
-        if table is not None and ranks_of(self.process_group).is_main:
-            self._tell(table)
+    @property
+    def _is_main(self) -> bool:
+        """Whether this process computes, warns and logs."""
+        return ranks_of(self.process_group).is_main
 
-    def _tell(self, table: RateTable) -> None:
-        for log in self.logs:
+    def _log_initial(self) -> None:
+        table, self._pending_log = self._pending_log, None
+        if table is not None:
+            self._log(table)
+
+    def _log(self, table: RateTable) -> None:
+        for log in self.logs if self._is_main else ():
             log(table)

@@ -1,24 +1,35 @@
-"""Which parameters have one learning rate: those of a layer, with its bias."""
+"""The layers of a model with the parameters that have one learning rate."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 from torch.nn.utils import parametrize
 
-from farms_fast.weights.stacks import LayerSpec
+from farms_fast.weights.stacks import LayerSpec, Skipped
 
-__all__ = ["Blocks", "TunedLayer", "block_names", "plain_model", "tuned_layers"]
+__all__ = [
+    "Blocks",
+    "LeftAlone",
+    "TunedLayer",
+    "block_names",
+    "edge_layers",
+    "plain_model",
+    "require_layers",
+    "tuned_layers",
+]
 
 Named = dict[str, nn.Parameter]
 # "layer", "block", or a function from a layer's name to its block's.
 Blocks = str | Callable[[str], str]
+# Status and message of each layer that is not tuned, by name.
+LeftAlone = Mapping[str, tuple[str, str]]
 
-# What weight_norm, spectral_norm and pruning put in the place of a parameter, as forward hooks.
+# weight_norm, spectral_norm and pruning, as forward hooks, replace a parameter by one named so.
 _HOOKED = ("orig", "g", "v")
 _FACTOR = re.compile(r"w(\d*)")
 
@@ -28,12 +39,12 @@ class TunedLayer:
     """Parameters that have one learning rate.
 
     Attributes:
-        name: the layer's. Where several layers are made of one parameter (q, k and v of one
-            projection, the gates of a cell) it is what their names begin with.
+        name: the layer's name. Several layers can be made of one parameter (q, k and v of one
+            projection, the gates of a cell): then it is what their names begin with.
         specs: those layers.
         owners: names of the modules that the weights belong to.
         weights: the parameters that the layers are made of, by name; empty for a quantised weight.
-        others: bias and the like, by name.
+        others: biases and the like, by name.
     """
 
     name: str
@@ -49,12 +60,12 @@ class TunedLayer:
 
     @property
     def parameters(self) -> Named:
-        """Weights and the rest."""
+        """The weights and the others."""
         return {**self.weights, **self.others}
 
 
 def plain_model(model: nn.Module) -> nn.Module:
-    """The module inside `torch.compile`, DataParallel and DistributedDataParallel.
+    """Returns the module inside `torch.compile`, DataParallel and DistributedDataParallel.
 
     Its names are the same with and without them, so that a run resumes either way.
     """
@@ -68,7 +79,7 @@ def plain_model(model: nn.Module) -> nn.Module:
 
 
 def tuned_layers(model: nn.Module, specs: Sequence[LayerSpec]) -> list[TunedLayer]:
-    """The layers with the parameters they are made of, in the order of the specs.
+    """Returns the layers with the parameters they are made of, in the order of the specs.
 
     Args:
         model: the module that the specs were made from.
@@ -85,51 +96,58 @@ def tuned_layers(model: nn.Module, specs: Sequence[LayerSpec]) -> list[TunedLaye
         1.out_proj ['1.out_proj.weight', '1.out_proj.bias']
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    together: list[tuple[list[LayerSpec], Named]] = []
-    for spec in specs:
-        weights = {names[id(p)]: p for tensor in spec.tensors for p in _behind(model, tensor)}
-        sharing = [item for item in together if item[1].keys() & weights.keys()]
-        if not sharing:
-            together.append(([spec], weights))
-            continue
-        first, *rest = sharing
-        for item in rest:  # a layer of several tensors can join layers that stood apart
-            first[0].extend(item[0])
-            first[1].update(item[1])
-            together.remove(item)
-        first[0].append(spec)
-        first[1].update(weights)
-    claimed = {name for _, weights in together for name in weights}
+    clusters = _sharing_parameters(model, specs, names)
+    claimed = {name for _, weights in clusters for name in weights}
     taken: set[str] = set()
     layers = []
-    for members, weights in together:
+    for members, weights in clusters:
         name = _common_name([spec.name for spec in members], taken)
         taken.add(name)
-        owners = tuple(dict.fromkeys(t.rpartition(".")[0] for s in members for t in s.tensors))
+        tensors = dict.fromkeys(tensor for spec in members for tensor in spec.tensors)
+        owners = tuple(dict.fromkeys(tensor.rpartition(".")[0] for tensor in tensors))
         others: Named = {}
-        for tensor in dict.fromkeys(t for spec in members for t in spec.tensors):
-            for other in _beside(model, tensor):
-                if id(other) in names and names[id(other)] not in claimed:
-                    claimed.add(names[id(other)])
-                    others[names[id(other)]] = other
+        for other in (other for tensor in tensors for other in _companions(model, tensor)):
+            if id(other) in names and names[id(other)] not in claimed:
+                claimed.add(names[id(other)])
+                others[names[id(other)]] = other
         layers.append(TunedLayer(name, tuple(members), owners, weights, others))
     return layers
 
 
-def _behind(model: nn.Module, tensor: str) -> list[nn.Parameter]:
+def _sharing_parameters(
+    model: nn.Module, specs: Sequence[LayerSpec], names: Mapping[int, str]
+) -> list[tuple[list[LayerSpec], Named]]:
+    """The specs in clusters that share no parameter, with their parameters."""
+    clusters: list[tuple[list[LayerSpec], Named]] = []
+    for spec in specs:
+        weights = {names[id(p)]: p for tensor in spec.tensors for p in _sources(model, tensor)}
+        sharing = [cluster for cluster in clusters if cluster[1].keys() & weights.keys()]
+        if not sharing:
+            clusters.append(([spec], weights))
+            continue
+        first, *rest = sharing
+        for cluster in rest:  # a layer of several tensors can join clusters
+            first[0].extend(cluster[0])
+            first[1].update(cluster[1])
+            clusters.remove(cluster)
+        first[0].append(spec)
+        first[1].update(weights)
+    return clusters
+
+
+def _sources(model: nn.Module, tensor: str) -> list[nn.Parameter]:
     """The parameters that a tensor is, or is computed from."""
     prefix, _, leaf = tensor.rpartition(".")
     owner = model.get_submodule(prefix)
     if parametrize.is_parametrized(owner, leaf):
         return list(owner.parametrizations[leaf].parameters())  # type: ignore[index, union-attr]
     candidates = [leaf] + [f"{leaf}_{hook}" for hook in _HOOKED]
-    own = owner._parameters
-    found = [own.get(name) for name in candidates]
-    return [parameter for parameter in found if parameter is not None]
+    own = (owner._parameters.get(name) for name in candidates)
+    return [parameter for parameter in own if parameter is not None]
 
 
-def _beside(model: nn.Module, tensor: str) -> Iterator[nn.Parameter]:
-    """The bias of a weight, and what else a module has that is nothing but this layer."""
+def _companions(model: nn.Module, tensor: str) -> Iterator[nn.Parameter]:
+    """The bias of a weight, and all other parameters of a module that is only this layer."""
     prefix, _, leaf = tensor.rpartition(".")
     owner = model.get_submodule(prefix)
     factor = _FACTOR.fullmatch(leaf)
@@ -137,33 +155,60 @@ def _beside(model: nn.Module, tensor: str) -> Iterator[nn.Parameter]:
     named = owner._parameters.get(bias) if bias != leaf else None
     if named is not None:
         yield named
-    whole = not any(True for _ in owner.children()) or parametrize.is_parametrized(owner)
-    if leaf == "weight" and whole:
-        yield from (p for p in owner.parameters(recurse=False))
+    only_this = next(owner.children(), None) is None or parametrize.is_parametrized(owner)
+    if leaf == "weight" and only_this:
+        yield from owner.parameters(recurse=False)
 
 
 def _common_name(names: Sequence[str], taken: set[str]) -> str:
+    """What the names have in common at their beginning; the first name if that is in use."""
     if len(names) == 1:
         return names[0]
-    pieces = [name.split(".") for name in names]
     common = []
-    for column in zip(*pieces, strict=False):
-        if len(set(column)) > 1:
+    for pieces in zip(*(name.split(".") for name in names), strict=False):
+        if len(set(pieces)) > 1:
             break
-        common.append(column[0])
+        common.append(pieces[0])
     name = ".".join(common)
     return name if name and name not in taken else names[0]
 
 
+def edge_layers(layers: Sequence[TunedLayer], *, skip_first: bool, skip_last: bool) -> LeftAlone:
+    """Returns the first and the last layer, where they are to be left alone."""
+    edges = {}
+    if skip_last and layers:
+        edges[layers[-1].name] = ("skipped", "the last layer (skip_last)")
+    if skip_first and layers:
+        edges[layers[0].name] = ("skipped", "the first layer (skip_first)")
+    return edges
+
+
+def require_layers(
+    layers: Sequence[TunedLayer], left_alone: LeftAlone, skipped: Sequence[Skipped]
+) -> None:
+    """Raises ValueError, with the reasons, if no layer is left to tune."""
+    if any(layer.name not in left_alone and not layer.frozen for layer in layers):
+        return
+    if not layers:
+        why = f"none that can be analysed ({len(skipped)} tensors are no layers"
+        why += f", {skipped[0].name}: {skipped[0].reason})" if skipped else ")"
+    else:
+        frozen = sum(layer.frozen for layer in layers)
+        edges = "".join(f", {name}: {message}" for name, (_, message) in left_alone.items())
+        why = f"{len(layers)} layers, {frozen} of them frozen{edges}"
+    raise ValueError(f"model: expected at least one layer to tune, got {why}")
+
+
 def block_names(model: nn.Module, layers: Sequence[TunedLayer], per: Blocks) -> list[str]:
-    """The block of each layer: the name that layers have in common whose scores are averaged.
+    """Returns the block of each layer; the layers of one block have one score.
 
     Args:
-        model: the layers' module.
+        model: the module that has the layers.
         layers: its tuned layers.
-        per: "layer": each is its own block. "block": the innermost numbered module with at least
-            two layers in it, experts apart: a transformer's block, a residual block; a layer
-            outside of them is its own. Or a function from a layer's name to its block's.
+        per: "layer" makes each layer its own block. "block" takes the innermost numbered module
+            with at least two layers in it (a transformer's block, a residual block), experts
+            apart; a layer outside of them is its own block. A function takes a layer's name and
+            returns its block's.
 
     Raises:
         ValueError: `per` is another word.
@@ -178,11 +223,11 @@ def block_names(model: nn.Module, layers: Sequence[TunedLayer], per: Blocks) -> 
         ['0', '1', '1', '1', '1']
     """
     if callable(per):
-        found = [per(layer.name) for layer in layers]
-        wrong = next((name for name in found if not isinstance(name, str)), None)
-        if wrong is not None:
-            raise TypeError(f"per: expected a function that returns a string, got {wrong!r}")
-        return found
+        blocks = [per(layer.name) for layer in layers]
+        for block in blocks:
+            if not isinstance(block, str):
+                raise TypeError(f"per: expected a function that returns a string, got {block!r}")
+        return blocks
     if per == "layer":
         return [layer.name for layer in layers]
     if per != "block":
@@ -198,12 +243,12 @@ def block_names(model: nn.Module, layers: Sequence[TunedLayer], per: Blocks) -> 
 
 def _numbered(model: nn.Module, path: str) -> Iterator[str]:
     """The modules on the way to a path that stand in a list, from the outside in."""
-    pieces = path.split(".")
-    for end, piece in enumerate(pieces, start=1):
+    parent = ""
+    for piece in path.split("."):
         if "expert" in piece.lower():
             return
-        listed = isinstance(
-            model.get_submodule(".".join(pieces[: end - 1])), (nn.ModuleList, nn.Sequential)
-        )
-        if listed and piece:
-            yield ".".join(pieces[:end])
+        here = f"{parent}.{piece}" if parent else piece
+        in_list = isinstance(model.get_submodule(parent), (nn.ModuleList, nn.Sequential))
+        if in_list and piece:
+            yield here
+        parent = here

@@ -28,14 +28,6 @@ from farms_fast.core.arguments import check_int, is_real
 from farms_fast.results.analysis import Analysis
 from farms_fast.spectra.windows import FixedAspectSampling
 
-__all__ = [
-    "EPSILON_PRESETS",
-    "allocate_sparsity",
-    "epsilon_preset",
-    "group_by_block",
-    "uniform_sparsity",
-]
-
 Array = npt.NDArray[np.float64]
 Counts = int | Sequence[int] | Mapping[str, int]
 
@@ -268,9 +260,10 @@ def _numbered(name: str) -> Iterator[tuple[str, str, str]]:
 
 
 def _kind(given: object) -> str:
-    """The allocation's name: "farms" for windows of one aspect ratio."""
-    sampling = given.settings.get("sampling", "") if isinstance(given, Analysis) else ""
-    return "farms" if str(sampling).startswith(FixedAspectSampling.__name__) else "alpha"
+    """What alphas are made of."""
+    settings = given.settings if isinstance(given, Analysis) else None
+    is_farms = settings is not None and isinstance(settings.sampling, FixedAspectSampling)
+    return "farms" if is_farms else "alpha"
 
 
 def _layers(

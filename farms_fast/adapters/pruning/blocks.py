@@ -12,8 +12,6 @@ from farms_fast.core.arguments import check_module
 from farms_fast.weights.formats.quantised import QUANTISED_BUFFERS
 from farms_fast.weights.layers import Skipped, tensor_identity
 
-__all__ = ["Block", "Blocks", "PrunableLayer", "find_blocks"]
-
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 

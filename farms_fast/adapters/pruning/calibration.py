@@ -42,8 +42,6 @@ from farms_fast.adapters.pruning.oom import (
 from farms_fast.core.arguments import check_int
 from farms_fast.engine.machine import machine_of
 
-__all__ = ["BlockRunner"]
-
 _Tree = TypeVar("_Tree")
 _CPU = torch.device("cpu")
 
@@ -174,9 +172,8 @@ class BlockRunner:
     def run(self, *, keep: bool, on_restart: Callable[[], object] = lambda: None) -> None:
         """Runs the current block on every batch, with smaller ones if memory runs out.
 
-        Args:
-            keep: keep its outputs as inputs of the next block, which then is the current one.
-            on_restart: called before all batches run again, to discard what was collected.
+        With `keep` its outputs become the inputs of the next block, which then is the current one.
+        `on_restart` is called before all batches run again, to discard what was collected.
 
         Raises:
             ValueError: the block returns NaN or infinity, or one sample does not fit; the message
@@ -269,12 +266,8 @@ class BlockRunner:
     ) -> Iterator[Any]:
         """Yields, once, the model's outputs by batch, after all blocks have run with `keep`.
 
-        Args:
-            make: called with the output of a batch and the number of its first sample; its result
-                is yielded. Batches are halved if it runs out of memory.
-
-        Raises:
-            ValueError: as `run`.
+        `make` gets the output of a batch and the number of its first sample; its result is yielded.
+        Batches are halved if it runs out of memory.
         """
         first = 0
 

@@ -17,8 +17,6 @@ from farms_fast.adapters.pruning.tokens import check_positions, longest_sequence
 from farms_fast.core.arguments import check_int
 from farms_fast.core.optional import optional_import
 
-__all__ = ["SEVEN_TASKS", "check_causal", "perplexity", "zero_shot"]
-
 # Tokens of the window that tests whether a model is causal.
 _CAUSAL_TEST_TOKENS = 16
 #: The zero-shot tasks that the literature on pruning reports, by their names in lm_eval.

@@ -13,22 +13,14 @@ from farms_fast.adapters.pruning.calibration import BlockRunner
 from farms_fast.adapters.pruning.pruners import Pruner
 from farms_fast.adapters.pruning.statistics import InputStatistics
 
-__all__ = ["collect_statistics"]
-
 
 def collect_statistics(
     runner: BlockRunner, layers: Sequence[PrunableLayer], pruner: Pruner, *, keep: bool = False
 ) -> dict[str, InputStatistics]:
     """Runs the current block on every batch and collects the statistics of its layers' inputs.
 
-    Args:
-        runner: entered, with the block on its device.
-        layers: layers of that block.
-        pruner: decides which statistics.
-        keep: as in `BlockRunner.run`.
-
-    Returns:
-        Statistics by layer name; layers that always have the same input share theirs.
+    Returns them by layer name; layers that always have the same input share theirs. `keep` is that
+    of `BlockRunner.run`.
     """
     # A kept run cannot be repeated, and only Hessians are worth sharing.
     for share in (True, False) if pruner.needs_hessian and not keep else (False,):

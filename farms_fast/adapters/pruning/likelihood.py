@@ -19,8 +19,6 @@ from farms_fast.adapters.pruning.modules import block_device, evaluating, input_
 from farms_fast.adapters.pruning.oom import out_of_memory_error, retry_with_less
 from farms_fast.core.arguments import check_int, check_module
 
-__all__ = ["TokenLosses", "check_order", "with_another_end"]
-
 _HALF = (torch.float16, torch.bfloat16)
 # Tokens before the replaced ones to compare: with local attention only those see the replaced ones.
 _NEAREST = 16

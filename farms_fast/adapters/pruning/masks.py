@@ -10,17 +10,7 @@ from collections.abc import Iterable
 
 import torch
 
-from farms_fast.core.arguments import check_int, is_real
-
-__all__ = [
-    "check_pattern",
-    "check_target",
-    "check_weight",
-    "lowest",
-    "lowest_in_groups",
-    "lowest_in_rows",
-    "split_in_proportion",
-]
+from farms_fast.core.arguments import check_int, check_type, is_real
 
 
 def lowest(scores: torch.Tensor, count: int) -> torch.Tensor:
@@ -84,8 +74,7 @@ def split_in_proportion(total: int, capacities: list[int]) -> list[int]:
 
 def check_weight(weight: torch.Tensor, layer: str = "") -> None:
     """Raises unless a weight is a floating matrix with finite values."""
-    if not isinstance(weight, torch.Tensor):
-        raise TypeError(f"weight: expected a torch.Tensor, got {type(weight).__name__}")
+    check_type("weight", weight, torch.Tensor, "a torch.Tensor")
     of = f" of layer {layer!r}" if layer else ""
     if weight.ndim != 2 or not weight.is_floating_point() or not weight.numel():
         raise ValueError(

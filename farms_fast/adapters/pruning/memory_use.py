@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,8 +11,6 @@ from torch import Tensor
 from farms_fast.adapters.pruning.blocks import Block
 from farms_fast.adapters.pruning.modules import device_of
 from farms_fast.core.arguments import check_int
-
-__all__ = ["MemoryUse", "plan_memory", "usual_batch"]
 
 _BATCH_TOKENS = 4096
 
@@ -60,23 +58,28 @@ def plan_memory(
 ) -> tuple[int, MemoryUse]:
     """The batch size that fits into a budget of bytes, and the memory that it takes.
 
-    Args:
-        blocks: the blocks that run one after the other.
-        hidden: the hidden states of one sample, (1, seqlen, hidden size) or another layout.
-        tokens: all tokens, (samples, seqlen).
-        device: the device of the running block.
-        budget: bytes.
-        batch_size: a fixed batch size; None halves about 4096 tokens until they fit.
-        statistics: bytes of a block's statistics.
-
-    Raises:
-        ValueError: the budget is too small for this batch size, or for one sample.
+    Without a `batch_size`, about 4096 tokens are halved until they fit. `hidden` are the hidden
+    states of one sample, and `statistics` gives the bytes of a block's statistics. ValueError where
+    the budget is too small for this batch size, or for one sample.
     """
     samples, seqlen = tokens.shape
+    value = hidden.element_size()
+    block = collected = per_sample = 0
+    for item in blocks:
+        if device_of(item.module) != device:
+            weights = sum(p.numel() * p.element_size() for p in item.module.parameters())
+            block = max(block, weights)
+        collected = max(collected, statistics(item))
+        width = 2 * hidden.shape[-1] + sum(sum(layer.shape) for layer in item.layers)
+        widest = max((layer.shape[1] for layer in item.layers), default=0)
+        token = width * value + 4 * widest
+        per_sample = max(per_sample, hidden.numel() // hidden.shape[-1] * token)
     wanted = usual_batch(seqlen) if batch_size is None else batch_size
     size = min(samples, check_int("batch_size", wanted, least=1))
     while True:
-        use = _use(blocks, hidden, samples, size, device, budget, statistics)
+        use = MemoryUse(samples * hidden.numel() * value, block, collected, size * per_sample, True)
+        if use.device > budget and device.type != "cpu":
+            use = replace(use, on_device=False)
         if use.device <= budget:
             return size, use
         if size == 1 or batch_size is not None:
@@ -87,30 +90,3 @@ def plan_memory(
                 f"{use.kept if use.on_device else 'in host memory'}), got {budget}"
             )
         size //= 2
-
-
-def _use(
-    blocks: Sequence[Block],
-    hidden: Tensor,
-    samples: int,
-    size: int,
-    device: torch.device,
-    budget: int,
-    statistics: Callable[[Block], int],
-) -> MemoryUse:
-    value = hidden.element_size()
-    kept = samples * hidden.numel() * value
-    block = collected = batch = 0
-    for item in blocks:
-        if device_of(item.module) != device:
-            weights = sum(p.numel() * p.element_size() for p in item.module.parameters())
-            block = max(block, weights)
-        collected = max(collected, statistics(item))
-        width = 2 * hidden.shape[-1] + sum(sum(layer.shape) for layer in item.layers)
-        widest = max((layer.shape[1] for layer in item.layers), default=0)
-        token = width * value + 4 * widest
-        batch = max(batch, size * (hidden.numel() // hidden.shape[-1]) * token)
-    use = MemoryUse(kept, block, collected, batch, on_device=True)
-    if use.device > budget and device.type != "cpu":
-        use = MemoryUse(kept, block, collected, batch, on_device=False)
-    return use

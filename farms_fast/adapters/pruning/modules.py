@@ -13,17 +13,6 @@ from farms_fast.adapters.pruning.oom import is_out_of_memory, release_memory
 from farms_fast.core.arguments import resolve_device
 from farms_fast.engine.machine import machine_of
 
-__all__ = [
-    "block_device",
-    "device_of",
-    "evaluating",
-    "input_device",
-    "input_embeddings",
-    "move_module",
-    "patched",
-    "place_model",
-]
-
 
 def block_device(device: str | torch.device | None, default: torch.device) -> torch.device:
     """The device that an argument names, with its index, so that it equals a tensor's device.
@@ -66,18 +55,11 @@ def move_module(module: nn.Module, device: torch.device) -> None:
 
 
 def place_model(model: nn.Module, device: torch.device, memory: int | None = None) -> int:
-    """Moves a model to a device if it takes at most half of the memory budget there.
+    """Moves a model to a device if it takes at most half of the memory budget (bytes) there.
 
-    The model stays where it is if the device runs out of memory.
-
-    Args:
-        model: a module that lies on one device.
-        device: the device to move it to.
-        memory: the budget in bytes; None is half of the device's memory.
-
-    Returns:
-        The bytes of the budget that the model leaves. On the CPU, where the model is loaded
-        anyway, it does not count.
+    The budget is half of the device's memory by default. The model stays where it is if the device
+    runs out of memory. Returns the bytes of the budget that the model leaves; on the CPU, where it
+    is loaded anyway, the model does not count.
 
     Example:
         >>> place_model(nn.Linear(8, 8), torch.device("cpu"), 1000)

@@ -9,14 +9,6 @@ from typing import TypeVar
 
 import torch
 
-__all__ = [
-    "is_out_of_memory",
-    "out_of_memory_error",
-    "raise_oom_as_value_error",
-    "release_memory",
-    "retry_with_less",
-]
-
 T = TypeVar("T")
 
 # Libraries that allocate past torch's allocator have no error class of their own.
@@ -79,10 +71,8 @@ def raise_oom_as_value_error(device: torch.device, what: str) -> Iterator[None]:
 def retry_with_less(attempt: Callable[[], T], reduce: Callable[[str], None]) -> T:
     """Calls `attempt` until it has enough memory.
 
-    Args:
-        attempt: does the work.
-        reduce: called after each failure for want of memory, with its message. It makes the next
-            attempt smaller, or raises where that is impossible.
+    After each failure for want of memory `reduce` gets the message. It makes the next attempt
+    smaller, or raises where that is impossible.
     """
     while True:
         try:

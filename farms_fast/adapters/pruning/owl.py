@@ -11,19 +11,12 @@ import torch
 from farms_fast.adapters.pruning.sparsities import (
     Allocation,
     as_number,
+    check_positive,
     check_sparsity,
     scale_to_total,
     weight_counts,
 )
-from farms_fast.core.arguments import is_real
-
-__all__ = ["check_threshold", "outlier_ratio", "owl_sparsity"]
-
-
-def check_threshold(threshold: object) -> None:
-    """Raises ValueError unless it is a number above 0."""
-    if not is_real(threshold) or not threshold > 0:
-        raise ValueError(f"threshold: expected a number above 0, got {threshold!r}")
+from farms_fast.core.arguments import check_type, is_real
 
 
 def outlier_ratio(scores: Iterable[torch.Tensor], threshold: float = 5.0) -> float:
@@ -41,9 +34,8 @@ def outlier_ratio(scores: Iterable[torch.Tensor], threshold: float = 5.0) -> flo
         >>> outlier_ratio([torch.tensor([1.0, 1.0, 1.0]), torch.tensor([9.0])], 2.0)
         25.0
     """
-    check_threshold(threshold)
-    if not isinstance(scores, Iterable):
-        raise TypeError(f"scores: expected tensors, got {type(scores).__name__}")
+    check_positive("threshold", threshold)
+    check_type("scores", scores, Iterable, "tensors")
     every = list(scores)
     for given in every:
         if not isinstance(given, torch.Tensor):

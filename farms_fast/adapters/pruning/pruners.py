@@ -21,16 +21,6 @@ from farms_fast.adapters.pruning.masks import (
 from farms_fast.adapters.pruning.sparsegpt import sparsegpt_prune_
 from farms_fast.adapters.pruning.statistics import InputStatistics, check_statistics
 
-__all__ = [
-    "PRUNERS",
-    "PruneFunction",
-    "Pruner",
-    "magnitude_prune_",
-    "pruner",
-    "wanda_prune_",
-    "wanda_scores",
-]
-
 
 class PruneFunction(Protocol):
     """The signature of every pruner."""

@@ -8,11 +8,8 @@ from collections.abc import Mapping, Sequence
 
 from farms_fast.adapters.pruning.masks import check_pattern
 from farms_fast.adapters.pruning.pruners import pruner
-from farms_fast.adapters.pruning.sparsegpt import check_damping
-from farms_fast.adapters.pruning.sparsities import Allocation
-from farms_fast.core.arguments import check_int, is_real
-
-__all__ = ["to_recipe"]
+from farms_fast.adapters.pruning.sparsities import Allocation, check_positive
+from farms_fast.core.arguments import check_int, check_type, is_real
 
 # llm-compressor takes the score at index int(number * sparsity), which is past the end at 1.
 _LARGEST = 0.99999
@@ -74,13 +71,10 @@ def to_recipe(
     """
     pruner(method)
     check_int("block", block, least=1)
-    check_damping(damping)
+    check_positive("damping", damping)
     given = ratios.ratios if isinstance(ratios, Allocation) else ratios
     for argument, value in (("ratios", given), ("n_m", {} if n_m is None else n_m)):
-        if not isinstance(value, Mapping):
-            raise TypeError(
-                f"{argument}: expected a value for each layer by name, got {type(value).__name__}"
-            )
+        check_type(argument, value, Mapping, "a value for each layer by name")
     by_layer = dict(given)
     if not by_layer:
         raise ValueError("ratios: expected at least one layer, got none")

@@ -15,10 +15,9 @@ from typing import Any
 from torch import nn
 
 from farms_fast.adapters.pruning.sequential import PruningReport
+from farms_fast.core.arguments import check_type
 from farms_fast.core.extension import __version__
 from farms_fast.core.jsonable import plain
-
-__all__ = ["SETTINGS_FILE", "check_output", "new_folder", "report_as_dict", "save_pruned"]
 
 #: The report's file name in the folder of the model.
 SETTINGS_FILE = "farms_fast_pruning.json"
@@ -32,8 +31,7 @@ def check_output(path: str | os.PathLike[str]) -> Path:
         FileExistsError: it is a file, or a folder that is not empty.
         FileNotFoundError: its parent folder does not exist.
     """
-    if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"out: expected the path of a folder, got {type(path).__name__}")
+    check_type("out", path, (str, os.PathLike), "the path of a folder")
     target = Path(os.path.abspath(Path(path).expanduser()))
     if target.is_dir():
         if any(target.iterdir()):
@@ -49,17 +47,8 @@ def check_output(path: str | os.PathLike[str]) -> Path:
 def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a folder beside the target that takes the target's name at the end.
 
-    After an error the folder is deleted, and nothing has the target's name. A killed process leaves
-    it under a name that begins with a point and ends in `.partial`. Errors are those of
-    `check_output`.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as parent:
-        ...     with new_folder(parent + "/out") as folder:
-        ...         _ = (folder / "a.txt").write_text("a")
-        ...     sorted(p.name for p in Path(parent).rglob("*"))
-        ['a.txt', 'out']
+    An error deletes the folder; a killed process leaves it under a name that begins with a point
+    and ends in `.partial`. Errors are those of `check_output`.
     """
     target = check_output(path)
     partial = target.with_name(f".{target.name[:100]}.{secrets.token_hex(6)}.partial")
@@ -83,22 +72,11 @@ def report_as_dict(
         >>> list(report_as_dict(report, {"sparsity": 0.5}))[3:]
         ['method', 'sparsity', 'batch_size', 'settings', 'layers', 'skipped']
     """
-    if not isinstance(report, PruningReport):
-        raise TypeError(f"report: expected a PruningReport, got {type(report).__name__}")
-    if not isinstance(settings, (Mapping, NoneType)):
-        raise TypeError(f"settings: expected values by name, got {type(settings).__name__}")
+    check_type("report", report, PruningReport, "a PruningReport")
+    check_type("settings", settings, (Mapping, NoneType), "values by name")
     layers = [
-        {
-            "name": layer.name,
-            "block": layer.block,
-            "shape": layer.shape,
-            "ratio": layer.target,
-            "n_m": layer.n_m,
-            "zeros": layer.zeros,
-            "zeros_before": layer.zeros_before,
-            "reached": layer.reached,
-            "pruned_by": layer.pruned_by,
-        }
+        {"ratio": layer.target, "reached": layer.reached}
+        | {name: value for name, value in vars(layer).items() if name != "target"}
         for layer in report.layers
     ]
     document = {
@@ -151,8 +129,7 @@ def save_pruned(
                 f"{argument}: expected one with save_pretrained, as those of transformers have it, "
                 f"got {type(saved).__name__}"
             )
-    if not isinstance(recipe, (str, NoneType)):
-        raise TypeError(f"recipe: expected a text, got {type(recipe).__name__}")
+    check_type("recipe", recipe, (str, NoneType), "a text")
     document = json.dumps(report_as_dict(report, settings), indent=1, allow_nan=False)
     with new_folder(out) as folder:
         saver: Any = model

@@ -17,16 +17,14 @@ from farms_fast.adapters.pruning.layer_inputs import collect_statistics
 from farms_fast.adapters.pruning.masks import check_target, check_weight
 from farms_fast.adapters.pruning.modules import block_device, device_of
 from farms_fast.adapters.pruning.oom import raise_oom_as_value_error
-from farms_fast.adapters.pruning.owl import check_threshold, outlier_ratio
+from farms_fast.adapters.pruning.owl import outlier_ratio
 from farms_fast.adapters.pruning.pruners import Pruner, pruner, wanda_scores
-from farms_fast.adapters.pruning.sparsities import Allocation
+from farms_fast.adapters.pruning.sparsities import Allocation, check_positive
 from farms_fast.adapters.pruning.statistics import InputStatistics
 from farms_fast.adapters.pruning.tokens import check_tokens
 from farms_fast.core.arguments import check_int
 from farms_fast.core.progress import Progress, reporter
 from farms_fast.weights.layers import Skipped
-
-__all__ = ["PrunedLayer", "PruningReport", "owl_statistics", "prune_model"]
 
 NM = tuple[int, int]
 # A ratio or an N:M, the other None.
@@ -250,7 +248,7 @@ def owl_statistics(
         >>> list(owl_statistics(model, torch.randint(10, (4, 6)), threshold=2))
         ['1', '2']
     """
-    check_threshold(threshold)
+    check_positive("threshold", threshold)
     blocks = find_blocks(model)
     tokens = check_tokens(model, calibration)
     runner = BlockRunner(

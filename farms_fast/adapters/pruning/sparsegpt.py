@@ -17,22 +17,15 @@ from farms_fast.adapters.pruning.masks import (
     lowest_in_groups,
     split_in_proportion,
 )
+from farms_fast.adapters.pruning.sparsities import check_positive
 from farms_fast.adapters.pruning.statistics import (
     InputStatistics,
     check_statistics,
     full_float32,
 )
-from farms_fast.core.arguments import check_int, is_real
-
-__all__ = ["check_damping", "inverse_factor", "sparsegpt_prune_"]
+from farms_fast.core.arguments import check_int, check_type
 
 _MOST_DAMPING = 100.0
-
-
-def check_damping(damping: object) -> None:
-    """Raises ValueError unless it is a number above 0."""
-    if not is_real(damping) or not damping > 0:
-        raise ValueError(f"damping: expected a number above 0, got {damping!r}")
 
 
 def inverse_factor(
@@ -43,11 +36,6 @@ def inverse_factor(
     `damping` times the mean of the diagonal is added to the diagonal. Each time the Cholesky
     factorisation fails, the damping grows tenfold. A dead column (an input that was always zero)
     has a zero on the diagonal and gets the mean of the others.
-
-    Args:
-        hessian: float32 or float64 (n, n), symmetric; not written.
-        damping: share of the mean diagonal, above 0.
-        layer: the layer's name for messages.
 
     Returns:
         The factor U (n, n) with UᵀU = (H + damping·mean·I)⁻¹, the dead columns bool (n,), and the
@@ -63,9 +51,8 @@ def inverse_factor(
         >>> factor.diagonal().tolist(), dead.tolist(), damping
         ([0.5, 0.5], [False, False], 1.0)
     """
-    check_damping(damping)
-    if not isinstance(hessian, torch.Tensor):
-        raise TypeError(f"hessian: expected a torch.Tensor, got {type(hessian).__name__}")
+    check_positive("damping", damping)
+    check_type("hessian", hessian, torch.Tensor, "a torch.Tensor")
     if hessian.ndim != 2 or hessian.shape[0] != hessian.shape[1]:
         raise ValueError(
             f"hessian: expected a square matrix (n, n), got shape {tuple(hessian.shape)}"
@@ -136,7 +123,7 @@ def sparsegpt_prune_(
     check_weight(weight, layer)
     check_target(weight, ratio, n_m, layer)
     hessian = check_statistics(statistics, weight, layer).hessian
-    check_damping(damping)
+    check_positive("damping", damping)
     cols = weight.shape[1]
     width = check_int("block", block, least=1)
     if n_m is not None:

@@ -14,15 +14,6 @@ from farms_fast.core.arguments import check_int, is_real
 from farms_fast.core.jsonable import plain
 from farms_fast.core.text import printable
 
-__all__ = [
-    "Allocation",
-    "as_number",
-    "check_sparsity",
-    "kept_of_groups",
-    "scale_to_total",
-    "weight_counts",
-]
-
 Array = npt.NDArray[np.float64]
 
 # The published code replaces a ratio above 1 by these: at S = 0.7, and otherwise.
@@ -298,23 +289,20 @@ def check_sparsity(sparsity: object) -> None:
         raise ValueError(f"sparsity: expected a number between 0 and 1, got {sparsity!r}")
 
 
+def check_positive(argument: str, value: object) -> None:
+    """Raises ValueError unless it is a number above 0."""
+    if not is_real(value) or not value > 0:
+        raise ValueError(f"{argument}: expected a number above 0, got {value!r}")
+
+
 def scale_to_total(
     relative: Array, weights: Array, sparsity: float, *, clip: bool = False
 ) -> tuple[float, Array]:
-    """Ratios in proportion to `relative`, none above 1, that prune a share of all weights.
+    """Ratios in proportion to `relative` that prune a share of all weights, none above 1.
 
-    Args:
-        relative: float64 (n,), at least 0.
-        weights: float64 (n,), number of weights of each.
-        sparsity: the share, within (0, 1).
-        clip: replaces ratios above 1 by 0.998 (0.99999 for a share of 0.7), as the published code
-            does, instead of redistributing their excess.
-
-    Returns:
-        The first factor of `relative`, and the ratios float64 (n,).
-
-    Raises:
-        ValueError: too many are zero for the others to make up the share.
+    The excess over 1 goes to the others; `clip` replaces a ratio above 1 by 0.998 (0.99999 for a
+    share of 0.7) instead, as the published code does. The first factor of `relative` is returned
+    with them. ValueError where too many ratios are 0 to make up the share.
 
     Example:
         >>> scale, ratios = scale_to_total(np.array([1.0, 3.0]), np.ones(2), 0.75)

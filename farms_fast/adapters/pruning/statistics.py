@@ -7,9 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from farms_fast.core.arguments import check_dtype, check_int, resolve_device
-
-__all__ = ["InputStatistics", "check_statistics", "full_float32"]
+from farms_fast.core.arguments import check_dtype, check_int, check_type, resolve_device
 
 
 class InputStatistics:
@@ -77,15 +75,11 @@ class InputStatistics:
             TypeError: activations are no tensor.
             ValueError: the last dimension is not the layer's number of inputs.
         """
-        if not isinstance(activations, torch.Tensor):
-            raise TypeError(
-                f"activations of layer {self.layer!r}: expected a torch.Tensor, "
-                f"got {type(activations).__name__}"
-            )
+        argument = f"activations of layer {self.layer!r}"
+        check_type(argument, activations, torch.Tensor, "a torch.Tensor")
         if activations.ndim < 1 or activations.shape[-1] != self.columns:
             raise ValueError(
-                f"activations of layer {self.layer!r}: expected shape (..., {self.columns}), "
-                f"got {tuple(activations.shape)}"
+                f"{argument}: expected shape (..., {self.columns}), got {tuple(activations.shape)}"
             )
         if self.device is None:
             self.device = activations.device

@@ -11,18 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from farms_fast.adapters.pruning.modules import input_embeddings
-from farms_fast.core.arguments import check_int
+from farms_fast.core.arguments import check_int, check_type
 from farms_fast.core.optional import optional_import
-
-__all__ = [
-    "calibration_tokens",
-    "check_positions",
-    "check_source",
-    "check_tokens",
-    "longest_sequence",
-    "text_tokens",
-    "token_ids",
-]
 
 # Data sets by name: path on the hub and options. Of C4, one of 1024 files is for calibration and
 # one of 8 for evaluation, as in the literature.
@@ -134,8 +124,7 @@ def text_tokens(tokenizer: Any, source: str | os.PathLike[str]) -> Tensor:
 def check_source(source: str | os.PathLike[str], argument: str = "source") -> Path:
     """Raises unless a source names a data set or a file; returns it as a path."""
     expected = f"{', '.join(map(repr, _DATASETS))} or the path of a text file"
-    if not isinstance(source, (str, os.PathLike)):
-        raise TypeError(f"{argument}: expected {expected}, got {type(source).__name__}")
+    check_type(argument, source, (str, os.PathLike), expected)
     path = Path(source).expanduser()
     if not (path.is_file() or source in _DATASETS):
         raise FileNotFoundError(

@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 import numpy as np
 import torch
 
-from farms_fast.core.arguments import check_int, check_type, path_of
+from farms_fast.core.arguments import check_int, check_type, is_real, path_of
 from farms_fast.core.optional import optional_import
 
 __all__ = ["FIELDS", "CompressibleFlow", "read_pdebench", "write_pdebench"]
@@ -39,7 +38,7 @@ class CompressibleFlow:
         y: the Y coordinates, float32.
         eta: shear viscosity.
         zeta: bulk viscosity.
-        mach: mach number.
+        mach: Mach number.
     """
 
     fields: torch.Tensor
@@ -62,24 +61,21 @@ def read_pdebench(
     space_step: int = 1,
     time_step: int = 1,
 ) -> CompressibleFlow:
-    """Reads flows of a PDEBench file; of what is not asked for, nothing is read.
+    """Reads flows of a PDEBench file, and only those that are asked for.
 
     Args:
         path: the HDF5 file, such as `2D_CFD_Rand_M0.1_Eta0.01_Zeta0.01_periodic_128_Train.hdf5`.
-        first: flow to begin with.
-        samples: flows to read, None for all from `first` on.
-        space_step: takes every so many points in both dimensions.
-        time_step: takes every so many times.
-
-    Returns:
-        The flows.
+        first: index of the first flow.
+        samples: how many flows to read, None for all from `first` on.
+        space_step: take every so many points in both dimensions.
+        time_step: take every so many times.
 
     Raises:
         ImportError: h5py is not installed.
         FileNotFoundError: there is no such file.
-        ValueError: the file has not this layout (the message names what is missing or does not
-            fit), has not so many flows, or holds a value that is not finite.
-        TypeError: a count is not an integer, or `path` is none.
+        ValueError: the file has another layout (the message names what is missing or does not
+            fit), has fewer flows, or holds a value that is not finite.
+        TypeError: a count is not an integer, or `path` is no path.
 
     Example:
         >>> import pathlib, tempfile, torch
@@ -92,26 +88,24 @@ def read_pdebench(
         >>> again.fields.shape, again.eta
         (torch.Size([2, 2, 4, 2, 2]), 0.01)
     """
-    file_path = path_of("path", path)
+    file_path, text = path_of("path", path), os.fspath(path)
     h5py = _h5py()
     start = check_int("first", first)
     count = None if samples is None else check_int("samples", samples, least=1)
     space, time = check_int("space_step", space_step, 1), check_int("time_step", time_step, 1)
     if not file_path.is_file():
-        raise FileNotFoundError(f"path: expected an HDF5 file, got {os.fspath(path)!r}")
+        raise FileNotFoundError(f"path: expected an HDF5 file, got {text!r}")
     try:
         file = h5py.File(path, "r")
     except OSError as error:
-        raise ValueError(
-            f"path: expected an HDF5 file, got {os.fspath(path)!r} ({error})"
-        ) from None
+        raise ValueError(f"path: expected an HDF5 file, got {text!r} ({error})") from None
     with file:
-        n, times, rows, columns = _layout(file, os.fspath(path), h5py.Dataset)
-        parameters = [_parameter(file, name, os.fspath(path)) for name in _PARAMETERS]
+        n, times, rows, columns = _layout(file, text, h5py.Dataset)
+        parameters = [_parameter(file, name, text) for name in _PARAMETERS]
         stop = n if count is None else start + count
         if start >= n or stop > n:
             raise ValueError(
-                f"samples: expected at most the {n} flows of {os.fspath(path)!r}, "
+                f"samples: expected at most the {n} flows of {text!r}, "
                 f"got first={start}, samples={count}"
             )
         pick = (slice(start, stop), slice(None, None, time), *2 * (slice(None, None, space),))
@@ -119,38 +113,38 @@ def read_pdebench(
             parts = [np.asarray(file[name][pick], dtype=np.float32) for name in FIELDS]
             t, x, y = (np.asarray(file[name], dtype=np.float32) for name in _AXES)
         except OSError as error:  # cut off, or damaged
-            raise ValueError(f"{os.fspath(path)}: cannot be read ({error})") from error
-    fields = torch.from_numpy(np.stack(parts, axis=2))
+            raise ValueError(f"{text}: cannot be read ({error})") from error
     for name, part in zip(FIELDS, parts, strict=True):
         if not np.isfinite(part).all():
-            raise ValueError(f"{os.fspath(path)}: expected finite values, {name!r} has others")
+            raise ValueError(f"{text}: expected finite values, {name!r} has others")
+    fields = torch.from_numpy(np.stack(parts, axis=2))
     axes = (t[:times:time], x[:rows:space], y[:columns:space])
     t_axis, x_axis, y_axis = (torch.from_numpy(axis.copy()) for axis in axes)
     return CompressibleFlow(fields, t_axis, x_axis, y_axis, *parameters)
 
 
 def write_pdebench(path: str | os.PathLike[str], flow: CompressibleFlow) -> None:
-    """Writes flows in the same layout, with one time more in `t-coordinate` as published.
+    """Writes flows in the same layout, with one more time in `t-coordinate`, as published.
 
     Args:
-        path: the file to make; one that exists is replaced.
+        path: the file; one that exists is replaced.
         flow: what to write.
 
     Raises:
         ImportError: h5py is not installed.
-        TypeError: an argument is of another kind, or an entry of the flow.
-        ValueError: fields and coordinates do not fit together. No file is touched then.
+        TypeError: an argument or an entry of the flow is of another kind.
+        ValueError: fields and coordinates do not fit together; no file is touched then.
         FileNotFoundError: the folder does not exist.
     """
-    where = path_of("path", path)
+    target = path_of("path", path)
     check_type("flow", flow, CompressibleFlow, "a CompressibleFlow")
     _check_flow(flow)
-    if not where.parent.is_dir():
+    if not target.parent.is_dir():
         raise FileNotFoundError(f"path: expected a file in a folder, got {os.fspath(path)!r}")
     t = flow.t.double()
     spacing = t[-1] - t[-2] if t.numel() > 1 else torch.ones(())
-    axes = (torch.cat((t, (t[-1:] + spacing))), flow.x, flow.y)
-    with _h5py().File(where, "w") as file:
+    axes = (torch.cat((t, t[-1:] + spacing)), flow.x, flow.y)
+    with _h5py().File(target, "w") as file:
         for channel, name in enumerate(FIELDS):
             file.create_dataset(name, data=flow.fields[:, :, channel].float().cpu().numpy())
         for name, axis in zip(_AXES, axes, strict=True):
@@ -165,7 +159,7 @@ def _check_flow(flow: CompressibleFlow) -> None:
         check_type(f"flow.{name}", getattr(flow, name), torch.Tensor, "a tensor")
     for name in ("eta", "zeta", "mach"):
         value = getattr(flow, name)
-        if isinstance(value, bool) or not isinstance(value, (Real, np.number)):
+        if not is_real(value):
             raise TypeError(f"flow.{name}: expected a number, got {value!r}")
     shape = tuple(flow.fields.shape)
     if len(shape) != 5 or shape[2] != len(FIELDS) or 0 in shape:

@@ -1,4 +1,4 @@
-"""TB_Sigmoid: a learning rate for each layer, by how far its alpha is from the mean."""
+"""TB_Sigmoid: the learning rate of a layer by the distance of its alpha from the mean."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import nn
 
 from farms_fast.adapters.layer_rates import LayerRates
 from farms_fast.adapters.layer_rates.options import check_options
+from farms_fast.adapters.layer_rates.rates import DEFAULT_SAMPLING
 from farms_fast.core.arguments import not_negative
-from farms_fast.spectra.windows import FixedAspectSampling, Sampling
+from farms_fast.spectra.windows import Sampling
 from farms_fast.weights.rules.operator_layers import factor_matrices
 
 __all__ = ["TBSigmoid"]
 
-_DEFAULT_SAMPLING = FixedAspectSampling()
 _FACTORISED = ("reconstructed", "factors")
-# 10 to half of it, and the inverse of that, are normal numbers of double precision.
-_MOST = 600.0
+# 10 to half of this, and the inverse of that, are normal numbers of double precision.
+_MAX_SCALE = 600.0
 
 
 class TBSigmoid(LayerRates):
@@ -32,27 +32,26 @@ class TBSigmoid(LayerRates):
 
     with s = s_high for α above ᾱ and s = s_low below it, so that it lies between η·10^(−s_low/2)
     and η·10^(s_high/2) (TB_Sigmoid, arXiv 2410.12178; with FARMS, arXiv 2506.06280). A layer that
-    is left alone or has no fit keeps η and does not count for the mean, and so does every layer
-    where there is nothing to compare.
+    is left alone or has no fit keeps η and does not count for the mean. All layers keep η where
+    there is nothing to compare.
 
-    The layers of neural operators are among those that are analysed: spectral convolutions, one
-    complex matrix for each mode, all modes of a layer in one spectrum; AFNO blocks; factorised
-    weights. See `farms_fast.weights.rules.operator_layers`.
+    The layers of neural operators are analysed too: spectral convolutions (one complex matrix for
+    each mode, all modes of a layer in one spectrum), AFNO blocks and factorised weights. See
+    `farms_fast.weights.rules.operator_layers`.
 
     Args:
-        model: as in `LayerRates`, and so are all arguments that are not listed here.
-        sampling: see there; `FullMatrix()` for the rule as published without FARMS.
-        xmin: see there.
+        model: as in `LayerRates`.
+        sampling: as in `LayerRates`; `FullMatrix()` for the rule as published without FARMS.
+        xmin: as in `LayerRates`.
         scale: (s_low, s_high), below and above the mean, or one number for both; from 0 to 600,
             beyond which a factor has no double precision. The published grid goes from 0.125 to
             1.5.
         tau: the slope of the sigmoid, positive.
-        per: "layer" for ᾱ over layers, as in scientific machine learning; "block" for the mean over
-            transformer blocks, each with the mean of its layers' alphas, as in language models; or
-            a function from a layer's name to its block's.
-        min_evals: see there; 5 as in `TempBalance`.
-        filter_zeros: eigenvalues below it are left out, as published; None or 0 for no such limit.
-            It is an absolute number: a layer whose weights are so small that hardly an eigenvalue
+        per: as in `LayerRates`. Scientific machine learning takes ᾱ over layers ("layer"),
+            language models over transformer blocks ("block").
+        min_evals: as in `LayerRates`; 5 as in `TempBalance`.
+        filter_zeros: smaller eigenvalues are left out, as published; None or 0 for no limit. It is
+            an absolute number: a layer whose weights are so small that hardly an eigenvalue
             reaches it has the status "too_few". Exact zeros are never in a fit.
         factorised: what a Tucker, CP or TT weight is analysed as: "reconstructed", the complex
             matrices of its modes; or "factors", each factor a layer with a rate of its own.
@@ -63,9 +62,9 @@ class TBSigmoid(LayerRates):
             `process_group="default"`, `log=None`, `change=None`.
 
     Raises:
-        TypeError: an argument of another kind.
-        ValueError: an argument out of range, or as `LayerRates`, such as a model without any layer
-            that can be analysed.
+        TypeError: an argument is of another kind.
+        ValueError: an argument is out of range, or as `LayerRates`: the model has no layer to
+            tune, for one.
 
     Example:
         >>> import torch
@@ -85,7 +84,7 @@ class TBSigmoid(LayerRates):
     def __init__(
         self,
         model: nn.Module,
-        sampling: Sampling = _DEFAULT_SAMPLING,
+        sampling: Sampling = DEFAULT_SAMPLING,
         xmin: str = "median",
         *,
         scale: float | tuple[float, float] = (1.0, 2.0),
@@ -109,16 +108,10 @@ class TBSigmoid(LayerRates):
             if options.get("change") is not None:
                 raise TypeError("change: expected None where factorised is 'factors'")
             options["change"] = factor_matrices
-        super().__init__(
-            model,
-            sampling,
-            xmin,
-            min_evals=min_evals,
-            evals_threshold=0.0
-            if filter_zeros is None
-            else not_negative("filter_zeros", filter_zeros),
-            **options,
+        options["evals_threshold"] = not_negative(
+            "filter_zeros", 0.0 if filter_zeros is None else filter_zeros
         )
+        super().__init__(model, sampling, xmin, min_evals=min_evals, **options)
 
     @property
     def settings(self) -> dict[str, object]:
@@ -126,19 +119,16 @@ class TBSigmoid(LayerRates):
         return {"scale": list(self.scale), "tau": self.tau}
 
     def factors(self, scores: Sequence[float]) -> list[float]:
-        """10^φ for each alpha.
+        """Returns 10^φ for each alpha.
 
         Args:
             scores: at least one alpha, or mean of a block's alphas.
         """
-        mean = math.fsum(scores) / len(scores)
-        return [self._factor(score - mean) for score in scores]
-
-    def _factor(self, above: float) -> float:
         low, high = self.scale
+        mean = math.fsum(scores) / len(scores)
         # ½·tanh(x/2) is the sigmoid less one half, without an overflow far from the mean.
-        share = 0.5 * math.tanh(0.5 * self.tau * above)
-        return math.pow(10.0, (high if above > 0 else low) * share)
+        sigmoids = [0.5 * math.tanh(0.5 * self.tau * (score - mean)) for score in scores]
+        return [math.pow(10.0, (high if value > 0 else low) * value) for value in sigmoids]
 
 
 def _scale(scale: object) -> tuple[float, float]:
@@ -146,6 +136,6 @@ def _scale(scale: object) -> tuple[float, float]:
     if not isinstance(ends, (tuple, list)) or len(ends) != 2:
         raise TypeError(f"scale: expected a number or a pair (s_low, s_high), got {scale!r}")
     low, high = (not_negative("scale", end) for end in ends)
-    if max(low, high) > _MOST:
-        raise ValueError(f"scale: expected at most {_MOST:g}, got {scale!r}")
+    if max(low, high) > _MAX_SCALE:
+        raise ValueError(f"scale: expected at most {_MAX_SCALE:g}, got {scale!r}")
     return low, high

@@ -1,4 +1,4 @@
-"""CIFAR-100 from the archive that its authors publish, read without running what is in it."""
+"""CIFAR-100 from the archive that its authors publish, read without running its pickles."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ import io
 import os
 import pickle
 import tarfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -20,7 +18,7 @@ from farms_fast.core.arguments import path_of
 
 __all__ = ["Cifar100", "load_cifar100"]
 
-# Of the published files, which are in the archive or its folder.
+# Checksums of the published files, which are in the archive or its folder.
 _FILE_MD5 = {
     "train": "16019d7e3df5f24257cddd939b257f8d",
     "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
@@ -54,8 +52,7 @@ class Cifar100:
 def load_cifar100(path: str | os.PathLike[str], *, verify: bool = True) -> Cifar100:
     """Reads CIFAR-100 (Krizhevsky, 2009) as its authors publish it for Python.
 
-    Nothing is unpacked to disk, and the pickles in it are read by an unpickler that makes NumPy
-    arrays and plain values only.
+    It unpacks nothing to disk. Its unpickler makes NumPy arrays and plain values only.
 
     Args:
         path: `cifar-100-python.tar.gz`, the folder `cifar-100-python` that is in it, or a folder
@@ -63,8 +60,8 @@ def load_cifar100(path: str | os.PathLike[str], *, verify: bool = True) -> Cifar
         verify: demand the published checksums; otherwise only the structure is checked.
 
     Raises:
-        FileNotFoundError: there is no archive and no folder of it.
-        TypeError: `path` is none.
+        FileNotFoundError: there is neither the archive nor its folder.
+        TypeError: `path` is no path.
         ValueError: a file is damaged, is not as published, or holds something else.
 
     Example:
@@ -72,17 +69,16 @@ def load_cifar100(path: str | os.PathLike[str], *, verify: bool = True) -> Cifar
         Traceback (most recent call last):
         FileNotFoundError: path: expected cifar-100-python.tar.gz or its folder, got no/such/folder
     """
-    contents = {name: data for name, data in _files(path_of("path", path))}
+    contents = _contents(path_of("path", path))
     published = True
     for name, data in contents.items():
-        found = hashlib.md5(data, usedforsecurity=False).hexdigest()
-        if found != _FILE_MD5[name]:
-            published = False
-            if verify:
-                raise ValueError(
-                    f"path: expected the published file {name!r} (MD5 {_FILE_MD5[name]}), got MD5 "
-                    f"{found}; verify=False reads it by its structure alone"
-                )
+        md5 = hashlib.md5(data, usedforsecurity=False).hexdigest()
+        published = published and md5 == _FILE_MD5[name]
+        if verify and not published:
+            raise ValueError(
+                f"path: expected the published file {name!r} (MD5 {_FILE_MD5[name]}), got MD5 "
+                f"{md5}; verify=False reads it by its structure alone"
+            )
     values = {name: _unpickled(name, data) for name, data in contents.items()}
     names = values["meta"].get("fine_label_names")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -91,67 +87,60 @@ def load_cifar100(path: str | os.PathLike[str], *, verify: bool = True) -> Cifar
     return Cifar100(*train, *test, tuple(names), published)
 
 
-def _files(path: Path) -> Iterator[tuple[str, bytes]]:
+def _contents(path: Path) -> dict[str, bytes]:
     """The files of the data set by name."""
     for folder in (path, path / _FOLDER):
         if all((folder / name).is_file() for name in _FILE_MD5):
-            for name in _FILE_MD5:
-                yield name, (folder / name).read_bytes()
-            return
+            return {name: (folder / name).read_bytes() for name in _FILE_MD5}
     archive = path / _ARCHIVE if path.is_dir() else path
     if not archive.is_file():
         raise FileNotFoundError(f"path: expected {_ARCHIVE} or its folder, got {path}")
-    with _opened(archive) as tar:
-        for name in _FILE_MD5:
-            try:
-                member = tar.extractfile(f"{_FOLDER}/{name}")
-            except KeyError:
-                member = None
-            if member is None:
-                raise ValueError(f"path: expected {_FOLDER}/{name} in {archive}, got none")
-            yield name, member.read()
-
-
-@contextmanager
-def _opened(archive: Path) -> Iterator[tarfile.TarFile]:
+    contents = {}
     try:
         with tarfile.open(archive, "r:*") as tar:
-            yield tar
+            for name in _FILE_MD5:
+                file = f"{_FOLDER}/{name}"
+                member = tar.extractfile(file) if file in tar.getnames() else None
+                if member is None:
+                    raise ValueError(f"path: expected {file} in {archive}, got none")
+                contents[name] = member.read()
     except (tarfile.TarError, EOFError, OSError) as error:
         raise ValueError(f"path: expected a whole tar archive, got {archive}: {error}") from error
-
-
-class _ArraysOnly(pickle.Unpickler):
-    """Makes NumPy arrays and plain values, whatever else a pickle asks for."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name in _MAKERS:
-            return _MAKERS[name]
-        if module == "numpy" and name in ("ndarray", "dtype"):
-            return getattr(np, name)
-        if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes for Python 2
-            return _bytes
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+    return contents
 
 
 def _empty_array(kind: type, shape: tuple[int, ...], dtype: object) -> np.ndarray[Any, Any]:
-    """An array to be filled by the pickle's next instruction."""
+    """An array that the pickle's next instruction fills."""
     return np.ndarray((0,), dtype=np.uint8)
 
 
 def _bytes(text: str, encoding: str) -> bytes:
+    """How Python 3 writes bytes for Python 2."""
     return text.encode("latin-1")
 
 
-_MAKERS = {"_reconstruct": _empty_array}
+class _ArraysOnly(pickle.Unpickler):
+    """Makes NumPy arrays and plain values; refuses whatever else a pickle asks for."""
+
+    _ALLOWED: ClassVar[dict[tuple[str, str], Any]] = {
+        ("numpy.core.multiarray", "_reconstruct"): _empty_array,
+        ("numpy._core.multiarray", "_reconstruct"): _empty_array,
+        ("numpy", "ndarray"): np.ndarray,
+        ("numpy", "dtype"): np.dtype,
+        ("_codecs", "encode"): _bytes,
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self._ALLOWED:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return self._ALLOWED[module, name]
 
 
 def _unpickled(name: str, data: bytes) -> dict[str, Any]:
-    stream: BinaryIO = io.BytesIO(data)
     try:
-        # As published they were written by Python 2, whose strings are bytes.
-        value = _ArraysOnly(stream, encoding="latin-1").load()
-    except Exception as error:  # a damaged pickle raises whatever it comes upon
+        # Python 2 wrote the published files; its strings are bytes.
+        value = _ArraysOnly(io.BytesIO(data), encoding="latin-1").load()
+    except Exception as error:  # a damaged pickle can raise anything
         raise ValueError(
             f"path: expected arrays, lists and text in the file {name!r}: {error}"
         ) from error
@@ -160,15 +149,11 @@ def _unpickled(name: str, data: bytes) -> dict[str, Any]:
     return value
 
 
-def _images(part: str, value: dict[str, Any], classes: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _images(part: str, value: Any, classes: int) -> tuple[torch.Tensor, torch.Tensor]:
     data, labels = value.get("data"), value.get("fine_labels")
-    if not (
-        isinstance(data, np.ndarray)
-        and data.dtype == np.uint8
-        and data.ndim == 2
-        and data.shape[1] == 3 * 32 * 32
-    ):
-        got = f"{data.dtype} {data.shape}" if isinstance(data, np.ndarray) else type(data).__name__
+    is_array = isinstance(data, np.ndarray)
+    if not is_array or (data.dtype, data.ndim, data.shape[-1:]) != (np.uint8, 2, (3 * 32 * 32,)):
+        got = f"{data.dtype} {data.shape}" if is_array else type(data).__name__
         raise ValueError(f"path: expected uint8 (N, 3072) as 'data' of {part!r}, got {got}")
     if (
         not isinstance(labels, list)

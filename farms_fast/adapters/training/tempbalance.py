@@ -1,4 +1,4 @@
-"""TempBalance: a layer with a larger alpha, less trained than the others, learns faster."""
+"""TempBalance: the larger the alpha of a layer, the larger its learning rate."""
 
 from __future__ import annotations
 
@@ -10,38 +10,37 @@ from torch import nn
 
 from farms_fast.adapters.layer_rates import LayerRates
 from farms_fast.adapters.layer_rates.options import check_options
-from farms_fast.spectra.windows import FixedAspectSampling, Sampling
+from farms_fast.adapters.layer_rates.rates import DEFAULT_SAMPLING
+from farms_fast.spectra.windows import Sampling
 
 __all__ = ["ASSIGNMENTS", "TempBalance"]
 
 ASSIGNMENTS = ("linear", "sqrt", "log2", "step")
 
-_DEFAULT_SAMPLING = FixedAspectSampling()
-
 
 class TempBalance(LayerRates):
     """Learning rates per layer from alpha (TempBalance, arXiv 2312.00359; with FARMS, 2506.06280).
 
-    With base rate η and the alphas α of the n kept layers, the rate of a layer is
+    The rate of a layer, with base rate η and the alphas α of the n kept layers, is
 
     - `"linear"`: η·[a + (b − a)·(α − min α)/(max α − min α)]
     - `"sqrt"`: η·n·√α / Σ√α
     - `"log2"`: η·n·log₂α / Σ log₂α
-    - `"step"`: η·[a + (b − a)·r/n], r the layer's rank among the alphas, 0 for the smallest;
-      of equal alphas the earlier layer has the lower rank
+    - `"step"`: η·[a + (b − a)·r/n], r the layer's rank among the alphas, 0 for the smallest; of
+      equal alphas the earlier layer has the lower rank
 
-    and η for layers that are left alone, that have no fit, and where there is nothing to compare:
-    one layer, or equal alphas.
+    Layers that are left alone or have no fit keep η. All layers keep it where there is nothing to
+    compare: one layer, or equal alphas.
 
     Args:
-        model: as in `LayerRates`, and so are all arguments that are not listed here.
-        sampling: see there.
-        xmin: see there.
+        model: as in `LayerRates`.
+        sampling: as in `LayerRates`.
+        xmin: as in `LayerRates`.
         assign: the rule.
         lr_range: (a, b), positive and in order; used by "linear" and "step".
-        skip_first: see there.
-        skip_last: see there.
-        min_evals: see there; 5 as published.
+        skip_first: as in `LayerRates`.
+        skip_last: as in `LayerRates`.
+        min_evals: as in `LayerRates`; 5 as published.
         **options: the other arguments of `LayerRates`, with the same defaults: `per="layer"`,
             `xmin_pos=2`, `bins=100`, `evals_threshold=0.0`, `norm="name"`, `every=1`,
             `unit="epoch"`, `overlap=False`, `initial=True`, `include=None`, `exclude=None`,
@@ -49,7 +48,7 @@ class TempBalance(LayerRates):
             `log=None`, `change=None`.
 
     Raises:
-        TypeError: an argument of another kind.
+        TypeError: an argument is of another kind.
         ValueError: an unknown rule, a range out of order, or as `LayerRates`.
 
     Example:
@@ -73,7 +72,7 @@ class TempBalance(LayerRates):
     def __init__(
         self,
         model: nn.Module,
-        sampling: Sampling = _DEFAULT_SAMPLING,
+        sampling: Sampling = DEFAULT_SAMPLING,
         xmin: str = "median",
         *,
         assign: str = "linear",
@@ -107,7 +106,7 @@ class TempBalance(LayerRates):
         return {"assign": self.assign}
 
     def factors(self, scores: Sequence[float]) -> list[float]:
-        """Rate over base rate for each alpha.
+        """Returns rate over base rate for each alpha.
 
         Args:
             scores: at least two alphas, not all equal.
@@ -115,12 +114,13 @@ class TempBalance(LayerRates):
         n = len(scores)
         low, high = self.lr_range
         if self.assign == "linear":
-            least, most = min(scores), max(scores)
-            return [low + (high - low) * ((a - least) / (most - least)) for a in scores]
+            smallest, largest = min(scores), max(scores)
+            spread = largest - smallest
+            return [low + (high - low) * ((alpha - smallest) / spread) for alpha in scores]
         if self.assign == "step":
             by_alpha = sorted(range(n), key=lambda index: scores[index])
-            ranks = {index: rank for rank, index in enumerate(by_alpha)}
-            return [low + (high - low) * ranks[index] / n for index in range(n)]
+            ranks = sorted(range(n), key=by_alpha.__getitem__)
+            return [low + (high - low) * rank / n for rank in ranks]
         shaped = [math.sqrt(a) if self.assign == "sqrt" else math.log2(a) for a in scores]
         total = math.fsum(shaped)
         return [n * value / total for value in shaped]

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from farms_fast.adapters.layer_rates import LayerRates
-from farms_fast.adapters.layer_rates.due import Clock
+from farms_fast.adapters.layer_rates.rate_scheduler import StepCounter
 from farms_fast.core.arguments import check_type
 from farms_fast.core.optional import optional_import
 
@@ -21,13 +21,13 @@ class TrainerRates(TrainerCallback, ExportableState):  # type: ignore[misc]
     """Makes and sets the rates of a `LayerRates` while a transformers Trainer trains.
 
     Before each step it sets every tuned group to the base rate times its factor, after whatever
-    the scheduler did; at the first step of an epoch, or at every step, as the rates' `unit` says,
-    it counts a call, and every so many calls (`every`) the rates are made anew. The learning rate
-    that the Trainer reports is the base rate. The rates are saved in `trainer_state.json` and
-    restored by `train(resume_from_checkpoint=...)`.
+    the scheduler did. It counts a call at the first step of an epoch or at every step, as the
+    rates' `unit` says; every so many calls (`every`) make new rates. The Trainer reports the base
+    rate as the learning rate. `trainer_state.json` keeps the rates, and
+    `train(resume_from_checkpoint=...)` restores them.
 
     Args:
-        rates: from whose `param_groups` the Trainer's optimizer is made.
+        rates: the rates from whose `param_groups` the Trainer's optimizer is made.
 
     Raises:
         TypeError: `rates` is something else.
@@ -47,14 +47,13 @@ class TrainerRates(TrainerCallback, ExportableState):  # type: ignore[misc]
     def __init__(self, rates: LayerRates | None = None) -> None:
         if rates is not None:
             check_type("rates", rates, LayerRates, "LayerRates")
-        self._clock = None if rates is None else Clock(rates)
+        self._counter_or_none = None if rates is None else StepCounter(rates)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Takes what a checkpoint had."""
-        kept = state.stateful_callbacks.get(type(self).__name__)
-        if state.global_step == 0 or kept is None:
-            return
-        self._the_clock().load_state_dict(kept["attributes"]["restored"])
+        """Restores what a checkpoint had."""
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        if state.global_step != 0 and saved is not None:
+            self._counter.load_state_dict(saved["attributes"]["restored"])
 
     def on_step_begin(
         self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any
@@ -62,17 +61,19 @@ class TrainerRates(TrainerCallback, ExportableState):  # type: ignore[misc]
         """Sets the rates for the step."""
         # A sum of fractions may fall short of the whole epoch.
         epochs = math.floor((state.epoch or 0) + 1e-9)
-        self._the_clock().tick(optimizer, epochs, state.global_step)
+        self._counter.advance(optimizer, epochs, state.global_step)
 
     def state(self) -> dict[str, Any]:
-        """What the Trainer saves."""
-        restored = None if self._clock is None else self._clock.state_dict()
+        """Returns what the Trainer saves."""
+        counter = self._counter_or_none
+        restored = None if counter is None else counter.state_dict()
         return {"args": {}, "attributes": {"restored": restored}}
 
-    def _the_clock(self) -> Clock:
-        if self._clock is None:
+    @property
+    def _counter(self) -> StepCounter:
+        if self._counter_or_none is None:
             raise ValueError(
                 "rates: expected LayerRates, got none; restore_callback_states_from_checkpoint "
                 "makes callbacks anew without them and is not needed here"
             )
-        return self._clock
+        return self._counter_or_none

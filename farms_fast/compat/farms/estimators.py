@@ -56,8 +56,8 @@ def net_esd_estimator(
     the device where each weight lives. Nothing is printed, and `net` is not changed.
 
     Args:
-        net: a module; subclasses of Linear and Conv2d count, everything else is passed over, and a
-            module that is shared counts once.
+        net: a module; subclasses of Linear and Conv2d count, a shared module counts once, and
+            everything else is passed over.
         EVALS_THRESH: with `filter_zeros`, only eigenvalues above it enter the fit.
         bins: of the histogram of log10 λ, for the peak rule.
         fix_fingers: "xmin_mid" (or "median"): the tail starts at index int(N / xmin_pos).
@@ -65,8 +65,7 @@ def net_esd_estimator(
             log10(0.95 · x₂) ≤ λ ≤ 1.5 · x₂, x₂ being the left edge of the fullest bin; the
             logarithm is the published code's. None (or "ks", "goodness-of-fit"): where D is least.
         xmin_pos: for the median rule, above 1.
-        conv_norm: a convolution's eigenvalues, pooled over its kernel positions, are multiplied
-            with it.
+        conv_norm: factor of a convolution's eigenvalues, which are pooled over kernel positions.
         filter_zeros: see `EVALS_THRESH`. A layer without an eigenvalue above it is not filtered.
         memory: bytes of workspace at most, as for `esd`.
 
@@ -74,22 +73,17 @@ def net_esd_estimator(
         A dict of lists with one entry a layer, in the order of `net.named_modules()`: `alpha`;
         `spectral_norm`, the largest eigenvalue; `D`; `longname`, the module's name; `eigs`, all
         eigenvalues, float32 NumPy arrays, ascending; `norm`, their sum; and
-        `alphahat` = alpha · log10(spectral_norm). Numbers are Python floats.
+        `alphahat` = alpha · log10(spectral_norm). Numbers are Python floats. FARMS' copy adds
+        `esd_time_cost`, seconds, which is left out.
 
         Where the published code fails or gives NaN:
 
-        - a weight with a NaN or an infinity (the published code raises): NaN for alpha, D and
-          alphahat, and a `FitWarning`;
-        - one eigenvalue only, or a tail of equal ones (an error, infinity or rounding noise):
-          likewise;
-        - a zero matrix (an error of log10): likewise;
-        - zeros at and above the median (NaN): the median of the positive eigenvalues;
-        - zeros under the peak rule (an error of the histogram, or in FARMS' copy a histogram from
-          10⁻¹⁰⁰ on): they do not enter;
+        - a weight with a NaN or an infinity, a zero matrix, one eigenvalue only, or a tail of equal
+          ones: NaN for alpha, D and alphahat, and a `FitWarning`;
         - no eigenvalue near the peak: alpha 0 and D 1 as published, and a `FitWarning`;
+        - zeros at and above the median: the median of the positive eigenvalues;
+        - zeros under the peak rule: they do not enter;
         - no Linear or Conv2d: empty lists.
-
-        `esd_time_cost`, the seconds that FARMS' copy adds, is left out.
 
     Raises:
         TypeError: `net` is not a module, a weight is not dense and real floating, or an argument
@@ -138,19 +132,16 @@ def net_esd_estimator_farms(
 ) -> Results:
     """Alpha of every Linear and Conv2d of a model from windows of one aspect ratio, as published.
 
-    The published arguments in the published order, with the published windows; computed in float64
-    for all layers together, on the device where each weight lives. `analyze` has windows without
-    the oddities listed here. Nothing is printed, and `net` is not changed.
+    The published arguments in the published order, with the published windows; computed and
+    returned as in `net_esd_estimator`. `analyze` has windows without the oddities listed here.
 
     With `use_sliding_window`, a linear layer's windows have num_row_samples rows and
     int(num_row_samples · Q_ratio) columns, and their eigenvalues are pooled. A convolution's do not
-    go by num_row_samples: the slice of each kernel position is transposed to be tall, rows x
-    columns, times √conv_norm, and cut into rows//columns blocks: of columns//Q_ratio rows and all
-    columns for Q_ratio above 1, else of as many rows as columns and columns//(1/Q_ratio) columns.
-    Block b of all positions is one spectrum with a fit of its own, and what the layer gets is the
-    mean over the blocks. A kernel larger than its channels (out + in < height + width) is taken for
-    the matrix, and the channels for the positions. Without `use_sliding_window` both are whole
-    matrices, as in `net_esd_estimator`.
+    go by num_row_samples: the slice of each kernel position is transposed to be tall and cut into
+    blocks (see `block_windows`). Block b of all positions, times conv_norm, is one spectrum with a
+    fit of its own, and what the layer gets is the mean over the blocks. A kernel larger than its
+    channels (out + in < height + width) is taken for the matrix, and the channels for the
+    positions. Without `use_sliding_window` both are whole matrices.
 
     Args:
         net: as in `net_esd_estimator`, and so are `EVALS_THRESH`, `bins`, `fix_fingers`,
@@ -179,21 +170,18 @@ def net_esd_estimator_farms(
         memory: as in `net_esd_estimator`.
 
     Returns:
-        A dict of lists with one entry a layer, in the order of `net.named_modules()`: `alpha`;
-        `spectral_norm`, the largest eigenvalue; `D`; `longname`; `eigs`, the eigenvalues that
-        entered the fit, float32 NumPy arrays, ascending (within a block where there are several);
-        `norm`, the sum of all; `alpha_hat` = alpha · log10(spectral_norm);
-        `stable_rank` = norm/spectral_norm; `norm_stable_rank`, the mean eigenvalue; and, with
-        `variant="cv"`, after `eigs`, `eigs_num`. Numbers are Python floats.
+        As `net_esd_estimator`, with the columns `alpha`; `spectral_norm`; `D`; `longname`; `eigs`,
+        those that entered the fit (ascending within a block where there are several); `norm`, the
+        sum of all; `alpha_hat` = alpha · log10(spectral_norm); `stable_rank` = norm/spectral_norm;
+        `norm_stable_rank`, the mean eigenvalue; and, with `variant="cv"`, after `eigs`, `eigs_num`.
 
         Where the published code fails or gives NaN, what `net_esd_estimator` lists, and:
 
-        - a convolution under `variant="llm"` (an error after the fit): the result of "cv";
-        - a block without a fit (NaN for the layer): the mean over the others, and a `FitWarning`;
-        - a kernel taken for the matrix that is not square (an error): transposed to be tall;
-        - `sampling_ops_per_dim=1` (a division by zero): the window at row 0 and column 0;
-        - int(num_row_samples · Q_ratio) = 0 with eigs_num_thresh=0 (an error): NaN and a
-          `FitWarning`.
+        - a convolution under `variant="llm"`: the result of "cv";
+        - a block without a fit: the mean over the others, and a `FitWarning`;
+        - a kernel taken for the matrix that is not square: transposed to be tall;
+        - `sampling_ops_per_dim=1`: the window at row 0 and column 0;
+        - int(num_row_samples · Q_ratio) = 0 with eigs_num_thresh=0: NaN and a `FitWarning`.
 
     Raises:
         TypeError: as for `net_esd_estimator`.
@@ -285,16 +273,7 @@ def _mean(column: str, spectra: Sequence[FittedSpectrum]) -> float:
 
 
 def whole_layers(net: nn.Module, conv_norm: float) -> list[WindowedLayer]:
-    """Every Linear and Conv2d as its whole matrices.
-
-    Args:
-        net: the module.
-        conv_norm: what a convolution's eigenvalues are multiplied with.
-
-    Raises:
-        TypeError: as for `net_esd_estimator`.
-        ValueError: as for `net_esd_estimator`.
-    """
+    """Every Linear and Conv2d as its whole matrices; raises what `net_esd_estimator` does."""
     scale = positive("conv_norm", conv_norm)
     return [_whole_layer(name, weight, scale) for name, weight in weights_of(net)]
 

@@ -1,8 +1,7 @@
 """The windows of the published FARMS code, those that reach beyond the matrix included.
 
-The published code slices, and a slice that reaches too far is cut without a word. So a matrix that
-is smaller than the window has windows of other shapes than asked for, which `FixedAspectSampling`
-never gives.
+The published code slices, and Python cuts a slice that reaches too far. So a matrix smaller than
+the window has windows of other shapes than asked for, which `FixedAspectSampling` never gives.
 """
 
 from __future__ import annotations

@@ -44,11 +44,8 @@ class TailRule:
         if fix_fingers is not None:
             choice("fix_fingers", fix_fingers, (None, *XMIN_RULES))
         threshold = number("EVALS_THRESH", EVALS_THRESH)
-        xmin = XMIN_RULES[fix_fingers or "ks"]
-        rule = cls(FitRule(xmin, xmin_pos, bins, "farms"), threshold if filter_zeros else None)
-        # A fit of nothing checks the rest.
-        rule.rule.fit(torch.empty(0, dtype=torch.float64), [])
-        return rule
+        rule = FitRule.checked(fix_fingers or "ks", xmin_pos, bins, "farms")
+        return cls(rule, threshold if filter_zeros else None)
 
     def fit_at(self, evals: Tensor, offsets: Tensor) -> PowerLawFits:
         """Fits of packed spectra.

@@ -112,8 +112,8 @@ def weightwatcher(
         ImportError: pandas is not installed.
         FileNotFoundError: a path does not exist.
         TypeError: an argument of another kind, or an option that WeightWatcher does not have.
-        ValueError: an unknown value, a filter that matches nothing, options at odds, an option that
-            is not supported, or no weights to read.
+        ValueError: an unknown value, a filter that matches nothing, options that contradict each
+            other, an option that is not supported, or no weights to read.
 
     Example:
         >>> import torch
@@ -143,15 +143,15 @@ are not computed
             "peft: expected False with a base_model, which WeightWatcher ignores it for"
         )
     where = resolve_device(device, default_device())
-    found = find_layers(model, base_model, options)
-    spectra = layer_spectra(found.layers, where, shuffle=options.randomize, seed=options.seed)
+    weights = find_layers(model, base_model, options)
+    spectra = layer_spectra(weights.layers, where, shuffle=options.randomize, seed=options.seed)
     fits = fit_tails(spectra, options)
     rows = [
         columns_of(layer, spectrum, fit, options)
-        for layer, spectrum, fit in zip(found.layers, spectra, fits, strict=True)
+        for layer, spectrum, fit in zip(weights.layers, spectra, fits, strict=True)
     ]
-    lead = ["layer_id", "name"]
-    names = lead + (sorted(set(rows[0]) - set(lead)) if rows else [])
-    details = pd.DataFrame(rows, columns=names)
-    details.attrs["skipped"] = found.skipped
+    first = ["layer_id", "name"]
+    rest = sorted(set(rows[0]) - set(first)) if rows else []
+    details = pd.DataFrame(rows, columns=[*first, *rest])
+    details.attrs["skipped"] = weights.skipped
     return details

@@ -145,9 +145,9 @@ def _fit_sigma(scaled: FloatArray, aspect: float) -> float:
             return np.asarray(np.square(arc / variance - density).sum(axis=1))
         law = marchenko_pastur_density(at, variance, aspect)
         upper, lower = variance * (1 + root) ** 2, variance * (1 - root) ** 2
-        found = np.square(law - density).sum(axis=1)
+        squares = np.square(law - density).sum(axis=1)
         refused = (upper < mode) | (upper > last) | (lower > mode)
-        return np.asarray(np.where(refused[:, 0], _REFUSED**2 * at.size, found))
+        return np.asarray(np.where(refused[:, 0], _REFUSED**2 * at.size, squares))
 
     edge_sigma = math.sqrt(float(scaled.max()) / (1 + 1 / math.sqrt(aspect)) ** 2)
     start, stop, step = 0.05 * edge_sigma, 2.0 * edge_sigma, 0.01 * edge_sigma

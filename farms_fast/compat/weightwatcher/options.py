@@ -80,7 +80,7 @@ class Options:
 
 
 def refuse_unsupported(given: Mapping[str, object], supported: Sequence[str]) -> None:
-    """Passes over options that ask for nothing and refuses the others by name.
+    """Accepts values that ask for nothing and refuses the others by name.
 
     Raises:
         ValueError: an option of WeightWatcher that is not taken here.
@@ -101,7 +101,7 @@ def checked_options(given: Mapping[str, Any]) -> Options:
 
     Raises:
         TypeError: an option of another kind.
-        ValueError: a value out of range, unknown, or at odds with another.
+        ValueError: a value out of range, unknown, or in contradiction to another.
     """
     for name in _FLAGS:
         if not isinstance(given[name], bool):

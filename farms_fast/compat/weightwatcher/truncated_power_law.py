@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from farms_fast.core.arrays import to_tensor
+from farms_fast.spectra.power_law import one_spectrum
 
 __all__ = ["TruncatedPowerLawFit", "fit_truncated_power_law"]
 
@@ -93,18 +93,13 @@ def fit_truncated_power_law(
         >>> abs(fit.alpha - 1.5) < 0.3, abs(fit.Lambda - 0.5) < 0.15
         (True, True)
     """
-    tensor, _ = to_tensor("evals", evals, real=True)
-    if tensor.ndim != 1 or tensor.numel() == 0:
-        raise ValueError(
-            f"evals: expected one spectrum (1-D) with values, got shape {tuple(tensor.shape)}"
-        )
+    given = one_spectrum(evals).cpu().numpy()
     low, high = _range(xmin)
-    given = tensor.double().cpu().numpy()
     values = np.sort(given[np.isfinite(given) & (given > 0)])
+    dropped = given.size - values.size
     fixed = xmin is not None and low == high
     if fixed:
         values = values[values >= low]
-    dropped = given.size - int(np.count_nonzero(np.isfinite(given) & (given > 0)))
     if values.size < 2 or values[0] == values[-1]:
         return _failed("too_few", values.size, dropped)
     if fixed:

@@ -7,19 +7,22 @@ import errno
 import os
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from farms_fast.core.arguments import not_negative
 from farms_fast.results.record import CSV_COLUMNS, INT_FIELDS, TEXT_FIELDS
 
 __all__ = ["FORMAT_VERSION", "StoreFile"]
 
+T = TypeVar("T")
+
 # Each was a transaction that had ended.
 _SAFE = "the finished layers in it are safe"
 # "FARM", in the header of the file.
 _APPLICATION_ID = 0x4641524D
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 def _layer_column(name: str) -> str:
@@ -42,7 +45,8 @@ _TABLES = (
         versions TEXT NOT NULL,
         started TEXT NOT NULL,
         finished TEXT,
-        total INTEGER
+        total INTEGER,
+        skipped TEXT NOT NULL DEFAULT '[]'
     )""",
     f"""CREATE TABLE layers (
         id INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -60,14 +64,6 @@ _TABLES = (
         k INTEGER NOT NULL,
         evals BLOB NOT NULL,
         PRIMARY KEY (layer, part)
-    )""",
-    """CREATE TABLE skipped (
-        run INTEGER NOT NULL REFERENCES runs (id) ON DELETE CASCADE,
-        position INTEGER NOT NULL,
-        name TEXT NOT NULL,
-        shape TEXT NOT NULL,
-        reason TEXT NOT NULL,
-        PRIMARY KEY (run, position)
     )""",
 )
 
@@ -155,8 +151,8 @@ class StoreFile:
         if owner == _APPLICATION_ID:
             if version != FORMAT_VERSION:
                 raise ValueError(
-                    f"store: {self.path!r} has format version {version}, "
-                    f"this release reads version {FORMAT_VERSION}"
+                    f"store: {self.path!r} has format version {version}, this release reads "
+                    f"version {FORMAT_VERSION}: name a new file, or use the release that wrote it"
                 )
             return True
         if owner or version or tables:
@@ -224,6 +220,13 @@ class StoreFile:
             message = f"cannot {'write' if writing else 'read'} the results store ({text})"
             return OSError(errno.EIO, f"{message}; {_SAFE}" if writing else message, self.path)
         return ValueError(f"store: {self.path!r} is damaged ({text})")
+
+    def parsed(self, parse: Callable[[str], T], text: str) -> T:
+        """What a text of the file means; ValueError if it is damaged."""
+        try:
+            return parse(text)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"store: {self.path!r} is damaged ({error})") from error
 
     def close(self) -> None:
         """Closes the file; closing again does nothing."""

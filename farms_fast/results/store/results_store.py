@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import platform
 import sqlite3
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,8 @@ import torch
 
 from farms_fast.core.arguments import check_type, path_of
 from farms_fast.core.extension import __version__
-from farms_fast.core.jsonable import plain
-from farms_fast.results.record import CSV_COLUMNS, LayerRecord
+from farms_fast.results.record import LayerRecord
+from farms_fast.results.settings import AnalysisSettings
 from farms_fast.results.store.file import StoreFile
 from farms_fast.results.store.rows import (
     LAYER_COLUMNS,
@@ -26,18 +26,17 @@ from farms_fast.results.store.rows import (
     StoredWindowEvals,
     pack,
     sql_text,
-    text_of,
     unpack,
 )
 from farms_fast.weights.layers import Skipped
 
 __all__ = ["ResultsStore", "RunInfo", "StoredRun"]
 
-_RECORD = ", ".join(f'"{name}"' for name in ("id", *CSV_COLUMNS, "window_alphas"))
+COLUMNS = ", ".join(f'"{name}"' for name in LAYER_COLUMNS)
+_RECORD = f"id, {COLUMNS}"
 _INSERT = (
-    "INSERT INTO layers (run, position, "
-    + ", ".join(f'"{name}"' for name in LAYER_COLUMNS)
-    + f") VALUES ({', '.join('?' * (2 + len(LAYER_COLUMNS)))})"
+    f"INSERT INTO layers (run, position, {COLUMNS}) "
+    f"VALUES ({', '.join('?' * (2 + len(LAYER_COLUMNS)))})"
 )
 
 
@@ -58,7 +57,7 @@ class RunInfo:
     id: int
     started: str
     finished: str | None
-    settings: dict[str, object]
+    settings: AnalysisSettings
     versions: dict[str, str]
     layers: int
     total: int | None
@@ -71,8 +70,8 @@ class ResultsStore:
     Processes may write to one store at once; they wait for each other, at most `timeout` seconds.
     The threads of one process may share this object; a forked process opens its own.
 
-    The tables are `runs`, `layers` (a column for each scalar of a record, NaN as NULL),
-    `spectra` (packed by `farms_fast.results.store.codec.encode`) and `skipped`.
+    The tables are `runs`, `layers` (a column for each scalar of a record, NaN as NULL) and
+    `spectra` (a CRC-32 and the eigenvalues, little-endian float64).
 
     Args:
         path: the file.
@@ -88,10 +87,11 @@ class ResultsStore:
 
     Example:
         >>> import tempfile
+        >>> settings = AnalysisSettings("model.safetensors")
         >>> record = LayerRecord("fc", "linear", (1, 4, 4), "ok", alpha=2.5)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     with ResultsStore(folder + "/run.sqlite") as store:
-        ...         run = store.run({"xmin": "median"})
+        ...         run = store.run(settings)
         ...         if run.finished("fc", "digest of its weights") is None:
         ...             run.put(0, record, "digest of its weights")
         ...         run.complete(["fc"])
@@ -108,12 +108,7 @@ class ResultsStore:
     def __enter__(self) -> ResultsStore:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -121,60 +116,54 @@ class ResultsStore:
         self._file.close()
 
     def run(
-        self,
-        settings: Mapping[str, object],
-        *,
-        deciding: Collection[str] | None = None,
-        total: int | None = None,
-        force: bool = False,
+        self, settings: AnalysisSettings, *, total: int | None = None, force: bool = False
     ) -> StoredRun:
-        """Continues the newest run with these settings, or starts one.
+        """Continues the newest run with the same `settings.run_key`, or starts one.
 
         Args:
-            settings: how the layers are computed, in values that JSON has a form for. A run that
-                is continued keeps the settings that it was started with.
-            deciding: the names of the settings that decide the numbers, and so which run it is;
-                None is all of them.
+            settings: how the layers are computed. A run that is continued keeps the settings that
+                it was started with.
             total: layers that the model has, for `runs`.
             force: start a new run in any case. The older ones stay in the file, and without
                 `force` the new one is continued from then on.
 
         Raises:
             OSError: if the file cannot be written.
-            ValueError: if a name of `deciding` is none of the settings.
+            ValueError: if the settings' sampling does not say which windows it takes.
         """
-        check_type("settings", settings, Mapping, "a mapping of names to values")
-        names = settings.keys() if deciding is None else set(deciding)
-        if unknown := sorted(names - settings.keys()):
-            raise ValueError(
-                f"deciding: expected names of settings ({', '.join(sorted(settings))}), "
-                f"got {', '.join(unknown)}"
-            )
-        key = json.dumps(plain({name: settings[name] for name in names}), sort_keys=True)
+        check_type("settings", settings, AnalysisSettings, "AnalysisSettings")
+        key = settings.run_key
         with self._file.writing() as connection:
-            found = None if force else newest_run(connection, key)
-            if found is None:
-                values = (key, json.dumps(plain(settings)), json.dumps(_versions()), _now(), total)
-                found = insert_run(connection, values)
+            number = None if force else newest_run(connection, key)
+            if number is None:
+                values = (key, settings.to_json(), json.dumps(_versions()), _now(), total)
+                number = insert_run(connection, values)
             elif total is not None:
-                connection.execute("UPDATE runs SET total = ? WHERE id = ?", (total, found))
-        return StoredRun(self._file, found)
+                connection.execute("UPDATE runs SET total = ? WHERE id = ?", (total, number))
+        return StoredRun(self._file, number)
 
     def runs(self) -> list[RunInfo]:
         """The runs in the order in which they were started."""
         with self._file.reading() as connection:
             rows = connection.execute(
-                "SELECT id, started, finished, settings, versions, total, (SELECT count(*) FROM "
-                "layers WHERE run = runs.id AND position IS NOT NULL) FROM runs ORDER BY id"
+                "SELECT id, started, finished, settings, versions, (SELECT count(*) FROM layers "
+                "WHERE run = runs.id AND position IS NOT NULL), total FROM runs ORDER BY id"
             ).fetchall()
         return [
-            RunInfo(number, started, finished, self._json(settings), self._json(versions), n, total)
-            for number, started, finished, settings, versions, total, n in rows
+            RunInfo(
+                number,
+                started,
+                finished,
+                self._file.parsed(AnalysisSettings.from_json, settings),
+                self._file.parsed(json.loads, versions),
+                *counts,
+            )
+            for number, started, finished, settings, versions, *counts in rows
         ]
 
     def read(
         self, run: int | None = None
-    ) -> tuple[list[LayerRecord], list[Skipped], dict[str, object]]:
+    ) -> tuple[list[LayerRecord], list[Skipped], AnalysisSettings]:
         """The layers of a run in the model's order, its skipped tensors and its settings.
 
         A run that is not finished gives the layers that are there. Spectra are read from the file
@@ -188,7 +177,8 @@ class ResultsStore:
             ValueError: if there is no such run, or the file is damaged.
         """
         with self._file.reading() as connection:
-            known = dict(connection.execute("SELECT id, settings FROM runs ORDER BY id"))
+            runs = connection.execute("SELECT id, settings, skipped FROM runs ORDER BY id")
+            known = {number: values for number, *values in runs}
             if not known:
                 raise ValueError(f"store: {self.path!r} holds no run")
             number = max(known) if run is None else run
@@ -201,23 +191,12 @@ class ResultsStore:
                 "ORDER BY position, id",
                 (number,),
             ).fetchall()
-            skipped = connection.execute(
-                "SELECT name, shape, reason FROM skipped WHERE run = ? ORDER BY position", (number,)
-            ).fetchall()
+        settings, skipped = known[number]
         return (
             [read_record(self._file, row) for row in layers],
-            [
-                Skipped(text_of(name), tuple(self._json(shape)), text_of(reason))
-                for name, shape, reason in skipped
-            ],
-            self._json(known[number]),
+            self._file.parsed(read_skipped, skipped),
+            self._file.parsed(AnalysisSettings.from_json, settings),
         )
-
-    def _json(self, text: str) -> Any:
-        try:
-            return json.loads(text)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"store: {self.path!r} is damaged ({error})") from error
 
 
 class StoredRun:
@@ -281,6 +260,8 @@ class StoredRun:
         """
         # Packing takes the longest, so it is done before others are kept from writing.
         rows = [(index, pack(record, digest)) for index, record, digest in layers]
+        if not rows:
+            return
         with self._file.writing() as connection:
             for index, row in rows:
                 write_layer(connection, self.id, index, row)
@@ -291,13 +272,8 @@ class StoredRun:
         Raises:
             OSError: if they cannot be written.
         """
-        rows = [
-            (self.id, i, sql_text(s.name), json.dumps(s.shape), sql_text(s.reason))
-            for i, s in enumerate(skipped)
-        ]
         with self._file.writing() as connection:
-            connection.execute("DELETE FROM skipped WHERE run = ?", (self.id,))
-            connection.executemany("INSERT INTO skipped VALUES (?, ?, ?, ?, ?)", rows)
+            write_skipped(connection, self.id, skipped)
 
     def complete(self, names: Sequence[str]) -> None:
         """Marks the run as finished, with these layers in this order.
@@ -332,8 +308,8 @@ class StoredRun:
 
 def newest_run(connection: sqlite3.Connection, key: str) -> int | None:
     """The number of the newest run with that key."""
-    (found,) = connection.execute("SELECT max(id) FROM runs WHERE key = ?", (key,)).fetchone()
-    return None if found is None else int(found)
+    (number,) = connection.execute("SELECT max(id) FROM runs WHERE key = ?", (key,)).fetchone()
+    return None if number is None else int(number)
 
 
 def insert_run(connection: sqlite3.Connection, values: Sequence[object]) -> int:
@@ -343,6 +319,17 @@ def insert_run(connection: sqlite3.Connection, values: Sequence[object]) -> int:
     )
     assert cursor.lastrowid is not None
     return cursor.lastrowid
+
+
+def write_skipped(connection: sqlite3.Connection, run: int, skipped: Sequence[Skipped]) -> None:
+    """Puts tensors that are not layers into a run, in place of those that are there."""
+    text = json.dumps([dataclasses.astuple(tensor) for tensor in skipped])
+    connection.execute("UPDATE runs SET skipped = ? WHERE id = ?", (text, run))
+
+
+def read_skipped(text: str) -> list[Skipped]:
+    """What `write_skipped` was given, from the column of a run."""
+    return [Skipped(name, tuple(shape), reason) for name, shape, reason in json.loads(text)]
 
 
 def write_layer(
@@ -373,7 +360,7 @@ def write_layer(
 
 def read_record(file: StoreFile, row: Sequence[Any]) -> LayerRecord:
     """The record of a row of the table of layers, its spectrum to be read when asked for."""
-    number, *values = row
+    number, _, *values = row
     record = unpack(values, file.path)
     record.defer_window_evals(StoredWindowEvals(file.path, file.timeout, number, record.name))
     return record

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
-import sqlite3
+import zlib
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,16 +19,16 @@ from farms_fast.results.record import (
     TEXT_FIELDS,
     LayerRecord,
 )
-from farms_fast.results.store.codec import decode, encode
 from farms_fast.results.store.file import StoreFile
 
 __all__ = [
     "LAYER_COLUMNS",
     "LayerRow",
     "StoredWindowEvals",
+    "decode",
+    "encode",
     "pack",
     "sql_text",
-    "text_of",
     "unpack",
 ]
 
@@ -36,6 +36,7 @@ Array = npt.NDArray[np.float64]
 
 # A value of SQLite is below 1 GB, and one part at a time is what reading and writing hold.
 _PART_BYTES = 16 * 2**20
+_CRC_BYTES = 4
 
 LAYER_COLUMNS = ("digest", *CSV_COLUMNS, "window_alphas")
 """The columns of a layer that are the same in every store: all but id, run and position."""
@@ -47,11 +48,33 @@ class LayerRow:
 
     Attributes:
         values: one value per name of LAYER_COLUMNS.
-        parts: per part of the spectrum its windows, their order k and the packed eigenvalues.
+        parts: per part of the spectrum its windows, their order k and the encoded eigenvalues.
     """
 
     values: tuple[object, ...]
     parts: Sequence[tuple[int, int, bytes]]
+
+
+def encode(values: Array) -> bytes:
+    """CRC-32 and the bits of the numbers, little-endian; the shape is not kept."""
+    bits = np.ascontiguousarray(values, dtype="<f8").tobytes()
+    return zlib.crc32(bits).to_bytes(_CRC_BYTES, "little") + bits
+
+
+def decode(packed: bytes) -> Array:
+    """The numbers that `encode` was given, float64 (n,), to the bit.
+
+    Raises:
+        ValueError: the bytes are damaged.
+
+    Example:
+        >>> decode(encode(np.array([[1.5, 2.0]]))).tolist()
+        [1.5, 2.0]
+    """
+    crc, bits = packed[:_CRC_BYTES], memoryview(packed)[_CRC_BYTES:]
+    if zlib.crc32(bits).to_bytes(_CRC_BYTES, "little") != crc:
+        raise ValueError("the checksum does not match")
+    return np.frombuffer(bits, dtype="<f8").astype(np.float64)
 
 
 def sql_text(text: str) -> str | bytes:
@@ -61,11 +84,6 @@ def sql_text(text: str) -> str | bytes:
     except UnicodeEncodeError:
         return text.encode("utf-8", "surrogatepass")
     return text
-
-
-def text_of(value: str | bytes) -> str:
-    """What `sql_text` was given."""
-    return value.decode("utf-8", "surrogatepass") if isinstance(value, bytes) else value
 
 
 def pack(record: LayerRecord, digest: str) -> LayerRow:
@@ -129,36 +147,31 @@ class StoredWindowEvals:
             OSError: if the store cannot be read.
             ValueError: if the layer has been computed again since, or its bytes are damaged.
         """
-        file = StoreFile(self.path, self.timeout, create=False)
-        try:
-            with file.reading() as connection:
-                (there,) = connection.execute(
-                    "SELECT count(*) FROM layers WHERE id = ?", (self.layer,)
-                ).fetchone()
-                if not there:
-                    raise ValueError(
-                        f"store: {self.path!r} no longer has this spectrum of layer "
-                        f"{self.name!r}, which has been computed again since"
-                    )
-                parts = [self._part(*part) for part in self._parts(connection)]
-        finally:
-            file.close()
-        if not parts:
-            return np.empty((0, 0), dtype=np.float64)
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        with (
+            closing(StoreFile(self.path, self.timeout, create=False)) as file,
+            file.reading() as connection,
+        ):
+            there = connection.execute("SELECT 1 FROM layers WHERE id = ?", (self.layer,))
+            if there.fetchone() is None:
+                raise ValueError(
+                    f"store: {self.path!r} no longer has this spectrum of layer {self.name!r}, "
+                    "which has been computed again since"
+                )
+            parts = connection.execute(
+                "SELECT windows, k, evals FROM spectra WHERE layer = ? ORDER BY part",
+                (self.layer,),
+            )
+            arrays = [self._array(*part) for part in parts]
+        if len(arrays) == 1:
+            return arrays[0]
+        return np.concatenate(arrays) if arrays else np.empty((0, 0), dtype=np.float64)
 
-    def _parts(self, connection: sqlite3.Connection) -> sqlite3.Cursor:
-        return connection.execute(
-            "SELECT windows, k, evals FROM spectra WHERE layer = ? ORDER BY part", (self.layer,)
-        )
-
-    def _part(self, windows: int, k: int, packed: bytes) -> Array:
+    def _array(self, windows: int, k: int, packed: bytes) -> Array:
         try:
             return decode(packed).reshape(windows, k)
         except (TypeError, ValueError) as error:
             raise ValueError(
-                f"store: {os.fspath(self.path)!r} has a damaged spectrum of layer "
-                f"{self.name!r} ({error})"
+                f"store: {self.path!r} has a damaged spectrum of layer {self.name!r} ({error})"
             ) from error
 
 
@@ -175,7 +188,7 @@ def _field(name: str, columns: dict[str, Any]) -> Any:
         return (int(columns["stack"]), int(columns["rows"]), int(columns["cols"]))
     value = columns[name]
     if name in TEXT_FIELDS:
-        return text_of(value)
+        return value.decode("utf-8", "surrogatepass") if isinstance(value, bytes) else value
     if name in INT_FIELDS:
         return int(value)
     if value is None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from farms_fast.weights.recipes import Recipe
 
 __all__ = ["ComplexPairs", "FactorisedTensor", "RealAndImaginary", "TensorTrainCore"]
 
 
-def _not_half(weight: torch.Tensor) -> torch.Tensor:
+def _not_half(weight: Tensor) -> Tensor:
     """16-bit numbers as float32: torch has no complex type for them."""
     return weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight
 
@@ -20,7 +21,7 @@ def _not_half(weight: torch.Tensor) -> torch.Tensor:
 class RealAndImaginary(Recipe, name="real-and-imaginary/1"):
     """`(2, S, R, C)` with real parts first to S complex matrices (always a copy)."""
 
-    def __call__(self, weight: torch.Tensor) -> torch.Tensor:
+    def __call__(self, weight: Tensor) -> Tensor:
         """`(S, R, C)`, complex."""
         return torch.complex(*_not_half(weight))
 
@@ -29,18 +30,12 @@ class RealAndImaginary(Recipe, name="real-and-imaginary/1"):
 class ComplexPairs(Recipe, name="complex-pairs/1"):
     """`(..., 2)` of real and imaginary parts to a complex tensor: a view where that is possible.
 
-    Attributes:
-        joint: as in `FactorisedTensor`.
-
-    Example:
-        >>> import torch
-        >>> ComplexPairs()(torch.tensor([[3.0, 4.0]]))
-        tensor([3.+4.j])
+    `joint` is as in `FactorisedTensor`.
     """
 
     joint: bool = False
 
-    def __call__(self, weight: torch.Tensor) -> torch.Tensor:
+    def __call__(self, weight: Tensor) -> Tensor:
         """The complex tensor, of one dimension less."""
         tensor = torch.view_as_complex(_not_half(weight).contiguous())
         return tensor.movedim(0, 2) if self.joint else tensor
@@ -62,12 +57,6 @@ class FactorisedTensor(Recipe, name="factorised-tensor/1"):
         pairs: whether each part is stored as pairs of real and imaginary parts.
         joint: whether the first dimension counts layers, each with a weight of its own; it then
             becomes a mode: `(layers, in, out, *modes)` to `(in, out, layers, *modes)`.
-
-    Example:
-        >>> import torch
-        >>> cp = FactorisedTensor("cp", ((1,), (3, 1), (4, 1)))
-        >>> cp(torch.tensor([2.0]), torch.ones(3, 1), torch.ones(4, 1)).shape, cp.shape
-        (torch.Size([3, 4]), (3, 4))
     """
 
     kind: str
@@ -84,7 +73,15 @@ class FactorisedTensor(Recipe, name="factorised-tensor/1"):
             sizes = tuple(factor[0] for factor in self.shapes[1:])
         return (*sizes[1:3], sizes[0], *sizes[3:]) if self.joint else sizes
 
-    def __call__(self, *tensors: torch.Tensor) -> torch.Tensor:
+    def factor_matrix(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], Recipe | None]:
+        """Shape of the matrix that a part of this shape is, and its recipe if it needs one."""
+        if self.kind != "tt":
+            return shape, ComplexPairs() if self.pairs else None
+        left, size, right = shape
+        matrix = (left * size, right) if right > 1 else (left, size)
+        return matrix, TensorTrainCore(self.pairs)
+
+    def __call__(self, *tensors: Tensor) -> Tensor:
         """The tensor, of as many dimensions as there are factors."""
         if self.pairs:
             tensors = tuple(ComplexPairs()(tensor) for tensor in tensors)
@@ -112,17 +109,11 @@ class TensorTrainCore(Recipe, name="tensor-train-core/1"):
     """A core of a tensor train `(left, size, right)` to `(left · size, right)`.
 
     The last core, whose right rank is 1, becomes `(left, size)`.
-
-    Example:
-        >>> import torch
-        >>> core = TensorTrainCore()
-        >>> core(torch.zeros(2, 5, 3)).shape, core(torch.zeros(3, 5, 1)).shape
-        (torch.Size([10, 3]), torch.Size([3, 5]))
     """
 
     pairs: bool = False
 
-    def __call__(self, core: torch.Tensor) -> torch.Tensor:
+    def __call__(self, core: Tensor) -> Tensor:
         """The matrix."""
         core = ComplexPairs()(core) if self.pairs else core
         return core.squeeze(2) if core.shape[2] == 1 else core.flatten(0, 1)

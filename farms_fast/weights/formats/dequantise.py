@@ -11,18 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from farms_fast.weights.recipes import Recipe
 
-__all__ = [
-    "BitsAndBytesInt8",
-    "GroupQuantised",
-    "Mxfp4",
-    "Packed",
-    "ScaleLayout",
-    "Scaled",
-    "scale_layout",
-]
+__all__ = ["BitsAndBytesInt8", "GroupQuantised", "Mxfp4", "Packed", "Scaled", "scale_layout"]
 
 # DeepSeek's blocks, when no config says otherwise.
 _USUAL_BLOCK = 128
@@ -39,7 +32,7 @@ class ScaleLayout:
     view: tuple[int, ...]
     blocks: tuple[int, ...]
 
-    def spread(self, scale: torch.Tensor, shape: Sequence[int], *, last_only: bool) -> torch.Tensor:
+    def spread(self, scale: Tensor, shape: Sequence[int], *, last_only: bool) -> Tensor:
         """float32, repeated along the last or along every blocked dimension."""
         spread = scale.to(torch.float32).reshape(self.view)
         for dim in range(len(shape) - 1 if last_only else 0, len(shape)):
@@ -55,11 +48,8 @@ class Scaled(Recipe, name="scaled/1"):
     layout: ScaleLayout | None = None
 
     def __call__(
-        self,
-        weight: torch.Tensor,
-        scale: torch.Tensor | None = None,
-        zero_point: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        self, weight: Tensor, scale: Tensor | None = None, zero_point: Tensor | None = None
+    ) -> Tensor:
         """float32, of the weight's shape."""
         values = weight.to(torch.float32)
         if self.layout is None or scale is None:
@@ -111,9 +101,7 @@ def scale_layout(
 class BitsAndBytesInt8(Recipe, name="bitsandbytes-int8/1"):
     """`weight * SCB / 127` by row (LLM.int8, arXiv 2208.07339)."""
 
-    def __call__(
-        self, weight: torch.Tensor, scb: torch.Tensor, weight_format: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def __call__(self, weight: Tensor, scb: Tensor, weight_format: Tensor | None = None) -> Tensor:
         """float32, of the weight's shape; ValueError when its rows are not in order."""
         if weight_format is not None and int(weight_format) != 0:
             raise ValueError(
@@ -123,7 +111,7 @@ class BitsAndBytesInt8(Recipe, name="bitsandbytes-int8/1"):
         return weight.to(torch.float32).mul_((scb.to(torch.float32) / 127).reshape(-1, 1))
 
 
-def _unpacked(words: torch.Tensor, bits: int, dim: int, order: Sequence[int]) -> torch.Tensor:
+def _unpacked(words: Tensor, bits: int, dim: int, order: Sequence[int]) -> Tensor:
     """uint8 numbers along `dim`: bits `bits * i` onwards of each word are its `order[i]`-th."""
     numbers = words.new_empty((*words.shape, 32 // bits), dtype=torch.uint8)
     for low, position in enumerate(order):
@@ -145,19 +133,15 @@ class GroupQuantised(Recipe, name="group-quantised/1"):
     zero_offset: int = 0
 
     def __call__(
-        self,
-        qweight: torch.Tensor,
-        qzeros: torch.Tensor,
-        scales: torch.Tensor,
-        g_idx: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        self, qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None = None
+    ) -> Tensor:
         """float32 `(out, in)`; ValueError when `g_idx` names a group that is not there."""
         if g_idx is not None and g_idx.numel():
-            least, most = (int(group) for group in g_idx.aminmax())
-            if least < 0 or most >= len(scales):
+            first, last = (int(group) for group in g_idx.aminmax())
+            if first < 0 or last >= len(scales):
                 raise ValueError(
                     f"GPTQ: expected g_idx within the {len(scales)} groups of scales, got "
-                    f"{least} to {most}"
+                    f"{first} to {last}"
                 )
         order = _AWQ_ORDER if self.awq else range(32 // self.bits)
         numbers = _unpacked(qweight, self.bits, 1 if self.awq else 0, order)  # (in, out)
@@ -182,9 +166,7 @@ class Packed(Recipe, name="packed/1"):
     bits: int
     layout: ScaleLayout
 
-    def __call__(
-        self, packed: torch.Tensor, scale: torch.Tensor, shape: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def __call__(self, packed: Tensor, scale: Tensor, shape: Tensor | None = None) -> Tensor:
         """float32 `(out, in)`; ValueError when `shape` holds another."""
         numbers = _unpacked(packed, self.bits, 1, range(32 // self.bits))
         if shape is not None and tuple(shape.tolist()) != tuple(numbers.shape):
@@ -200,7 +182,7 @@ class Packed(Recipe, name="packed/1"):
 class Mxfp4(Recipe, name="mxfp4/1"):
     """Microscaling e2m1 numbers, 32 to a power of two (OCP MX specification 1.0)."""
 
-    def __call__(self, blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    def __call__(self, blocks: Tensor, scales: Tensor) -> Tensor:
         """float32, the last dimension that of all blocks together."""
         table = torch.tensor(
             [*_E2M1, *(-value for value in _E2M1)], dtype=torch.float32, device=blocks.device

@@ -1,9 +1,9 @@
 """Low-rank adaptation (LoRA, arXiv 2106.09685): weights together with their updates.
 
 The effective weight is `W + scaling * B @ A`, with `scaling = alpha / r` or, rank-stabilised
-(arXiv 2312.03732), `alpha / sqrt(r)`. DoRA (arXiv 2402.09353) scales each of its rows to the
-length that it has trained. An `Adapter` is read from a checkpoint as PEFT writes it;
-`farms_fast.weights.formats.lora_modules` finds them in modules.
+(arXiv 2312.03732), `alpha / sqrt(r)`. DoRA (arXiv 2402.09353) scales each row to a trained length.
+`Adapter` reads checkpoints of PEFT; `farms_fast.weights.formats.lora_modules` finds LoRA layers in
+modules.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from farms_fast.weights.recipes import Recipe
 from farms_fast.weights.stacks import TensorHeader, ToTensor, WeightCandidate
@@ -60,7 +61,7 @@ class ApplyLoraUpdates(Recipe, name="lora/1"):
     base_tensors: int
     updates: tuple[LoraUpdate, ...]
 
-    def __call__(self, *tensors: torch.Tensor) -> torch.Tensor:
+    def __call__(self, *tensors: Tensor) -> Tensor:
         """A new tensor of the weight's shape, in float32 at least."""
         base, rest = tensors[: self.base_tensors], list(tensors[self.base_tensors :])
         weight = base[0] if self.base is None else self.base(*base)
@@ -72,7 +73,7 @@ class ApplyLoraUpdates(Recipe, name="lora/1"):
         transposed = self.updates[0].transposed
         before = _as_matrix(weight, transposed)
         after = _as_matrix(result, transposed)  # a view: `result` is contiguous
-        factors: list[tuple[LoraUpdate, torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
+        factors: list[tuple[LoraUpdate, Tensor, Tensor, Tensor | None]] = []
         for update in self.updates:
             a, b = (rest.pop(0).to(weight.device, torch.float64).flatten(1) for _ in "AB")
             length = rest.pop(0).to(weight.device, torch.float64) if update.dora else None
@@ -89,7 +90,7 @@ class ApplyLoraUpdates(Recipe, name="lora/1"):
         return result
 
 
-def _as_matrix(weight: torch.Tensor, transposed: bool) -> torch.Tensor:
+def _as_matrix(weight: Tensor, transposed: bool) -> Tensor:
     return weight.mT if transposed else weight.flatten(1)
 
 
@@ -138,7 +139,7 @@ class Adapter:
         prefix: put before the adapter's names in `LayerSpec.tensors`, to tell them from the base's.
 
     Raises:
-        ValueError: it is no LoRA adapter, or one that needs more than its tensors and its base.
+        ValueError: it is not of LoRA, or needs more than its tensors and its base.
     """
 
     def __init__(
@@ -182,7 +183,7 @@ class Adapter:
     def __call__(self, weights: Sequence[WeightCandidate]) -> list[WeightCandidate]:
         """The weights of the base with the adapter's changes, in their order.
 
-        A target that the base does not have, or that does not fit, is in the result with a reason.
+        A target that the base lacks, or that does not fit, is in the result with a reason.
 
         Raises:
             ValueError: none of the targets is a weight of the base, or a rank is not the config's.
@@ -220,7 +221,7 @@ class Adapter:
         return result + appended
 
     def _unless_parameter(self, weight: WeightCandidate) -> WeightCandidate:
-        """The weight, unless the adapter changes it as a parameter and not as a layer's weight."""
+        """The weight, with a reason if the adapter changes it as a bare parameter."""
         names = self._config.get("target_parameters")
         names = names if isinstance(names, (list, tuple)) else ()
         if any(f".{weight.header.name}".endswith(f".{name}") for name in names):

@@ -1,7 +1,7 @@
 """LoRA layers in modules as PEFT wraps them, recognised by their structure.
 
-Such a layer has the wrapped module as `base_layer` and its factors by adapter in `lora_A` and
-`lora_B`; a module that is trained as a whole has its copies in `modules_to_save`.
+A LoRA layer has the wrapped module as `base_layer` and its factors by adapter in `lora_A` and
+`lora_B`. A module that is retrained as such has its copies in `modules_to_save`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from farms_fast.weights.formats.lora import (
     UPDATED_PARAMETER,
@@ -27,7 +26,7 @@ __all__ = ["Wrapper", "module_wrappers", "visible_name"]
 
 @dataclass(frozen=True)
 class Wrapper:
-    """A module that stands for another one.
+    """A module of PEFT around another one.
 
     Attributes:
         path: its name.
@@ -79,9 +78,9 @@ class Wrapper:
         return with_updates(base, updates, names) if updates else WeightCandidate(base)
 
 
-def _parameter(owner: nn.Module, name: str) -> torch.Tensor:
+def _parameter(owner: nn.Module, name: str) -> Tensor:
     path, _, leaf = name.rpartition(".")
-    parameter: torch.Tensor = getattr(owner.get_submodule(path), leaf)
+    parameter: Tensor = getattr(owner.get_submodule(path), leaf)
     return parameter
 
 

@@ -16,6 +16,7 @@ __all__ = ["afno_layout", "is_afno_bias", "says_afno"]
 
 _AFNO = re.compile(r"afno|adaptive_?fourier", re.IGNORECASE)
 _OTHER = {"w1": "w2", "w2": "w1"}
+_REAL_LAYOUTS = ("leading", "trailing")
 Shape = tuple[int, ...]
 
 
@@ -29,19 +30,8 @@ def afno_layout(header: TensorHeader, by_name: Mapping[str, TensorHeader], says_
 
     `"leading"` is `(2, blocks, in, out)`, real parts first; `"trailing"` is
     `(blocks, in, out, 2)`; `"complex"` is `(blocks, in, out)` of complex numbers. The bias
-    beside a weight tells, and where there is none of a telling shape, the module's class.
-
-    Args:
-        header: of the tensor.
-        by_name: all headers of the model.
-        says_so: whether the class of the module, or the tensor's name, speaks of an AFNO.
-
-    Example:
-        >>> import torch
-        >>> headers = [TensorHeader("w1", (4, 8, 16, 2), torch.float32),
-        ...            TensorHeader("b1", (4, 16, 2), torch.float32)]
-        >>> afno_layout(headers[0], {header.name: header for header in headers}, says_so=False)
-        'trailing'
+    beside a weight tells. Where there is none of a telling shape, `says_so` counts: the class of
+    the module, or the tensor's name, speaks of an AFNO.
     """
     parent, dot, leaf = header.name.rpartition(".")
     shape = tuple(header.shape)
@@ -50,14 +40,13 @@ def afno_layout(header: TensorHeader, by_name: Mapping[str, TensorHeader], says_
     bias_header = by_name.get(f"{parent}{dot}{leaf.replace('w', 'b')}")
     bias = None if bias_header is None else tuple(bias_header.shape)
     if header.dtype.is_complex:
-        told = len(shape) == 3 and bias == (shape[0], shape[2])
-        return "complex" if len(shape) == 3 and (told or says_so) else ""
+        fits = len(shape) == 3 and (says_so or bias == (shape[0], shape[2]))
+        return "complex" if fits else ""
     if len(shape) != 4:
         return ""
-    fitting = [layout for layout in ("leading", "trailing") if _bias_fits(layout, shape, bias)]
+    fitting = [layout for layout in _REAL_LAYOUTS if _bias_fits(layout, shape, bias)]
     if not fitting and says_so:
-        sides = (("leading", 0), ("trailing", -1))
-        fitting = [layout for layout, side in sides if shape[side] == 2]
+        fitting = [layout for layout in _REAL_LAYOUTS if _parts_first(layout, shape)[0] == 2]
     if len(fitting) > 1:
         # Of two readings that is the one in which the two weights make a network.
         other = by_name.get(f"{parent}{dot}{_OTHER[leaf]}")
@@ -67,20 +56,25 @@ def afno_layout(header: TensorHeader, by_name: Mapping[str, TensorHeader], says_
     return fitting[0] if fitting else ""
 
 
+def _parts_first(layout: str, shape: Shape) -> Shape:
+    """(parts, blocks, in, out) whatever the layout."""
+    return shape if layout == "leading" else (shape[-1], *shape[:-1])
+
+
 def _bias_fits(layout: str, shape: Shape, bias: Shape | None) -> bool:
+    parts, blocks, inputs, outputs = _parts_first(layout, shape)
     if layout == "leading":
-        return shape[0] == 2 and bias == (2, shape[1], shape[3])
-    blocks, inputs, outputs, parts = shape
+        return parts == 2 and bias == (2, blocks, outputs)
     flat = [(1, blocks * size, 1, 1) for size in (inputs, outputs)]  # real, one for each channel
     return parts == 2 and bias in ((blocks, outputs, 2), (blocks, outputs, 1, 1, 2), *flat)
 
 
 def _chained(layout: str, first: Shape, second: Shape) -> bool:
+    """Whether the outputs of the first weight are the inputs of the second."""
     if len(second) != len(first):
         return False
-    if layout == "leading":
-        return first[:2] == second[:2] and first[3] == second[2]
-    return first[0] == second[0] and first[-1] == second[-1] and first[2] == second[1]
+    first, second = _parts_first(layout, first), _parts_first(layout, second)
+    return first[:2] == second[:2] and first[3] == second[2]
 
 
 def is_afno_bias(header: TensorHeader, by_name: Mapping[str, TensorHeader], says_so: bool) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 
 from farms_fast.weights.model_config import ModelConfig
@@ -69,42 +68,24 @@ class HeaderIndex:
         )
 
 
-@dataclass(frozen=True)
 class Weight:
     """A tensor that the rules make layers of.
 
     Attributes:
         header: of the tensor.
         index: of its model.
+        name: of the layer.
+        leaf: the tensor's name within its module, `weight` of most.
+        shape: of the tensor.
+        rank: the number of its dimensions.
+        bias: the bias beside a tensor called `weight`.
     """
 
-    header: TensorHeader
-    index: HeaderIndex
-
-    @cached_property
-    def name(self) -> str:
-        """Name of the layer."""
-        return self.index.layer_name(self.header.name)
-
-    @property
-    def leaf(self) -> str:
-        """The tensor's name within its module, `weight` of most."""
-        return leaf_name(self.header.name)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the tensor."""
-        return self.header.shape
-
-    @property
-    def rank(self) -> int:
-        """The number of its dimensions."""
-        return len(self.header.shape)
-
-    @property
-    def bias(self) -> TensorHeader | None:
-        """The bias beside a tensor called `weight`."""
-        return self.index.same_module(self.header.name, "bias") if self.leaf == "weight" else None
+    def __init__(self, header: TensorHeader, index: HeaderIndex) -> None:
+        self.header, self.index = header, index
+        self.shape, self.rank = header.shape, len(header.shape)
+        self.name, self.leaf = index.layer_name(header.name), leaf_name(header.name)
+        self.bias = index.same_module(header.name, "bias") if self.leaf == "weight" else None
 
     @property
     def bias_proves_transposed(self) -> bool:

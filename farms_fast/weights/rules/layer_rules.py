@@ -17,17 +17,7 @@ from farms_fast.weights.rules.header_index import Weight, leaf_name
 from farms_fast.weights.rules.operator_layers import spectral_layers
 from farms_fast.weights.stacks import Part
 
-__all__ = [
-    "RULES",
-    "Answer",
-    "convolution",
-    "embedding",
-    "expert_stack",
-    "is_stack",
-    "linear",
-    "stack",
-    "unusable",
-]
+__all__ = ["RULES", "Answer", "unusable"]
 
 Answer = list[Part] | str | None
 
@@ -105,7 +95,7 @@ def _is_gate_and_up(weight: Weight, rows: int) -> bool:
     return len(down.shape) == 2 and rows == 2 * down.shape[1]
 
 
-def convolution(weight: Weight, *, groups: int = 1, transposed: bool = False) -> list[Part]:
+def convolution(weight: Weight, groups: int = 1, transposed: bool = False) -> list[Part]:
     """A kernel as one out x in matrix for each group and kernel position.
 
     It is stored as `(out, in/groups, *kernel)`, or `(in, out/groups, *kernel)` when `transposed`.

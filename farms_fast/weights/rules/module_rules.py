@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from farms_fast.weights.rules.header_index import Weight
 from farms_fast.weights.rules.layer_rules import (
@@ -20,19 +21,13 @@ from farms_fast.weights.rules.layer_rules import (
 
 __all__ = ["layers_by_owner"]
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 # RMSNorm came to torch later than the rest; LayerNorm alone can have a weight of several dims.
 _NORMALISATIONS = tuple(getattr(nn, n) for n in ("LayerNorm", "RMSNorm") if hasattr(nn, n))
 
 # What is made of the tensor `weight` of modules of these types.
 _BY_TYPE: tuple[tuple[tuple[type, ...], Callable[[Weight, Any], Answer]], ...] = (
     ((nn.Linear,), lambda weight, _: linear(weight)),
-    (_CONVOLUTIONS, lambda weight, owner: convolution(weight, groups=owner.groups)),
-    (
-        _TRANSPOSED_CONVOLUTIONS,
-        lambda weight, owner: convolution(weight, groups=owner.groups, transposed=True),
-    ),
+    ((_ConvNd,), lambda weight, owner: convolution(weight, owner.groups, owner.transposed)),
     ((nn.Embedding, nn.EmbeddingBag), lambda weight, _: embedding(weight)),
     ((nn.Bilinear,), lambda weight, _: stack(weight, kind="bilinear")),
 )

@@ -11,17 +11,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from farms_fast.weights.formats.complex_weights import (
     ComplexPairs,
     FactorisedTensor,
     RealAndImaginary,
-    TensorTrainCore,
 )
 from farms_fast.weights.recipes import AsStored, TrailingPositions
 from farms_fast.weights.rules.afno_layers import afno_layout, is_afno_bias, says_afno
@@ -35,10 +35,6 @@ _FILTER = "complex_weight"  # of GFNet, (height, width, channels, 2)
 # How plain models call a complex weight that they store as pairs of real numbers.
 _PAIRS = re.compile(r"(^|\.)weights\d+$|spectral|fourier", re.IGNORECASE)
 _PAIRS_OWNER = re.compile(r"spectral|fourier|(?<!a)fno", re.IGNORECASE)
-_CONVOLUTIONS = (
-    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
-    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
-)
 _SEPARABLE = "one number for each channel and mode (a separable spectral convolution), no matrix"
 _GLOBAL_FILTER = "one number for each channel and mode (a global filter), no matrix"
 
@@ -57,17 +53,7 @@ def merge_complex_parts(
         notes: what the modules tell, from `module_notes`; None where there are no modules.
 
     Returns:
-        The weights in order; a merged one takes the place of the first of its parts.
-
-    Example:
-        >>> import torch
-        >>> headers = [TensorHeader("c.weight.weights", (3,), torch.complex64),
-        ...            TensorHeader("c.weight.factors.factor_0", (8, 3), torch.complex64),
-        ...            TensorHeader("c.weight.factors.factor_1", (6, 3), torch.complex64),
-        ...            TensorHeader("c.weight.factors.factor_2", (5, 3), torch.complex64)]
-        >>> (weight,) = merge_complex_parts([WeightCandidate(header) for header in headers])
-        >>> weight.header.name, weight.header.shape, weight.header.combine.kind
-        ('c.weight', (8, 6, 5), 'cp')
+        The weights in order; a merged one takes the position of the first of its parts.
     """
     by_name = {weight.header.name: weight.header for weight in weights if not weight.reason}
     groups = _groups(by_name)
@@ -185,15 +171,6 @@ def module_notes(module: nn.Module) -> dict[str, str]:
     `separable`: one number for each channel and mode; `joint`: one tensor for several layers;
     `tensorised`: a matrix whose dimensions are factorised; `pairs`: real and imaginary parts;
     `afno`: of an AFNO block; `global filter`: multiplied elementwise.
-
-    Example:
-        >>> import torch
-        >>> class SpectralConv(torch.nn.Module):
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         self.kernel = torch.nn.Parameter(torch.zeros(3, 4, 5, 2))
-        >>> module_notes(SpectralConv())
-        {'kernel': 'pairs'}
     """
     notes: dict[str, str] = {}
     for path, owner in module.named_modules(remove_duplicate=False):
@@ -202,7 +179,7 @@ def module_notes(module: nn.Module) -> dict[str, str]:
             notes[path] = "tensorised"
         elif type(owner).__name__.startswith("Complex") and hasattr(owner, "to_tensor"):
             notes.setdefault(path, "pairs")
-        elif not isinstance(owner, _CONVOLUTIONS):
+        elif not isinstance(owner, _ConvNd):
             kind = type(owner).__name__
             says_so = _PAIRS_OWNER.search(kind)
             for leaf, _ in owner.named_parameters(recurse=False):
@@ -220,20 +197,16 @@ def module_notes(module: nn.Module) -> dict[str, str]:
     return notes
 
 
-def _spectral_weights(owner: nn.Module, dot: str) -> list[tuple[str, int]]:
+def _spectral_weights(owner: nn.Module, dot: str) -> Iterator[tuple[str, int]]:
     """Weights of a spectral convolution, and their dimensions beyond `(in, out, *modes)`."""
     order = getattr(owner, "order", None)
     weight = owner._modules.get("weight", owner._parameters.get("weight"))
     if weight is None or not isinstance(order, int):
-        return []
+        return
     several = weight.named_children() if isinstance(weight, nn.ModuleList) else [("", weight)]
-    return [
-        (
-            f"{dot}weight.{number}" if number else f"{dot}weight",
-            len(getattr(each, "shape", ())) - 2 - order,
-        )
-        for number, each in several
-    ]
+    for number, each in several:
+        name = f"{dot}weight.{number}" if number else f"{dot}weight"
+        yield name, len(getattr(each, "shape", ())) - 2 - order
 
 
 def factor_matrices(weights: Sequence[WeightCandidate]) -> list[WeightCandidate]:
@@ -247,7 +220,6 @@ def factor_matrices(weights: Sequence[WeightCandidate]) -> list[WeightCandidate]
     For `change=` of `farms_fast.weights.layers.layers_from_module` and of sources.
 
     Example:
-        >>> import torch
         >>> names = ["c.weight.core", *(f"c.weight.factors.factor_{n}" for n in range(3))]
         >>> shapes = [(2, 2, 3), (8, 2), (6, 2), (5, 3)]
         >>> headers = [TensorHeader(*each, torch.complex64) for each in zip(names, shapes)]
@@ -261,26 +233,13 @@ def factor_matrices(weights: Sequence[WeightCandidate]) -> list[WeightCandidate]
         if weight.reason or not isinstance(combine, FactorisedTensor):
             results.append(weight)
             continue
-        known = isinstance(header.identity, tuple)
-        for number, part in enumerate(zip(header.tensors, combine.shapes, strict=True)):
-            identity = header.identity[number] if known else None  # type: ignore[index]
-            results.append(WeightCandidate(_factor(*part, identity, header.dtype, combine)))
+        for number, (name, stored) in enumerate(zip(header.tensors, combine.shapes, strict=True)):
+            known = header.identity
+            identity = known[number] if isinstance(known, tuple) else None
+            shape, recipe = combine.factor_matrix(stored)
+            factor = TensorHeader(name, shape, header.dtype, identity, (name,), recipe)
+            results.append(WeightCandidate(factor))
     return results
-
-
-def _factor(
-    name: str,
-    shape: tuple[int, ...],
-    identity: Hashable | None,
-    dtype: torch.dtype,
-    merged: FactorisedTensor,
-) -> TensorHeader:
-    if merged.kind == "tt":
-        left, size, right = shape
-        matrix = (left * size, right) if right > 1 else (left, size)
-        return TensorHeader(name, matrix, dtype, identity, (name,), TensorTrainCore(merged.pairs))
-    combine = ComplexPairs() if merged.pairs else None
-    return TensorHeader(name, shape, dtype, identity, (name,), combine)
 
 
 def spectral_layers(weight: Weight) -> list[Part] | str | None:

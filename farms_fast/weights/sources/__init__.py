@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from farms_fast.weights.sources.adapter import AdapterSource
-from farms_fast.weights.sources.base import HeaderSource, Patterns, Source
+from farms_fast.weights.sources.base import HeaderSource, Source
 from farms_fast.weights.sources.files import PICKLE_SUFFIXES, PickleSource, SafetensorsSource
 from farms_fast.weights.sources.folder import (
     adapter_config,
@@ -29,7 +29,6 @@ __all__ = [
     "AdapterSource",
     "MappingSource",
     "ModuleSource",
-    "Patterns",
     "PickleSource",
     "SafetensorsSource",
     "Source",
@@ -44,7 +43,7 @@ Model = nn.Module | Mapping[str, Any] | str | os.PathLike[str]
 def open_source(
     model: Model, *, base: Model | None = None
 ) -> HeaderSource | ModuleSource | AdapterSource:
-    """Open whatever holds weights.
+    """Opens whatever holds weights.
 
     Args:
         model: a module; a mapping of names to tensors or NumPy arrays; or a path. A path may be a
@@ -58,17 +57,17 @@ def open_source(
             path that exists.
 
     Returns:
-        A source. Pickles are read with `weights_only`: what is not plain tensors is refused. Of
-        an adapter, the layers are those of its base, with the weights that are in effect. The
-        update alone is of low rank, and so has no spectrum to fit; its factors are analysed as
-        they are when the path of its file is given.
+        A source. Pickles are read with `weights_only`, which refuses all but plain tensors. An
+        adapter has the layers of its base, with the weights that are in effect: an update alone
+        is of low rank and has no spectrum to fit. The path of the adapter's file gives its factors
+        as they are.
 
     Raises:
         FileNotFoundError: the path, or a file that an index names, does not exist.
         ValueError: the file or folder holds no readable weights, an index names a file outside its
             folder, a mapping holds no tensor, an adapter has no base, or `base` is given for what
             is no adapter.
-        TypeError: `model` is none of these, or an array in a mapping is not of numbers.
+        TypeError: `model` is none of these, or an array in a mapping has no numbers.
 
     Example:
         >>> import torch
@@ -90,13 +89,13 @@ def checkpoints_of(
     path: str | os.PathLike[str], base: str | os.PathLike[str] | None = None
 ) -> list[Path]:
     """The paths that `open_source` reads for these arguments: an adapter's config may name one."""
-    found = [Path(path).expanduser()]
+    model = Path(path).expanduser()
     if base is None:
-        config = adapter_config(found[0]) if found[0].is_dir() else None
+        config = adapter_config(model) if model.is_dir() else None
         named = None if config is None else named_base(config)
     else:
         named = Path(base).expanduser()
-    return found if named is None else [*found, named]
+    return [model] if named is None else [model, named]
 
 
 def _open_base(

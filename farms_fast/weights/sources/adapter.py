@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from farms_fast.weights.formats.lora import Adapter
 from farms_fast.weights.sources.base import HeaderSource
@@ -25,18 +25,12 @@ class AdapterSource:
         adapter: where the adapter's tensors are.
         config: the entries of its `adapter_config.json`.
 
-    Attributes:
-        base: as given.
-
     Raises:
-        ValueError: it is no LoRA adapter, or one that needs more than its tensors and its base.
+        ValueError: it is not of LoRA, or needs more than its tensors and its base.
     """
 
     def __init__(
-        self,
-        base: HeaderSource | ModuleSource,
-        adapter: HeaderSource,
-        config: Mapping[str, Any],
+        self, base: HeaderSource | ModuleSource, adapter: HeaderSource, config: Mapping[str, Any]
     ) -> None:
         self.description = f"{base.description} with {adapter.description}"
         self.base = base
@@ -46,15 +40,11 @@ class AdapterSource:
     def layers(
         self, include: Patterns = None, exclude: Patterns = None
     ) -> tuple[list[LayerSpec], list[Skipped]]:
-        """The base's layers, in effect.
-
-        Raises:
-            ValueError: the adapter has no weight of the base in common.
-        """
+        """The base's layers, in effect; ValueError when the adapter has none of its weights."""
         layers, skipped = self.base.layers(include, exclude, change=self._apply)
         return layers, skipped + self._adapter.skipped
 
-    def load(self, name: str) -> torch.Tensor:
+    def load(self, name: str) -> Tensor:
         """One tensor of the base, or of the adapter where the name begins with `adapter:`."""
         if name.startswith(_PREFIX):
             return self._adapter.load(name.removeprefix(_PREFIX))

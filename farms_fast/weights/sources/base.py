@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-import torch
+from torch import Tensor
 
 from farms_fast.weights.layers import layers_from_headers
 from farms_fast.weights.model_config import ModelConfig
 from farms_fast.weights.stacks import LayerSpec, Patterns, Skipped, TensorHeader, WeightTransform
 
-__all__ = ["HeaderSource", "Patterns", "Source"]
+__all__ = ["HeaderSource", "Source"]
 
 
 class Source(Protocol):
@@ -25,7 +25,7 @@ class Source(Protocol):
     ) -> tuple[list[LayerSpec], list[Skipped]]:
         """Layers to analyse, and what is not analysed with the reason; reads no weight."""
 
-    def load(self, name: str) -> torch.Tensor:
+    def load(self, name: str) -> Tensor:
         """One tensor, named as in `LayerSpec.tensors`, where it lives; not to be written."""
 
 
@@ -62,7 +62,7 @@ class HeaderSource:
         )
         return layers, skipped + self.skipped
 
-    def load(self, name: str) -> torch.Tensor:
+    def load(self, name: str) -> Tensor:
         """The tensor, detached; from files, it is on the CPU.
 
         Raises:
@@ -72,6 +72,6 @@ class HeaderSource:
             raise ValueError(f"name: expected a tensor of {self.description}, got {name!r}")
         return self._load(name, self._stored[name])
 
-    def _load(self, name: str, stored: Any) -> torch.Tensor:
+    def _load(self, name: str, stored: Any) -> Tensor:
         """The tensor of a name, from what the source has stored for it."""
         raise NotImplementedError

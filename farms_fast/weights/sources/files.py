@@ -19,19 +19,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from farms_fast.weights.model_config import ModelConfig
 from farms_fast.weights.sources.base import HeaderSource
 from farms_fast.weights.sources.memory import MappingSource
 from farms_fast.weights.stacks import Skipped, TensorHeader
 
-__all__ = [
-    "PICKLE_SUFFIXES",
-    "PickleSource",
-    "RepeatedNameError",
-    "SafetensorsSource",
-    "parse_json",
-]
+__all__ = ["PICKLE_SUFFIXES", "PickleSource", "SafetensorsSource", "parse_json"]
 
 # Each file with the names to read from it, or with None for all of its names.
 Files = Mapping[Path, Sequence[str] | None]
@@ -42,26 +37,15 @@ _MAPPED_FROM = 16 * 2**20
 # What may be read of a pickle before its map is dropped.
 _PICKLE_BYTES = 2**29
 _DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "U16": torch.uint16,
-    "I16": torch.int16,
-    "U32": torch.uint32,
-    "I32": torch.int32,
-    "U64": torch.uint64,
-    "I64": torch.int64,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "C64": torch.complex64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "F8_E8M0": torch.float8_e8m0fnu,
+    f"{letter}{bits}": getattr(torch, f"{kind}{bits}")
+    for letter, kind in (("U", "uint"), ("I", "int"), ("F", "float"))
+    for bits in (8, 16, 32, 64)
+    if hasattr(torch, f"{kind}{bits}")
 }
+_DTYPES |= {"BOOL": torch.bool, "BF16": torch.bfloat16, "C64": torch.complex64}
+_DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E4M3FNUZ": torch.float8_e4m3fnuz}
+_DTYPES |= {"F8_E5M2": torch.float8_e5m2, "F8_E5M2FNUZ": torch.float8_e5m2fnuz}
+_DTYPES |= {"F8_E8M0": torch.float8_e8m0fnu}
 
 
 @dataclass(frozen=True)
@@ -123,7 +107,7 @@ class SafetensorsSource(_FileSource):
         super().__init__(files, description, config)
         self.headers.sort(key=lambda header: _natural_order(header.name))
 
-    def _load(self, name: str, stored: Path) -> torch.Tensor:
+    def _load(self, name: str, stored: Path) -> Tensor:
         extent = self._extents[stored][name]
         if extent.bytes == 0:
             return torch.empty(extent.shape, dtype=extent.dtype)
@@ -152,22 +136,24 @@ class SafetensorsSource(_FileSource):
         return stored
 
 
-class RepeatedNameError(ValueError):
-    """A JSON object has a name more than once."""
-
-
-def parse_json(path: Path, text: str | bytes) -> Any:
-    """The content of a JSON file, in whose objects each name is there once."""
+def parse_json(path: Path, text: bytes) -> Any:
+    """The content of a JSON file, None where it has none; ValueError for a name given twice."""
+    repeated: list[str] = []
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        for name in names if len(set(names)) != len(names) else ():
-            if names.count(name) > 1:
-                message = f"{path}: expected each name once, got {name!r} more than once"
-                raise RepeatedNameError(message)
-        return dict(pairs)
+        entries = dict(pairs)
+        if len(entries) != len(pairs):
+            names = [name for name, _ in pairs]
+            repeated.append(next(name for name in names if names.count(name) > 1))
+        return entries
 
-    return json.loads(text, object_pairs_hook=unique)
+    try:
+        content = json.loads(text.decode(), object_pairs_hook=unique)
+    except (ValueError, RecursionError):
+        content = None
+    if repeated:
+        raise ValueError(f"{path}: expected each name once, got {repeated[0]!r} more than once")
+    return content
 
 
 def _safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
@@ -186,7 +172,7 @@ def _safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
     return entries, 8 + size
 
 
-def _bytes_of(descriptor: int, extent: _Extent) -> torch.Tensor | None:
+def _bytes_of(descriptor: int, extent: _Extent) -> Tensor | None:
     """uint8, None where the file has become too short.
 
     Large tensors have a private map of the file, which goes with the last tensor that uses it.
@@ -221,7 +207,7 @@ class PickleSource(_FileSource):
     _opened: tuple[Path, MappingSource] | None = None
     _read_bytes = 0
 
-    def _load(self, name: str, stored: Path) -> torch.Tensor:
+    def _load(self, name: str, stored: Path) -> Tensor:
         if self._opened is None or self._opened[0] != stored or self._read_bytes > _PICKLE_BYTES:
             self._opened = None  # the old map goes before the new one comes
             self._opened = (stored, self._open(stored))

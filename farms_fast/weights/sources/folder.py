@@ -12,7 +12,6 @@ from farms_fast.weights.model_config import ModelConfig
 from farms_fast.weights.sources.files import (
     PICKLE_SUFFIXES,
     PickleSource,
-    RepeatedNameError,
     SafetensorsSource,
     parse_json,
 )
@@ -78,7 +77,7 @@ def checkpoint_holds(checkpoint: Path, file: Path) -> bool:
 
     Args:
         checkpoint: a file or folder of weights; it need not exist.
-        file: any path. Links are followed: the files of a cache of downloads are links.
+        file: any path. Links are followed, because caches of downloads store files as links.
     """
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
     target = file.resolve()
@@ -118,12 +117,7 @@ def _model_config(folder: Path) -> ModelConfig | None:
 
 def _json_object(path: Path, what: str = "a JSON object") -> dict[str, Any]:
     """A JSON file that holds one object."""
-    try:
-        entries = parse_json(path, path.read_text(encoding="utf-8"))
-    except RepeatedNameError:
-        raise
-    except (ValueError, RecursionError):
-        entries = None
+    entries = parse_json(path, path.read_bytes())
     if not isinstance(entries, dict):
         raise ValueError(f"{path}: expected {what}")
     return entries

@@ -1,21 +1,21 @@
-"""Weights that are in memory already: modules and mappings."""
+"""Weights in memory: modules and mappings."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from farms_fast.core.arrays import from_numpy
 from farms_fast.weights.layers import layers_from_module
 from farms_fast.weights.model_config import ModelConfig
 from farms_fast.weights.module_tensors import (
+    ON_META,
     dequantised,
     module_tensor,
-    no_data,
     sparse_layout,
     tensor_identity,
 )
@@ -29,15 +29,11 @@ _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 
 
 class ModuleSource:
-    """The parameters of a module, as they are at the time of each `load`."""
+    """The parameters of a module; each `load` reads them anew."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-
-    @property
-    def description(self) -> str:
-        """The module's class name."""
-        return type(self.module).__name__
+        self.description = type(module).__name__
 
     def layers(
         self,
@@ -49,8 +45,8 @@ class ModuleSource:
         """As `layers_from_module`."""
         return layers_from_module(self.module, include, exclude, change=change)
 
-    def load(self, name: str) -> torch.Tensor:
-        """The parameter, detached; raises ValueError for a name that the module does not have."""
+    def load(self, name: str) -> Tensor:
+        """As `module_tensor`."""
         return module_tensor(self.module, name)
 
 
@@ -61,7 +57,6 @@ class MappingSource(HeaderSource):
         tensors: names to tensors; a state dict wrapped under `state_dict`, `model_state_dict`,
             `model` or `module` is unwrapped.
         description: for titles and messages.
-        skipped: what is known beforehand not to be analysed.
         config: of the model.
 
     Raises:
@@ -73,18 +68,16 @@ class MappingSource(HeaderSource):
         self,
         tensors: Mapping[str, Any],
         description: str = "state dict",
-        skipped: Sequence[Skipped] = (),
         config: ModelConfig | None = None,
     ) -> None:
         super().__init__(description, config)
-        self.skipped += skipped
         for name, value in self._unwrapped(tensors).items():
             if not isinstance(name, str):
                 raise TypeError(f"{description}: expected names as keys, got {name!r}")
-            if not isinstance(value, (torch.Tensor, np.ndarray)):
+            if not isinstance(value, (Tensor, np.ndarray)):
                 reason = f"not a tensor: {type(value).__name__}"
                 self.skipped.append(Skipped(name, (), reason))
-            elif isinstance(value, torch.Tensor) and sparse_layout(value):
+            elif isinstance(value, Tensor) and sparse_layout(value):
                 self.skipped.append(Skipped(name, tuple(value.shape), sparse_layout(value)))
             else:
                 self._stored[name] = value
@@ -96,17 +89,17 @@ class MappingSource(HeaderSource):
                 f" (keys: {keys or 'none'})"
             )
 
-    def _load(self, name: str, stored: torch.Tensor | np.ndarray[Any, Any]) -> torch.Tensor:
+    def _load(self, name: str, stored: Tensor | np.ndarray[Any, Any]) -> Tensor:
         """The tensor; an array as a tensor of the same memory where torch allows it."""
-        if not isinstance(stored, torch.Tensor):
+        if not isinstance(stored, Tensor):
             return from_numpy(stored)
         if stored.is_meta:
-            raise no_data(name)
+            raise ValueError(f"{name}: {ON_META}")
         return dequantised(stored.detach())
 
     def _unwrapped(self, tensors: Mapping[str, Any]) -> Mapping[str, Any]:
         """The innermost state dict; its neighbours on the way are noted as skipped."""
-        while not any(isinstance(v, (torch.Tensor, np.ndarray)) for v in tensors.values()):
+        while not any(isinstance(v, (Tensor, np.ndarray)) for v in tensors.values()):
             wrapper = next((w for w in _WRAPPERS if isinstance(tensors.get(w), Mapping)), None)
             if wrapper is None:
                 break
@@ -119,8 +112,8 @@ class MappingSource(HeaderSource):
         return tensors
 
 
-def _header(name: str, value: torch.Tensor | np.ndarray[Any, Any]) -> TensorHeader:
-    if isinstance(value, torch.Tensor):
+def _header(name: str, value: Tensor | np.ndarray[Any, Any]) -> TensorHeader:
+    if isinstance(value, Tensor):
         return TensorHeader(name, tuple(value.shape), value.dtype, tensor_identity(value))
     try:
         dtype = torch.from_numpy(np.empty(0, value.dtype.newbyteorder("="))).dtype

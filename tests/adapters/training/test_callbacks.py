@@ -19,7 +19,7 @@ from torch.optim import lr_scheduler as schedulers
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from farms_fast.adapters.layer_rates import LayerRates, RateTable
-from farms_fast.adapters.layer_rates.due import Clock
+from farms_fast.adapters.layer_rates.rate_scheduler import StepCounter
 from tests.support.rate_models import TinyResNet, batches, small
 
 with warnings.catch_warnings():  # deprecations inside of these libraries, at their import
@@ -228,19 +228,19 @@ def test_a_trained_module_with_its_rates_is_copied_and_averaged(tmp_path: Path) 
     torch.save(model, tmp_path / "model.pt")
 
 
-def test_a_clock_without_a_state_keeps_its_own() -> None:
+def test_a_counter_without_a_state_keeps_its_own() -> None:
     rates = small(TinyResNet())
     rates.param_groups(0.1)
-    clock = Clock(rates)
-    clock.seen = 3
+    counter = StepCounter(rates)
+    counter.seen = 3
     for state in ({}, {"seen": 5}, None):
         with pytest.raises(TypeError, match=r"state: expected what state_dict\(\) gave"):
-            clock.load_state_dict(state)  # type: ignore[arg-type]
+            counter.load_state_dict(state)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="state: expected what"):
-        clock.load_state_dict({"seen": 5, "rates": {**rates.state_dict(), "calls": "x"}})
+        counter.load_state_dict({"seen": 5, "rates": {**rates.state_dict(), "calls": "x"}})
     with pytest.raises(TypeError, match="state: 'seen': expected an integer, got str"):
-        clock.load_state_dict({"seen": "x", "rates": rates.state_dict()})
-    assert clock.seen == 3
+        counter.load_state_dict({"seen": "x", "rates": rates.state_dict()})
+    assert counter.seen == 3
 
 
 def test_lightning_says_what_it_cannot_find(tmp_path: Path) -> None:

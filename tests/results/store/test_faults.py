@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 from collections import deque
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from farms_fast.results.analysis import Analysis
 from farms_fast.results.store import ResultsStore, merge
 from farms_fast.results.store.results_store import write_layer
 from farms_fast.results.store.rows import pack
-from tests.support.records import assert_same, made_up, stored
+from tests.support.records import SETTINGS, assert_same, made_up, stored
 
 
 @pytest.fixture
@@ -67,7 +68,7 @@ def test_a_layer_half_written_is_undone(path: Path, windows: int) -> None:
     crashed = path.parent / "crashed"
     crashed.mkdir()
     with ResultsStore(path) as store:
-        run = store.run({})
+        run = store.run(SETTINGS)
         for index in range(3):
             run.put(index, made_up(index), "d")
         # One page of cache, so that nearly all of the transaction reaches the file at once.
@@ -81,17 +82,17 @@ def test_a_layer_half_written_is_undone(path: Path, windows: int) -> None:
     with ResultsStore(crashed / "run.sqlite") as store:
         for index, record in enumerate(stored(store)):
             assert_same(record, made_up(index))
-        assert store.run({}).finished("layer.1", "d") is not None
+        assert store.run(SETTINGS).finished("layer.1", "d") is not None
     assert os.listdir(crashed) == ["run.sqlite"]
     assert_same(Analysis.from_store(path)["layer.1"], made_up(1, 1, windows))
 
 
 def test_full_disk(path: Path) -> None:
     with ResultsStore(path) as store:
-        run = store.run({})
+        run = store.run(SETTINGS)
         run.put(0, made_up(0), "d")
     with ResultsStore(path) as store:
-        run = store.run({})
+        run = store.run(SETTINGS)
         connection = store._file._open()
         (pages,) = connection.execute("PRAGMA page_count").fetchone()
         connection.execute(f"PRAGMA max_page_count = {pages + 20}")
@@ -114,16 +115,16 @@ def test_full_disk(path: Path) -> None:
 @pytest.mark.slow
 def test_a_write_that_fails_says_that_layers_are_safe(path: Path) -> None:
     with ResultsStore(path) as store:
-        store.run({}).put(0, made_up(0), "d")
+        store.run(SETTINGS).put(0, made_up(0), "d")
     limit = path.stat().st_size
     script = (
         "import resource, signal, sys\n"
         "from farms_fast.results.store import ResultsStore\n"
-        "from tests.support.records import made_up\n"
+        "from tests.support.records import SETTINGS, made_up\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
         "try:\n"
-        "    run = ResultsStore(sys.argv[1]).run({})\n"
+        "    run = ResultsStore(sys.argv[1]).run(SETTINGS)\n"
         "    for index in range(1, 100): run.put(index, made_up(index), 'd')\n"
         "except OSError as error: print(error)\n"
     )
@@ -145,7 +146,7 @@ def test_full_disk_while_merging(path: Path) -> None:
     for number, part in enumerate(parts):
         with ResultsStore(part) as store:
             for index in range(number, 100, 2):
-                store.run({}).put(index, made_up(index), "d")
+                store.run(SETTINGS).put(index, made_up(index), "d")
     # The file may not grow beyond what it takes to hold the first part and half of the second.
     limit = parts[0].stat().st_size * 3 // 2
     script = (
@@ -170,7 +171,7 @@ def test_full_disk_while_merging(path: Path) -> None:
 
 def test_locked_for_too_long(path: Path) -> None:
     with ResultsStore(path, timeout=0.05) as store:
-        run = store.run({})
+        run = store.run(SETTINGS)
         other = sqlite3.connect(path, isolation_level=None)
         try:
             other.execute("BEGIN EXCLUSIVE")
@@ -185,17 +186,17 @@ def test_locked_for_too_long(path: Path) -> None:
 
 def test_store_that_cannot_be_written(path: Path) -> None:
     with ResultsStore(path) as store:
-        store.run({"a": 1}).put(0, made_up(0), "d")
+        store.run(SETTINGS).put(0, made_up(0), "d")
         # What SQLite says on a medium that cannot be written, whoever runs the test.
         store._file._open().execute("PRAGMA query_only = ON")
         assert_same(stored(store)["layer.0"], made_up(0))
         with pytest.raises(PermissionError, match=r"cannot write the results store.*run\.sqlite"):
-            store.run({"a": 2})
+            store.run(replace(SETTINGS, bins=50))
 
 
 def test_interrupted_in_the_middle_of_a_layer(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with ResultsStore(path) as store:
-        run = store.run({})
+        run = store.run(SETTINGS)
         run.put(0, made_up(0), "d")
 
         def interrupted(*_: object) -> None:
@@ -213,7 +214,7 @@ def test_interrupted_in_the_middle_of_a_layer(path: Path, monkeypatch: pytest.Mo
 def test_spectra_are_read_while_a_layer_is_being_written(path: Path) -> None:
     # Reading opens and closes the file again, which must not drop the writer's lock.
     with ResultsStore(path) as store:
-        run = store.run({})
+        run = store.run(SETTINGS)
         run.put(0, made_up(0), "d")
         record = stored(store)["layer.0"]
         with store._file.writing() as connection:

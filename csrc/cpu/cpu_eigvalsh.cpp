@@ -1,13 +1,15 @@
-#include "csrc/eigvalsh.h"
+// Batches of matrices or windows through LAPACK or the two-stage solver, a matrix to a thread. A thread copies or forms
+// its matrix (order, order) in scratch of its own, because both solvers destroy it.
+#include "csrc/cpu/cpu_eigvalsh.h"
 
 #include <torch/csrc/stable/ops.h>
 
 #include <cmath>
 #include <limits>
 
-#include "csrc/cpu/gram.h"
-#include "csrc/cpu/shared_gram.h"
-#include "csrc/cpu/two_stage.h"
+#include "csrc/cpu/cpu_gram.h"
+#include "csrc/cpu/cpu_shared_gram.h"
+#include "csrc/cpu/cpu_two_stage.h"
 
 namespace farms_fast {
 namespace {
@@ -65,11 +67,15 @@ struct SolverScratch {
   Scratch<double> tridiagonal;
 };
 
-template <typename T>
-int64_t scratch_bytes(int64_t order, CpuSolver solver) {
+// Bytes that a thread takes besides the Gram matrix. item: of an element of that.
+int64_t scratch_bytes(int64_t order, int64_t item, CpuSolver solver) {
   if (solver == CpuSolver::lapack) return 0;
-  return two_stage_workspace(order) * static_cast<int64_t>(sizeof(T)) +
-         2 * order * static_cast<int64_t>(sizeof(double));
+  return two_stage_workspace(order) * item + 2 * order * static_cast<int64_t>(sizeof(double));
+}
+
+// Likewise where the matrix is that of a window, which may have to be packed first.
+int64_t window_scratch_bytes(int64_t order, int64_t inner, int64_t item, CpuSolver solver) {
+  return order * inner * item + scratch_bytes(order, item, solver);
 }
 
 template <typename T, typename Real>
@@ -111,8 +117,8 @@ void over_batch(int64_t count, int64_t bytes_per_thread, int64_t memory_budget, 
 
 template <typename T, typename Real = typename RealOf<T>::type>
 void solve_batch(const T* gram, int64_t count, int64_t order, CpuSolver solver, int64_t memory_budget, Real* evals) {
-  const int64_t matrix = order * order;
-  const int64_t bytes = matrix * static_cast<int64_t>(sizeof(T)) + scratch_bytes<T>(order, solver);
+  constexpr int64_t item = sizeof(T);
+  const int64_t matrix = order * order, bytes = matrix * item + scratch_bytes(order, item, solver);
   over_batch(count, bytes, memory_budget, [&](int64_t begin, int64_t end) {
     Scratch<T> copy;
     SolverScratch<T> scratch;
@@ -129,9 +135,10 @@ void solve_windows(const Window* windows, int64_t count, int64_t order, DType in
                    int64_t memory_budget, Real* evals) {
   int64_t inner = 0;
   for (int64_t b = 0; b < count; ++b) inner = std::max({inner, windows[b].rows, windows[b].columns});
-  const int64_t bytes = order * (order + inner) * static_cast<int64_t>(sizeof(T)) + scratch_bytes<T>(order, solver);
+  constexpr int64_t item = sizeof(T);
+  const int64_t bytes = order * order * item + window_scratch_bytes(order, inner, item, solver);
   const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
-  const int64_t panel = kCpuSharing.tile * (order + kCpuSharing.tile) * static_cast<int64_t>(sizeof(T));
+  const int64_t panel = kCpuSharing.tile * (order + kCpuSharing.tile) * item;
   const int64_t memory = memory_budget > 0 ? memory_budget - threads * std::max(bytes, panel) : int64_t{1} << 30;
   over_gram_batches<T>(windows, count, order, in, /*either_side=*/true, memory, [&](const GramBatch<T>& batch) {
     over_batch(batch.count(), bytes, memory_budget, [&](int64_t begin, int64_t end) {
@@ -161,6 +168,12 @@ CpuSolver cpu_solver(const char* op, const std::string& name, DType dtype, int64
   FARMS_CHECK(real, op, "solver", "expected one that takes order ", order,
               " of complex matrices on the CPU, got two_stage, which takes real ones only");
   return CpuSolver::two_stage;
+}
+
+SolverFacts cpu_solver_facts(CpuSolver solver, int64_t count, int64_t order, int64_t inner, DType gram) {
+  const int64_t item = static_cast<int64_t>(item_size(gram));
+  return {cpu_solver_names()[static_cast<size_t>(solver)], count, order * order * item,
+          count * window_scratch_bytes(order, inner, item, solver)};
 }
 
 void eigvalsh_cpu(const void* gram, int64_t count, int64_t order, DType dtype, CpuSolver solver, int64_t memory_budget,

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.faces import (
-    FACE_PEERS,
-    FaceCase,
-    FacePeer,
-    check_face,
+from benchmarks.drop_ins import (
+    DROP_IN_PEERS,
+    DropInCase,
+    DropInPeer,
+    check_drop_in,
     check_published,
-    face_cases,
+    drop_in_cases,
     spectra_of,
 )
 from benchmarks.measure import Bench
@@ -26,19 +26,19 @@ from farms_fast.core import ops
 def parametrise(metafunc: pytest.Metafunc, profile: str) -> None:
     pairs = [
         pytest.param(case, peer, id=f"{case.id}-{peer.name}")
-        for case in face_cases(profile)
-        for peer in FACE_PEERS
+        for case in drop_in_cases(profile)
+        for peer in DROP_IN_PEERS
     ]
     metafunc.parametrize(("case", "peer"), pairs)
 
 
 @lru_cache(maxsize=8)
-def nets(case: FaceCase, device: torch.device) -> list[nn.Module]:
+def nets(case: DropInCase, device: torch.device) -> list[nn.Module]:
     return [case.sources(seed, device) for seed in range(case.seeds)]
 
 
 @lru_cache(maxsize=8)
-def whole_spectra(case: FaceCase, device: torch.device) -> list[Tensor]:
+def whole_spectra(case: DropInCase, device: torch.device) -> list[Tensor]:
     """The first network's spectra in float32, ascending, in the published order."""
     spectra = []
     for spectrum in spectra_of(nets(case, device)[0], case.windows):
@@ -51,7 +51,7 @@ def whole_spectra(case: FaceCase, device: torch.device) -> list[Tensor]:
     return spectra
 
 
-def test_face(case: FaceCase, peer: FacePeer, bench: Bench) -> None:
+def test_drop_in(case: DropInCase, peer: DropInPeer, bench: Bench) -> None:
     bench.require(peer)
     if reason := missing_modules(case.needs):
         pytest.skip(reason)
@@ -60,12 +60,12 @@ def test_face(case: FaceCase, peer: FacePeer, bench: Bench) -> None:
 
     def check(found: Any, number: int) -> float | None:
         if is_contender:
-            return check_face(found, case, given[number], thorough=number == 0)
+            return check_drop_in(found, case, given[number], thorough=number == 0)
         return check_published(found, case, given[number])
 
     sampled = not is_contender and case.stride > 1
     bench.measure(
-        family="faces",
+        family="drop_ins",
         case=case.id,
         peer=peer.name,
         run=peer.prepare(case, whole_spectra(case, bench.device)),

@@ -9,9 +9,9 @@
 #include <new>
 #include <type_traits>
 
-#include "csrc/check.h"
 #include "csrc/cpu/lapack.h"
 #include "csrc/gram.h"
+#include "csrc/op_check.h"
 
 namespace farms_fast {
 

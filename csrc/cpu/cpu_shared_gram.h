@@ -8,7 +8,7 @@
 #include <memory>
 #include <vector>
 
-#include "csrc/cpu/gram.h"
+#include "csrc/cpu/cpu_gram.h"
 
 namespace farms_fast {
 
@@ -26,13 +26,13 @@ class GroupSums {
     const int64_t offset = run_offset(windows, run) + grid.inner_starts[group.begin] * element_stride;
     vectors_ = {static_cast<const char*>(window.matrix) + offset * static_cast<int64_t>(item_size(in)), vector_stride,
                 element_stride, span_};
-    int64_t place = 0;
+    int64_t offset_in_band = 0;
     for (const BandPanel& panel : grid.panels) {
       // Panels begin at multiples of the cache line: the same bits come out again.
-      places_.push_back(place);
-      place += (panel.width * (panel.end - panel.begin) + 15) / 16 * 16;
+      panel_offsets_.push_back(offset_in_band);
+      offset_in_band += (panel.width * (panel.end - panel.begin) + 15) / 16 * 16;
     }
-    band_ = place;
+    band_ = offset_in_band;
   }
 
   int64_t panels() const { return static_cast<int64_t>(grid_->panels.size()); }
@@ -76,7 +76,7 @@ class GroupSums {
     }
   }
 
-  // Calls visit(window, vector start, inner start) for the windows of the group, `window` their place in the table.
+  // Calls visit(window, vector start, inner start) for the windows of the group, `window` their row in the table.
   template <typename Visit>
   void for_each_window(const Visit& visit) const {
     for (size_t i = 0; i < grid_->vector_starts.size(); ++i)
@@ -107,7 +107,7 @@ class GroupSums {
   }
   // (height, width), column-major: the panel's own vectors are the columns.
   T* sum(int64_t j, int64_t panel) const {
-    return sums_.data() + (j - group_.begin) * band_ + places_[static_cast<size_t>(panel)];
+    return sums_.data() + (j - group_.begin) * band_ + panel_offsets_[static_cast<size_t>(panel)];
   }
 
   void multiply(int64_t panel, int64_t begin, int64_t end, bool add, T* sum) const {
@@ -126,10 +126,10 @@ class GroupSums {
   InnerGroup group_;
   int64_t first_;
   DType in_;
-  int64_t span_ = 0;    // elements of the vectors that the group's windows hold
-  WindowView vectors_;  // all vectors of the grid, those elements of them
-  std::vector<int64_t> places_;
-  int64_t band_ = 0;
+  int64_t span_ = 0;                    // elements of the vectors that the group's windows hold
+  WindowView vectors_;                  // all vectors of the grid, those elements of them
+  std::vector<int64_t> panel_offsets_;  // of each panel in a band of sums
+  int64_t band_ = 0;                    // elements of such a band
   Scratch<T> packed_, sums_;
 };
 

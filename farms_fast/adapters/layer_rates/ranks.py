@@ -1,4 +1,4 @@
-"""One process computes, all processes have the answer."""
+"""The first process computes, and all processes have the answer."""
 
 from __future__ import annotations
 
@@ -11,43 +11,39 @@ import torch.distributed as dist
 from farms_fast.engine.distributed import Ranks
 from farms_fast.live import LayerAlpha, LiveAnalysis, PendingAlphas
 
-__all__ = ["Ahead", "ProcessGroup", "computed_once", "ranks_of"]
+__all__ = ["PendingAnalysis", "ProcessGroup", "compute_once", "ranks_of"]
 
 T = TypeVar("T")
 if TYPE_CHECKING:  # torch can be built without process groups
-    # "default" is that of torch.distributed, None this process alone.
+    # "default" is the group of torch.distributed, None this process alone.
     ProcessGroup = dist.ProcessGroup | str | None
 else:
     ProcessGroup = object
 
 
 def ranks_of(process_group: ProcessGroup) -> Ranks:
-    """The processes that a rate is shared between, at this moment.
+    """Returns the processes that share rates now.
 
     Raises:
-        TypeError: no group.
-        ValueError: a word other than "default".
+        TypeError: `process_group` is no group.
+        ValueError: it is a word other than "default".
     """
+    expected = "process_group: expected 'default', None or a group, got"
     if isinstance(process_group, str):
         if process_group != "default":
-            raise ValueError(
-                f"process_group: expected 'default', None or a group, got {process_group!r}"
-            )
+            raise ValueError(f"{expected} {process_group!r}")
         if not (dist.is_available() and dist.is_initialized()):
             return Ranks()
         process_group = dist.group.WORLD
     elif process_group is not None and not (
         dist.is_available() and isinstance(process_group, dist.ProcessGroup)
     ):
-        raise TypeError(
-            "process_group: expected 'default', None or a group, "
-            f"got {type(process_group).__name__}"
-        )
+        raise TypeError(f"{expected} {type(process_group).__name__}")
     return Ranks.of(process_group)
 
 
-def computed_once(ranks: Ranks, compute: Callable[[], T]) -> T:
-    """What `compute` returns on the first rank, on every rank.
+def compute_once(ranks: Ranks, compute: Callable[[], T]) -> T:
+    """Runs `compute` on the first rank and returns its result on every rank.
 
     Raises:
         RuntimeError: it failed there; the first rank itself raises the exception as it is.
@@ -59,7 +55,7 @@ def computed_once(ranks: Ranks, compute: Callable[[], T]) -> T:
     if ranks.is_main:
         try:
             answer[0] = compute()
-        except Exception as error:  # the others wait: they have to hear of it
+        except Exception as error:  # the other ranks wait for an answer
             failure = error
             answer[1] = f"{type(error).__name__}: {error}"
     first = dist.get_global_rank(ranks.group, 0)
@@ -72,13 +68,13 @@ def computed_once(ranks: Ranks, compute: Callable[[], T]) -> T:
 
 
 @dataclass
-class Ahead:
-    """An analysis under way: on this device, on another rank, failed at its start, or restored.
+class PendingAnalysis:
+    """An analysis that was started: here, on another rank, in vain, or before a resume.
 
     Attributes:
         pending: what was started here.
         failure: why nothing could be started.
-        rows: what is known already.
+        rows: the alphas, where they are known already.
     """
 
     pending: PendingAlphas | None = None
@@ -86,16 +82,16 @@ class Ahead:
     rows: list[LayerAlpha] | None = None
 
     @staticmethod
-    def start(live: LiveAnalysis, ranks: Ranks) -> Ahead:
-        """An analysis of a snapshot of the weights, on the first rank."""
+    def start(live: LiveAnalysis, ranks: Ranks) -> PendingAnalysis:
+        """Starts an analysis of a snapshot of the weights, on the first rank only."""
         if not ranks.is_main:
-            return Ahead()
+            return PendingAnalysis()
         try:
-            return Ahead(live.start(overlap=True))
+            return PendingAnalysis(live.start(overlap=True))
         except Exception as error:
             if ranks.size == 1:
                 raise
-            return Ahead(failure=error)  # the others hear of it when they ask
+            return PendingAnalysis(failure=error)  # raised on all ranks by the next call
 
     @property
     def elsewhere(self) -> bool:
@@ -103,7 +99,7 @@ class Ahead:
         return self.pending is None and self.failure is None and self.rows is None
 
     def result(self) -> list[LayerAlpha]:
-        """The alphas; waits for them, and raises what the start raised."""
+        """Waits for the alphas and returns them; raises what the start raised."""
         if self.failure is not None:
             raise self.failure
         if self.rows is None:

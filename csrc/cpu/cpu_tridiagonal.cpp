@@ -1,4 +1,6 @@
-#include "csrc/cpu/tridiagonal.h"
+// Tridiagonal to eigenvalues: QL without square roots on the squares of the off-diagonal elements. diagonal and
+// off_diagonal: (order,), element i of the latter couples rows i and i + 1.
+#include "csrc/cpu/cpu_tridiagonal.h"
 
 #include <algorithm>
 #include <cmath>

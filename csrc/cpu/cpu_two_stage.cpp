@@ -1,12 +1,14 @@
-#include "csrc/cpu/two_stage.h"
+// The first stage, dense (order, order) to a band of half-width 32 by matrix products, and the two stages in a row. All
+// matrices are column-major.
+#include "csrc/cpu/cpu_two_stage.h"
 
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
 
-#include "csrc/cpu/gram.h"
+#include "csrc/cpu/cpu_gram.h"
+#include "csrc/cpu/cpu_tridiagonal.h"
 #include "csrc/cpu/lapack.h"
-#include "csrc/cpu/tridiagonal.h"
 
 namespace farms_fast {
 namespace {

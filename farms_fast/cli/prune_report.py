@@ -1,37 +1,28 @@
-"""What `farms-fast prune` prints: a table by block, totals, and what is worth a warning."""
+"""The text that `farms-fast prune` prints: a table by block, totals and warnings."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from farms_fast.cli.tables import columns
+from farms_fast.cli.tables import counted, text_table
 from farms_fast.core.text import fixed, printable
 
 if TYPE_CHECKING:
     from farms_fast.adapters.pruning.sequential import PrunedLayer, PruningReport
     from farms_fast.adapters.pruning.sparsities import Allocation
 
-__all__ = ["lines_of"]
 
-
-def lines_of(
+def report_lines(
     report: PruningReport,
     allocated: Allocation,
     perplexities: Mapping[str, float],
     unknown: Sequence[str],
 ) -> Iterator[str]:
-    """The table by block, and the totals.
-
-    Args:
-        report: of `prune_model`.
-        allocated: the ratios that it got.
-        perplexities: by "before" and "after".
-        unknown: tensors of the checkpoint that the model has no place for.
-    """
-    value = "outliers %" if allocated.outliers else "alpha"
-    table = [["block", "weights", value, "ratio", "reached"]]
+    """The lines to print; `unknown` are tensors of the checkpoint that the model lacks."""
+    rows = []
     of_block: dict[str, list[PrunedLayer]] = {}
     for layer in report.layers:
         of_block.setdefault(layer.block, []).append(layer)
@@ -40,10 +31,11 @@ def lines_of(
         asked = math.fsum(layer.target * math.prod(layer.shape) for layer in layers) / weights
         shown = allocated.outliers.get(block, allocated.shown_alpha(block))
         reached = sum(layer.zeros for layer in layers) / weights
-        table.append(
-            [printable(block), str(weights), fixed(shown), f"{asked:.4f}", f"{reached:.4f}"]
+        rows.append(
+            (printable(block), str(weights), fixed(shown), f"{asked:.4f}", f"{reached:.4f}")
         )
-    yield from columns(table)
+    value = "outliers %" if allocated.outliers else "alpha"
+    yield from text_table(("block", "weights", value, "ratio", "reached"), rows)
     yield ""
     for name in allocated.unfitted:
         yield f"no alpha: {printable(name)}"
@@ -60,11 +52,11 @@ def lines_of(
         f"{there}, {len(report.skipped)} matrices left as they are"
     )
     if perplexities:
-        yield ", ".join(f"perplexity {when} {found:.4f}" for when, found in perplexities.items())
+        yield ", ".join(f"perplexity {when} {value:.4f}" for when, value in perplexities.items())
 
 
 def _warnings(of_block: Mapping[str, Sequence[PrunedLayer]], kind: str) -> Iterator[str]:
-    """Blocks that lose everything, and blocks with different patterns."""
+    """Warns of blocks that lose everything, and notes that patterns differ."""
     lost = [
         printable(block)
         for block, layers in of_block.items()
@@ -75,17 +67,14 @@ def _warnings(of_block: Mapping[str, Sequence[PrunedLayer]], kind: str) -> Itera
         if kind == "owl":
             advice = "a smaller --owl-lambda"
         yield f"warning: all weights are lost of {', '.join(lost)}: take {advice}"
-    patterns: dict[str, int] = {}
-    for layers in of_block.values():
-        for pattern in sorted({layer.n_m for layer in layers if layer.n_m}):
-            text = f"{pattern[0]}:{pattern[1]}"
-            patterns[text] = patterns.get(text, 0) + 1
+    patterns = Counter(
+        f"{pattern[0]}:{pattern[1]}"
+        for layers in of_block.values()
+        for pattern in {layer.n_m for layer in layers if layer.n_m}
+    )
     if len(patterns) > 1:
-        found = ", ".join(
-            f"{pattern} in {count} block{'s' if count > 1 else ''}"
-            for pattern, count in sorted(patterns.items())
-        )
-        yield f"note: patterns differ, {found}; --allocation uniform makes them alike"
+        each = ", ".join(f"{text} in {counted(n, 'block')}" for text, n in sorted(patterns.items()))
+        yield f"note: patterns differ, {each}; --allocation uniform makes them alike"
 
 
 def _weights(layers: Sequence[PrunedLayer]) -> int:

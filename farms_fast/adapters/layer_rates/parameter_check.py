@@ -1,44 +1,43 @@
-"""Whether a model is still the one whose parameters were shared out."""
+"""Checks that a model still has the parameters that its groups were made from."""
 
 from __future__ import annotations
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-__all__ = ["ModelWatch"]
+__all__ = ["ParameterCheck"]
 
 
-class ModelWatch:
-    """The parameters of a model as they were when it was made.
+class ParameterCheck:
+    """Compares the parameters of a model with those that it had at the start.
 
     Args:
         model: the plain module.
 
     Raises:
-        ValueError: a parameter is not initialised, as those of lazy modules before their first
-            run, or spread over processes.
+        ValueError: a parameter is not initialised (lazy modules before their first run) or is
+            spread over processes.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._parameters = self._now()
-        lazy = next((name for name, p in self._parameters.items() if is_lazy(p)), None)
-        if lazy is not None:
-            raise ValueError(f"model: {lazy!r} is not initialised: run the model once first")
-        sharded = next((n for n, p in self._parameters.items() if hasattr(p, "placements")), None)
-        if sharded is not None:
-            raise ValueError(f"model: expected whole parameters, got a sharded one, {sharded!r}")
+        for name, parameter in self._parameters.items():
+            if is_lazy(parameter):
+                raise ValueError(f"model: {name!r} is not initialised: run the model once first")
+            if hasattr(parameter, "placements"):
+                raise ValueError(f"model: expected whole parameters, got a sharded one, {name!r}")
         self._shapes = {name: tuple(p.shape) for name, p in self._parameters.items()}
-        self._places = self._placed()
+        self._kinds = self._kinds_now()
 
     def _now(self) -> dict[str, nn.Parameter]:
         return dict(self._model.named_parameters(remove_duplicate=False))
 
-    def _placed(self) -> list[tuple[str, str]]:
+    def _kinds_now(self) -> list[tuple[str, str]]:
         return [(str(p.device), str(p.dtype)) for p in self._parameters.values()]
 
-    def check(self) -> None:
-        """Raises ValueError if a parameter has gone, come, been replaced, reshaped or unfrozen."""
+    def check_unchanged(self) -> None:
+        """Raises ValueError if a parameter was added, removed, replaced or reshaped."""
         now, advice = self._now(), "make the rates and the optimizer anew"
         gone = [name for name in self._parameters if name not in now]
         come = [name for name in now if name not in self._parameters]
@@ -50,17 +49,17 @@ class ModelWatch:
                 f"{' and '.join(changes)} ({len(gone)} gone, {len(come)} new in all): {advice}"
             )
         for name, parameter in now.items():
-            shape = tuple(parameter.shape)
+            before, shape = self._shapes[name], tuple(parameter.shape)
             if parameter is not self._parameters[name]:
                 what = "is another parameter now, which the optimizer does not train"
-            elif shape != self._shapes[name]:
-                what = f"had the shape {self._shapes[name]} when its layers were found, now {shape}"
+            elif shape != before:
+                what = f"had the shape {before} when its layers were found, now {shape}"
             else:
                 continue
             raise ValueError(f"model: {name!r} {what}: {advice}")
 
     def check_trained(self, optimized: set[int]) -> None:
-        """Raises ValueError if a parameter is trained, but not by the optimizer.
+        """Raises ValueError if a trainable parameter is not in the optimizer.
 
         Args:
             optimized: the `id` of every parameter that the optimizer has.
@@ -74,6 +73,6 @@ class ModelWatch:
                 )
 
     def moved(self) -> bool:
-        """Whether parameters are on another device or of another dtype than at the last call."""
-        before, self._places = self._places, self._placed()
-        return before != self._places
+        """Whether a device or a dtype has changed since the last call."""
+        before, self._kinds = self._kinds, self._kinds_now()
+        return before != self._kinds

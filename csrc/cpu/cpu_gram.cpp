@@ -1,9 +1,11 @@
-#include "csrc/cpu/gram.h"
+// Windows packed into (order, inner) vectors of the computation's type, and the op's Gram matrices (order, order), a
+// window to a thread.
+#include "csrc/cpu/cpu_gram.h"
 
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
-#include "csrc/cpu/shared_gram.h"
+#include "csrc/cpu/cpu_shared_gram.h"
 
 namespace farms_fast {
 namespace {

@@ -1,4 +1,4 @@
-"""When a trainer's callback makes new rates: as its trainer says how far training has come."""
+"""When a trainer's callback makes new rates."""
 
 from __future__ import annotations
 
@@ -10,30 +10,33 @@ from farms_fast.adapters.layer_rates.rate_table import RateTable
 from farms_fast.adapters.layer_rates.rates import LayerRates
 from farms_fast.core.arguments import check_int
 
-__all__ = ["Clock"]
+__all__ = ["StepCounter"]
 
 
-class Clock:
-    """Calls `step` once an epoch or optimizer step, and `apply` otherwise.
+class StepCounter:
+    """Calls `step` once for each epoch or optimizer step, and `apply` otherwise.
 
-    It goes by what is completed, so that a run which resumes in the middle of an epoch, or between
-    two, goes on as the unbroken one.
+    It counts what the trainer has completed. So a resumed run goes on as the unbroken one would,
+    whether it was stopped between two epochs or within one.
 
     Args:
-        rates: whose `unit` counts.
+        rates: the rates, whose `unit` says what is counted.
     """
 
     def __init__(self, rates: LayerRates) -> None:
         self.rates = rates
         self.seen = 0
 
-    def tick(self, optimizer: Optimizer, epochs: int, steps: int) -> RateTable | None:
-        """Sets the rates for the next batch; the table if they were made or looked at anew.
+    def advance(self, optimizer: Optimizer, epochs: int, steps: int) -> RateTable | None:
+        """Sets the rates for the next batch.
 
         Args:
-            optimizer: made from the rates' groups.
+            optimizer: made from the groups of the rates.
             epochs: completed epochs.
             steps: completed steps of the optimizer.
+
+        Returns:
+            The table if `step` was called, else None.
         """
         now = epochs if self.rates.unit == "epoch" else steps
         if now <= self.seen:
@@ -43,11 +46,11 @@ class Clock:
         return self.rates.step(optimizer)
 
     def state_dict(self) -> dict[str, Any]:
-        """Numbers and text, with the state of the rates."""
+        """Returns numbers and text, with the state of the rates."""
         return {"seen": self.seen, "rates": self.rates.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from there; raises as `LayerRates.load_state_dict`, and then changes nothing."""
+        """Resumes from a state; raises as `LayerRates.load_state_dict`, changing nothing."""
         if not isinstance(state, dict) or not {"seen", "rates"} <= state.keys():
             raise TypeError("state: expected what state_dict() gave")
         seen = check_int("state: 'seen'", state["seen"])

@@ -1,4 +1,4 @@
-"""Models through the drop-in functions of `farms_fast.compat`, and through what they stand for."""
+"""Models through the drop-in functions of `farms_fast.compat` and through the published ones."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _CONV_NORM = 0.5
 
 
 @dataclass(frozen=True)
-class FaceCase:
+class DropInCase:
     """A model and a function that was published for it.
 
     Attributes:
@@ -50,7 +50,7 @@ class FaceCase:
     seeds: int = 2
     needs: tuple[str, ...] = ()
 
-    def face(self, net: nn.Module) -> Results:
+    def drop_in(self, net: nn.Module) -> Results:
         function = net_esd_estimator_farms if self.windows else net_esd_estimator
         return function(net, fix_fingers=self.rule)
 
@@ -78,20 +78,24 @@ def _minilm(seed: int, device: torch.device) -> nn.Module:
     return layers.to(device)
 
 
-def face_cases(profile: str) -> list[FaceCase]:
+def drop_in_cases(profile: str) -> list[DropInCase]:
     if profile == "quick":
         return [
-            FaceCase("tiny network, windows, median", _tiny, True, "xmin_mid"),
-            FaceCase("tiny network, whole matrices, peak", _tiny, False, "xmin_peak", stride=3),
+            DropInCase("tiny network, windows, median", _tiny, True, "xmin_mid"),
+            DropInCase("tiny network, whole matrices, peak", _tiny, False, "xmin_peak", stride=3),
         ]
     stride = 7 if profile == "cuda" else 5
     return [
-        FaceCase("ResNet-18 (CIFAR), net_esd_estimator_farms, median", _resnet18, True, "xmin_mid"),
-        FaceCase("ResNet-18 (CIFAR), net_esd_estimator, median", _resnet18, False, "xmin_mid"),
-        FaceCase(
+        DropInCase(
+            "ResNet-18 (CIFAR), net_esd_estimator_farms, median", _resnet18, True, "xmin_mid"
+        ),
+        DropInCase("ResNet-18 (CIFAR), net_esd_estimator, median", _resnet18, False, "xmin_mid"),
+        DropInCase(
             "MiniLM, net_esd_estimator_farms, peak", _minilm, True, "xmin_peak", stride, 1, MINILM
         ),
-        FaceCase("MiniLM, net_esd_estimator, peak", _minilm, False, "xmin_peak", stride, 1, MINILM),
+        DropInCase(
+            "MiniLM, net_esd_estimator, peak", _minilm, False, "xmin_peak", stride, 1, MINILM
+        ),
     ]
 
 
@@ -121,8 +125,8 @@ def spectra_of(net: nn.Module, windows: bool) -> Iterator[Spectrum]:
                 yield Spectrum(name, [_cut(matrix, blocks, start, 0) for matrix in tall])
         else:
             grid = sampled_windows(weight.shape[0], weight.shape[1], 100, 2.0, 10)
-            places = [(row, column) for row in grid.row_starts for column in grid.column_starts]
-            yield Spectrum(name, [_cut(stack[0], grid, *place) for place in places])
+            positions = [(row, column) for row in grid.row_starts for column in grid.column_starts]
+            yield Spectrum(name, [_cut(stack[0], grid, *position) for position in positions])
 
 
 def _cut(matrix: Tensor, windows: PublishedWindows, row: int, column: int) -> Tensor:
@@ -158,7 +162,7 @@ class Published:
 
 
 def published_way(
-    case: FaceCase, net: nn.Module, stride: int, whole: list[Tensor] | None = None
+    case: DropInCase, net: nn.Module, stride: int, whole: list[Tensor] | None = None
 ) -> list[Published]:
     """One `svdvals` a matrix, one step a candidate.
 
@@ -177,11 +181,11 @@ def published_way(
     return found
 
 
-def _contender(case: FaceCase, whole: list[Tensor]) -> Callable[[nn.Module], Any]:
-    return case.face
+def _contender(case: DropInCase, whole: list[Tensor]) -> Callable[[nn.Module], Any]:
+    return case.drop_in
 
 
-def _published(case: FaceCase, whole: list[Tensor]) -> Callable[[nn.Module], Any]:
+def _published(case: DropInCase, whole: list[Tensor]) -> Callable[[nn.Module], Any]:
     def run(net: nn.Module) -> list[Published]:
         return published_way(case, net, case.stride, None if case.stride == 1 else whole)
 
@@ -189,7 +193,7 @@ def _published(case: FaceCase, whole: list[Tensor]) -> Callable[[nn.Module], Any
 
 
 @dataclass(frozen=True)
-class FacePeer:
+class DropInPeer:
     """A way to do it.
 
     Attributes:
@@ -199,7 +203,7 @@ class FacePeer:
     """
 
     name: str
-    prepare: Callable[[FaceCase, list[Tensor]], Callable[[nn.Module], Any]]
+    prepare: Callable[[DropInCase, list[Tensor]], Callable[[nn.Module], Any]]
     note: str
     devices: tuple[str, ...] = BOTH
     needs: tuple[str, ...] = field(default=())
@@ -208,9 +212,9 @@ class FacePeer:
         return missing_modules(self.needs)
 
 
-FACE_PEERS = (
-    FacePeer(CONTENDER, _contender, "the function of farms_fast.compat, with its defaults"),
-    FacePeer(
+DROP_IN_PEERS = (
+    DropInPeer(CONTENDER, _contender, "the function of farms_fast.compat, with its defaults"),
+    DropInPeer(
         "published FARMS",
         _published,
         "one float32 torch.linalg.svdvals a matrix, one step a candidate, over the same windows",
@@ -223,7 +227,7 @@ _FIT = 1e-3
 _SUM = {"cpu": 1e-4, "cuda": 1e-2}
 
 
-def check_face(found: Results, case: FaceCase, net: nn.Module, thorough: bool) -> float:
+def check_drop_in(found: Results, case: DropInCase, net: nn.Module, thorough: bool) -> float:
     """Every layer's moments; with `thorough`, the cheapest layers against the published way."""
     parts: dict[str, list[Spectrum]] = {}
     for spectrum in spectra_of(net, case.windows):
@@ -254,7 +258,7 @@ def check_face(found: Results, case: FaceCase, net: nn.Module, thorough: bool) -
     return worst
 
 
-def check_published(found: list[Published], case: FaceCase, net: nn.Module) -> float:
+def check_published(found: list[Published], case: DropInCase, net: nn.Module) -> float:
     """The sums of the eigenvalues, which are the squared norms of the matrices."""
     worst = 0.0
     for result, spectrum in zip(found, spectra_of(net, case.windows), strict=True):

@@ -1,0 +1,133 @@
+// What can be told of the CUDA eigenvalue solvers without CUDA: their names, the largest orders and batches that they
+// take on a device, their workspace, and which of them "auto" stands for. The CUDA library goes by it, and so does a
+// plan for a GPU that is not there.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <string>
+
+#include "csrc/cuda/hopper.h"
+#include "csrc/dtype.h"
+#include "csrc/host/measured_choice.h"
+#include "csrc/host/solver_facts.h"
+#include "csrc/host/two_stage_workspace.h"
+#include "csrc/op_check.h"
+
+namespace farms_fast {
+
+// What of a GPU decides which solvers it can run.
+struct CudaDevice {
+  int architecture;      // 10 * major + minor of its compute capability
+  int64_t shared_bytes;  // of shared memory that a block may ask for
+  bool has_clusters;     // launches clusters of thread blocks
+};
+
+// By the technical specifications of the CUDA C++ Programming Guide. An architecture younger than those counts as the
+// smallest of its like.
+inline CudaDevice cuda_device(int architecture) {
+  const auto kibibytes = [&]() -> int64_t {
+    if (architecture == 80 || architecture == 87) return 163;
+    if (architecture >= 90 && architecture < 120) return 227;
+    if (architecture > 80) return 99;
+    return architecture == 75 ? 64 : architecture >= 70 ? 96 : 48;
+  };
+  return {architecture, kibibytes() << 10, architecture >= 90};
+}
+
+// A solver works on Gram matrices in place, unless it is a direct one, which reads windows where they are.
+struct CudaSolverTraits {
+  const char* name;
+
+  // The largest order that it takes; 0 where it takes no Gram matrices of this type.
+  int64_t (*max_order)(const CudaDevice& device, DType gram);
+
+  // Of a direct solver, the largest order of windows that it reads by itself; of larger ones it is given the Gram
+  // matrices, in float64. Null for the others.
+  int64_t (*max_window_order)(DType gram);
+
+  // The largest batch that one call takes.
+  int64_t (*max_batch)(int64_t order);
+
+  // Bytes of device workspace for a batch. Never less for a larger batch.
+  int64_t (*workspace_bytes)(int64_t batch, int64_t order, DType gram);
+};
+
+// The largest real matrix that the one-stage solver keeps in one block, which asks for so much shared memory.
+constexpr int one_block_order(int64_t shared_bytes) {
+  return shared_bytes >= 112 << 10 ? 160 : shared_bytes >= 90 << 10 ? 128 : 104;
+}
+
+constexpr int kClusterOrder = 512;  // likewise in a cluster of blocks
+
+inline int64_t one_stage_max_order(const CudaDevice& device, DType gram) {
+  const bool in_clusters = device.has_clusters && device.shared_bytes >= hopper::kBlockSharedBytes;
+  return (in_clusters ? kClusterOrder : one_block_order(device.shared_bytes)) / reals(gram);
+}
+
+// Up to this order forming the Gram matrix in the cluster measured no slower.
+inline int64_t one_stage_max_window_order(DType gram) { return 256 / reals(gram); }
+
+// Its kernels are launched in clusters, and keep narrow bands in shared memory.
+inline int64_t two_stage_max_order(const CudaDevice& device, DType gram) {
+  return device.architecture >= 90 && device.shared_bytes >= hopper::kBlockSharedBytes ? 16384 / reals(gram) : 0;
+}
+
+inline int64_t two_stage_workspace_bytes(int64_t batch, int64_t order, DType gram) {
+  return static_cast<int64_t>(lay_out_two_stage(nullptr, batch, order * reals(gram), gram).bytes);
+}
+
+inline int64_t cusolver_max_order(const CudaDevice&, DType) { return 46340; }  // whose square is the last in 32 bits
+
+inline int64_t cusolver_max_batch(int64_t order) {
+  // Element counts are 32-bit inside the routine, and it refuses batches a little above 32,000.
+  const int64_t elements = std::numeric_limits<int32_t>::max();
+  return std::clamp<int64_t>(elements / (order * order), 1, 16384);
+}
+
+// An estimate: the library itself tells only on a device. It asks for 0.5 to 0.75 MB for every small matrix; for large
+// ones, assumed as much again as the matrix takes.
+inline int64_t cusolver_workspace_estimate(int64_t batch, int64_t order, DType gram) {
+  constexpr int64_t small_matrix = int64_t{1} << 20;
+  return batch * (order * order * static_cast<int64_t>(item_size(gram)) + small_matrix);
+}
+
+inline constexpr CudaSolverTraits kCusolver{"cusolver", cusolver_max_order, nullptr, cusolver_max_batch,
+                                            cusolver_workspace_estimate};
+inline constexpr CudaSolverTraits kOneStage{"one_stage", one_stage_max_order, one_stage_max_window_order,
+                                            [](int64_t) { return std::numeric_limits<int64_t>::max(); },
+                                            [](int64_t, int64_t, DType) { return int64_t{0}; }};
+inline constexpr CudaSolverTraits kTwoStage{"two_stage", two_stage_max_order, nullptr,
+                                            [](int64_t) { return int64_t{16384}; }, two_stage_workspace_bytes};
+inline constexpr const CudaSolverTraits* kCudaSolvers[] = {&kCusolver, &kOneStage, &kTwoStage};
+
+// The solver of that name, or for "auto" the one that measured fastest for `count` matrices. `op` is for the error of
+// one that does not exist or does not take such matrices.
+inline const CudaSolverTraits& cuda_solver(const char* op, const std::string& name, const CudaDevice& device,
+                                           int64_t count, int64_t order, DType gram) {
+  const std::string wanted = name == "auto" ? measured_choice(device.architecture, count, order, gram) : name;
+  std::string known = "auto";
+  for (const CudaSolverTraits* solver : kCudaSolvers) {
+    if (wanted == solver->name) {
+      const int64_t most = solver->max_order(device, gram);
+      FARMS_CHECK(order <= most, op, "solver", "expected one that takes order ", order,
+                  is_complex(gram) ? " complex" : " real", ", got ", name, ", which takes up to ", most);
+      return *solver;
+    }
+    known += std::string(", ") + solver->name;
+  }
+  fail(op, ": argument 'solver': expected one of ", known, " on CUDA, got ", name);
+}
+
+// gram: the type of the Gram matrices that window_eigvalsh is asked for.
+inline SolverFacts cuda_solver_facts(const CudaSolverTraits& solver, int64_t count, int64_t order, DType gram) {
+  const int64_t batch = std::min(count, solver.max_batch(order));
+  const bool direct = solver.max_window_order != nullptr;
+  if (direct && order <= solver.max_window_order(gram)) return {solver.name, batch, 0, 0};
+  const DType stored = direct ? gram_dtype(gram, DType::f64) : gram;
+  return {solver.name, batch, order * order * static_cast<int64_t>(item_size(stored)),
+          solver.workspace_bytes(batch, order, gram)};
+}
+
+}  // namespace farms_fast

@@ -1,0 +1,286 @@
+"""How an analysis was made: typed values with one canonical JSON, which tells runs apart."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from farms_fast.core.extension import __version__
+from farms_fast.core.jsonable import canonical_json
+from farms_fast.spectra.bootstrap import FitRule
+from farms_fast.spectra.power_law import XMIN_RULES
+from farms_fast.spectra.windows import FixedAspectSampling, FullMatrix, Sampling
+
+__all__ = [
+    "COMPARABILITY_FIELDS",
+    "RUN_KEY_FIELDS",
+    "AnalysisSettings",
+    "DeclaredSampling",
+    "OtherSampling",
+    "declared_sampling",
+]
+
+RUN_KEY_FIELDS = (
+    "source",
+    "base",
+    "include",
+    "exclude",
+    "sampling",
+    "xmin",
+    "xmin_pos",
+    "bins",
+    "bootstrap",
+    "dtype",
+    "solver",
+    "farms_fast",
+)
+"""What makes two runs the same: the settings that decide the layers and their numbers.
+
+Another release may compute them otherwise. Devices agree to within the error of the eigenvalues,
+so a run may go on on another one.
+"""
+
+COMPARABILITY_FIELDS = ("sampling", "xmin", "xmin_pos", "bins")
+"""What makes alphas comparable: where one of these differs, they mean something else."""
+
+
+@dataclass(frozen=True)
+class OtherSampling:
+    """A sampling that this package does not have.
+
+    Attributes:
+        identity: the sampling's own `identity`, a text that says which windows it takes; empty
+            where it has none, and then no store can hold its runs.
+    """
+
+    identity: str
+
+
+DeclaredSampling = FixedAspectSampling | FullMatrix | OtherSampling
+
+_FARMS = FixedAspectSampling()
+# What a kind of sampling is called in files, whatever its class is called.
+_SAMPLINGS: dict[str, type[DeclaredSampling]] = {
+    "fixed_aspect": FixedAspectSampling,
+    "full_matrix": FullMatrix,
+    "other": OtherSampling,
+}
+
+
+def declared_sampling(sampling: Sampling) -> DeclaredSampling:
+    """The sampling as settings have it.
+
+    Example:
+        >>> declared_sampling(FullMatrix())
+        FullMatrix()
+    """
+    # Exactly these: a subclass may take other windows.
+    if type(sampling) is FixedAspectSampling or type(sampling) is FullMatrix:
+        return sampling
+    identity = getattr(sampling, "identity", "")
+    return OtherSampling(identity if isinstance(identity, str) else "")
+
+
+@dataclass(frozen=True)
+class AnalysisSettings:
+    """How an analysis was made.
+
+    Attributes:
+        source: the model, by its path or a description.
+        base: the model that an adapter changes; None where there is no adapter.
+        include: globs of the layers to analyse; empty for all but embeddings.
+        exclude: globs of the layers to leave out.
+        sampling: the windows, as of `declared_sampling`.
+        xmin: the rule for the start of the tail: "median", "ks" or "peak".
+        xmin_pos: for the median rule.
+        bins: for the peak rule.
+        bootstrap: resamples for the standard error of alpha.
+        dtype: precision of the eigenvalues, "float64" or "float32".
+        device: where they were computed.
+        solver: the eigensolver's name, "auto" for a choice by order.
+        farms_fast: the release.
+        torch: torch's version.
+        numpy: NumPy's version.
+
+    Raises:
+        ValueError: a field has a value that it cannot have.
+
+    Example:
+        >>> settings = AnalysisSettings("model.safetensors", sampling=FullMatrix())
+        >>> AnalysisSettings.from_json(settings.to_json()) == settings
+        True
+        >>> settings.to_plain()["sampling"]
+        {'kind': 'full_matrix'}
+    """
+
+    source: str
+    base: str | None = None
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    sampling: DeclaredSampling = _FARMS
+    xmin: str = "median"
+    xmin_pos: float = 2.0
+    bins: int = 100
+    bootstrap: int = 100
+    dtype: str = "float64"
+    device: str = "cpu"
+    solver: str = "auto"
+    farms_fast: str = __version__
+    torch: str = str(torch.__version__)
+    numpy: str = np.__version__
+
+    def __post_init__(self) -> None:
+        for name, value in self.values().items():
+            expected, is_right = _EXPECTED[name]
+            if not is_right(value):
+                raise ValueError(f"settings: {name}: expected {expected}, got {value!r}")
+
+    def values(self) -> dict[str, object]:
+        """The fields by name."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    @property
+    def rule(self) -> FitRule:
+        """How spectra were fitted."""
+        compat = getattr(self.sampling, "compat", None)
+        return FitRule(self.xmin, self.xmin_pos, self.bins, compat)
+
+    @property
+    def run_key(self) -> str:
+        """Canonical JSON of `RUN_KEY_FIELDS`: equal where two runs are the same.
+
+        Raises:
+            ValueError: the sampling does not say which windows it takes.
+        """
+        if self.sampling == OtherSampling(""):
+            raise ValueError(
+                "sampling: a store tells runs apart by their windows, so it expects "
+                "FixedAspectSampling, FullMatrix or a sampling with an `identity` of text"
+            )
+        plain = self.to_plain()
+        return canonical_json({name: plain[name] for name in RUN_KEY_FIELDS})
+
+    def is_comparable_with(self, other: AnalysisSettings) -> bool:
+        """Whether alphas of the two mean the same."""
+        return all(getattr(self, name) == getattr(other, name) for name in COMPARABILITY_FIELDS)
+
+    def to_plain(self) -> dict[str, Any]:
+        """The fields by name, in values that JSON has a form for."""
+        lists = {"include": list(self.include), "exclude": list(self.exclude)}
+        return {**self.values(), **lists, "sampling": _sampling_to_plain(self.sampling)}
+
+    def to_json(self) -> str:
+        """Canonical JSON: equal settings have equal text."""
+        return canonical_json(self.to_plain())
+
+    @classmethod
+    def from_plain(cls, plain: object) -> AnalysisSettings:
+        """Undoes `to_plain`.
+
+        Raises:
+            ValueError: a field is missing, unknown, or has a value that it cannot have.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        values = _fields_of("settings", plain, names)
+        for name in ("include", "exclude"):
+            if isinstance(values[name], list):
+                values[name] = tuple(values[name])
+        if _is_count(values["xmin_pos"]):
+            values["xmin_pos"] = float(values["xmin_pos"])
+        return cls(**{**values, "sampling": _sampling_from_plain(values["sampling"])})
+
+    @classmethod
+    def from_json(cls, text: str) -> AnalysisSettings:
+        """Undoes `to_json`; errors as of `from_plain`."""
+        try:
+            plain = json.loads(text)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"settings: expected JSON ({error})") from error
+        return cls.from_plain(plain)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _are_texts(value: object) -> bool:
+    return isinstance(value, tuple) and all(map(_is_text, value))
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+_EXPECTED: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(
+        ("source", "device", "solver", "farms_fast", "torch", "numpy"), ("text", _is_text)
+    ),
+    "base": ("text or nothing", lambda value: value is None or _is_text(value)),
+    "include": ("a list of texts", _are_texts),
+    "exclude": ("a list of texts", _are_texts),
+    "sampling": (
+        "FixedAspectSampling, FullMatrix or OtherSampling",
+        lambda value: isinstance(value, tuple(_SAMPLINGS.values())),
+    ),
+    "xmin": ("median, ks or peak", lambda value: value in list(XMIN_RULES.values())),
+    "xmin_pos": (
+        "a finite number",
+        lambda value: isinstance(value, float) and math.isfinite(value),
+    ),
+    "bins": ("an integer that is not negative", _is_count),
+    "bootstrap": ("an integer that is not negative", _is_count),
+    "dtype": ("float64 or float32", lambda value: value in ("float64", "float32")),
+}
+
+
+def _fields_of(what: str, plain: object, names: list[str]) -> dict[str, Any]:
+    """The values of an object that has exactly these names."""
+    if not isinstance(plain, Mapping):
+        raise ValueError(f"{what}: expected an object, got {plain!r}")
+    for wrong, given in (
+        ("no", [name for name in names if name not in plain]),
+        ("unknown", [name for name in plain if name not in names]),
+    ):
+        if given:
+            raise ValueError(
+                f"{what}: {wrong} field {', '.join(map(repr, given))}, "
+                f"expected {', '.join(names) or 'none'}"
+            )
+    return dict(plain)
+
+
+def _sampling_to_plain(sampling: DeclaredSampling) -> dict[str, object]:
+    kind = next(kind for kind, made in _SAMPLINGS.items() if isinstance(sampling, made))
+    if isinstance(sampling, FixedAspectSampling):
+        return {
+            "kind": kind,
+            "rows": int(sampling.rows),
+            "q": float(sampling.q),
+            "per_dim": int(sampling.per_dim),
+            "compat": sampling.compat,
+        }
+    return {"kind": kind, **dataclasses.asdict(sampling)}
+
+
+def _sampling_from_plain(plain: object) -> DeclaredSampling:
+    kind = plain.get("kind") if isinstance(plain, Mapping) else None
+    if not isinstance(plain, Mapping) or kind not in list(_SAMPLINGS):
+        raise ValueError(
+            "settings: sampling: expected an object with a kind of "
+            f"{', '.join(_SAMPLINGS)}, got {plain!r}"
+        )
+    made = _SAMPLINGS[kind]
+    names = ["kind", *(field.name for field in dataclasses.fields(made))]
+    values = _fields_of("settings: sampling", plain, names)
+    del values["kind"]
+    try:
+        return made(**values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"settings: sampling: {error}") from error
