@@ -35,10 +35,13 @@ def quick_run(
     folder: Path, what: str, *arguments: str
 ) -> tuple[subprocess.CompletedProcess[str], Any]:
     saved = folder / "run.json"
+    # pytest-benchmark measures nothing where a worker of pytest-xdist started it.
+    environment = {k: v for k, v in os.environ.items() if k != "PYTEST_XDIST_WORKER"}
     command = [sys.executable, "-m", "pytest", what, "--quick", "-p", "no:cacheprovider"]
     finished = subprocess.run(
         [*command, "-q", f"--benchmark-json={saved}", *arguments],
         cwd=ROOT,
+        env=environment,
         capture_output=True,
         text=True,
         check=False,
