@@ -1,4 +1,4 @@
-"""Reports how far a run is: a bar on a terminal, silence elsewhere, or the caller's function."""
+"""How far a run is: a bar on a terminal, silence elsewhere, or a call of the caller's function."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def reporter(
 def pace(done: int, left: int, seconds: float) -> str:
     """How fast it goes and how long it will take, from all that was done since the start.
 
-    The layers of a batch are reported all at once, so what lies between two reports says nothing.
+    The layers of a batch come all at once, so the time between two reports says nothing.
 
     Example:
         >>> pace(1800, 900, 60.0), pace(0, 900, 60.0), pace(5, 9000, 10.0)

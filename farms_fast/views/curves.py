@@ -2,11 +2,11 @@
 
 All values are decimal logarithms unless said otherwise, so that spectra of any scale have curves.
 
-Of N eigenvalues the largest thousand are kept, and below them those of ranks (counted from the
-largest) that grow by a thousandth. Between two neighbours that are kept, the share of eigenvalues
-above changes by at most a thousandth of itself, 0.00044 decades. The complementary CDF drawn from
-them is thinned further (`thin`); the distance D at a candidate xmin, which is a maximum over
-the tail, is taken over the ranks that are kept, and so is at most 0.001 too small.
+Of N eigenvalues the curves keep the largest thousand, and below them those of ranks (counted from
+the largest) that grow by a thousandth. Between two neighbours the share of eigenvalues above then
+changes by at most a thousandth of itself, 0.00044 decades. `thin` drops further points of the
+complementary CDF. The distance D at a candidate xmin, a maximum over the tail, goes over the ranks
+that are kept, and so is at most 0.001 too small.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def spectrum_curves(record: LayerValues) -> SpectrumCurves:
         record: the layer, with its fit or without.
 
     Raises:
-        ValueError: if the record has no eigenvalues, or none above 0, with the reason.
+        ValueError: the record has no eigenvalues, or none above 0, with the reason.
 
     Example:
         >>> from farms_fast import LayerRecord
@@ -109,20 +109,11 @@ def spectrum_curves(record: LayerValues) -> SpectrumCurves:
     edges, density = _density(logs, values.size)
     kept = _kept_ranks(positive.size)
     survival_x, survival = _survival(logs[kept], positive.size - kept, values.size)
-    tail_x, tail_density, tail_survival = _tail(record, values.size)
     floors = np.nanmin(density) - _BELOW, survival[-1] - _BELOW
-    law = _law(record, logs, positive, values.size, floors)
     return SpectrumCurves(
-        values.size,
-        positive.size,
-        edges,
-        density,
-        survival_x,
-        survival,
-        tail_x,
-        tail_density,
-        tail_survival,
-        *law,
+        *(values.size, positive.size, edges, density, survival_x, survival),
+        *_tail(record, values.size),
+        *_law(record, logs, positive, values.size, floors),
         *_scan(logs, kept),
     )
 
