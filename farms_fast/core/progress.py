@@ -33,14 +33,14 @@ def reporter(
     """
     done = 0
 
-    def tell(name: str, count: int, computed: bool) -> None:
+    def count_layer(name: str, count: int, computed: bool) -> None:
         nonlocal done
         done += 1
         if callable(progress):
             progress(done, layers, name)
 
     if callable(progress) or not progress or not sys.stderr.isatty():
-        yield tell
+        yield count_layer
         return
     from rich.console import Console
     from rich.progress import BarColumn, TextColumn
@@ -62,7 +62,7 @@ def reporter(
 
         def show(name: str, count: int, is_new: bool) -> None:
             nonlocal computed, known
-            tell(name, count, is_new)
+            count_layer(name, count, is_new)
             if is_new:
                 computed += count
             else:

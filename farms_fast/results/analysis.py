@@ -108,10 +108,10 @@ class Analysis:
             size = "x".join(map(str, layer.shape))
             if layer.status == "ok":
                 spread = "" if math.isnan(layer.alpha_se) else f" +- {layer.alpha_se:.3f}"
-                found = f"alpha {layer.alpha:.3f}{spread}, D {layer.D:.3f}"
+                outcome = f"alpha {layer.alpha:.3f}{spread}, D {layer.D:.3f}"
             else:
-                found = f"{layer.status}: {printable(layer.message)}"
-            lines.append(f"  {printable(layer.name)}  {size}  {found}")
+                outcome = f"{layer.status}: {printable(layer.message)}"
+            lines.append(f"  {printable(layer.name)}  {size}  {outcome}")
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:

@@ -174,12 +174,12 @@ def _density(logs: Array, count: int) -> tuple[Array, Array]:
     if high - low < 1e-9:
         # All alike: one bin that can be seen.
         low, high = low - 0.05, high + 0.05
-    found, edges = np.histogram(logs, bins=bins, range=(low, high))
+    counts, edges = np.histogram(logs, bins=bins, range=(low, high))
     # log10 of the width of a bin in λ, from its right end, so that no width leaves the range.
     widths = edges[1:] + math.log10(-math.expm1(-math.log(10) * (high - low) / bins))
     with np.errstate(divide="ignore"):
-        density = np.log10(found / count) - widths
-    return edges, np.where(found > 0, density, np.nan)
+        density = np.log10(counts / count) - widths
+    return edges, np.where(counts > 0, density, np.nan)
 
 
 def _survival(logs: Array, above: Indices, count: int) -> tuple[Array, Array]:

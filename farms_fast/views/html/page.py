@@ -118,7 +118,7 @@ def _page(page: dict[str, Any], curves: list[list[Any]]) -> str:
         "script": script,
     }
     # In one pass, so that nothing that was put in is taken for a placeholder.
-    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], _asset("assets/page.html"))
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _asset("assets/page.html"))
 
 
 @cache

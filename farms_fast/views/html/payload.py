@@ -275,9 +275,9 @@ def packed(values: Array) -> list[Any]:
     step = float(values[finite].max() - least) / _STEPS
     scaled = np.where(finite, (values - least) / (step or 1.0), 0.0)
     numbers = np.rint(scaled).astype(int).tolist()
-    whole = [number if known else None for number, known in zip(numbers, finite, strict=True)]
+    steps = [number if known else None for number, known in zip(numbers, finite, strict=True)]
     # Digits enough that the ends of the axis are exact to a thousandth of a step.
-    return [float(f"{least:.12g}"), float(f"{step:.8g}"), whole]
+    return [float(f"{least:.12g}"), float(f"{step:.8g}"), steps]
 
 
 def _numbers(values: Array) -> list[float]:
