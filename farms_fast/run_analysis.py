@@ -15,12 +15,12 @@ from torch import nn
 from farms_fast.core.arguments import (
     MOST_RESAMPLES,
     DTypeLike,
+    check_int,
     check_sampling,
     check_solver,
     default_device,
     dtype_of,
     memory_bytes,
-    natural,
     path_of,
     resolve_device,
 )
@@ -122,7 +122,7 @@ def analyze(
     """
     rule = FitRule.checked(xmin, xmin_pos, bins, getattr(sampling, "compat", None))
     precision = dtype_of(dtype)
-    resamples = natural("bootstrap", bootstrap, most=MOST_RESAMPLES)
+    resamples = check_int("bootstrap", bootstrap, most=MOST_RESAMPLES)
     budget = None if memory is None else memory_bytes(memory)
     check_sampling(sampling)
     where = resolve_device(device, default_device())

@@ -2,6 +2,7 @@
 // the mirrored tile is written with it.
 #include "csrc/cuda/check.h"
 #include "csrc/cuda/gram_tile.cuh"
+#include "csrc/cuda/triangle.cuh"
 #include "csrc/gram.h"
 
 namespace farms_fast {
@@ -9,20 +10,19 @@ namespace {
 
 using namespace gram_tile;
 
-// grid: (tiles of the lower triangle, windows of this launch).
+// grid: (tiles of the lower triangle, windows of this launch). windows: (count,), each of `order` vectors. gram:
+// (count, order, order), both triangles written. Blocks write tiles of their own and wait for nobody.
 template <typename In, typename Kind>
-__global__ void __launch_bounds__(kThreads, Kind::blocks)
-    window_gram_kernel(const WindowView* __restrict__ windows, int64_t order, bool single, void* __restrict__ gram) {
+__global__ void __launch_bounds__(kGramThreads, Kind::blocks_per_processor)
+    window_gram_kernel(const WindowView* __restrict__ windows, int64_t order, bool to_float32,
+                       void* __restrict__ gram) {
   using Product = TileProduct<In, Kind>;
   extern __shared__ __align__(16) double shared_memory[];
 
-  // The lower triangle's tiles in row order: tile row r starts at r (r + 1) / 2.
   const int64_t tile = blockIdx.x;
-  int64_t tile_row = static_cast<int64_t>((sqrtf(8.0f * static_cast<float>(tile) + 1.0f) - 1.0f) * 0.5f);
-  while ((tile_row + 1) * (tile_row + 2) / 2 <= tile) ++tile_row;
-  while (tile_row * (tile_row + 1) / 2 > tile) --tile_row;
+  const int64_t tile_row = triangle_row(tile);
   const int64_t tile_column = tile - tile_row * (tile_row + 1) / 2;
-  const int64_t row0 = tile_row * kTile, column0 = tile_column * kTile;
+  const int64_t row0 = tile_row * kGramTile, column0 = tile_column * kGramTile;
 
   const WindowView window = windows[blockIdx.y];
   const Product product(window.data, window.vector_stride, window.element_stride, order, row0, column0);
@@ -35,24 +35,24 @@ __global__ void __launch_bounds__(kThreads, Kind::blocks)
     // In a diagonal tile the element below the diagonal writes its mirror image too, so that the two are equal.
     if (r >= order || c >= order || r < c) return;
     if (Kind::planes == 1 || r == c) im = 0.0;
-    write<Kind>(gram, single, matrix + r * order + c, re, im);
-    if (r != c) write<Kind>(gram, single, matrix + c * order + r, re, -im);
+    write<Kind>(gram, to_float32, matrix + r * order + c, re, im);
+    if (r != c) write<Kind>(gram, to_float32, matrix + c * order + r, re, -im);
   });
 }
 
 template <typename In, typename Kind>
-void launch(const WindowView* windows, int64_t count, int64_t order, bool single, void* gram, cudaStream_t stream) {
-  const int64_t tiles = (order + kTile - 1) / kTile;
+void launch(const WindowView* windows, int64_t count, int64_t order, bool to_float32, void* gram, cudaStream_t stream) {
+  const int64_t tiles = (order + kGramTile - 1) / kGramTile;
   const auto kernel = window_gram_kernel<In, Kind>;
   constexpr int shared_bytes = TileProduct<In, Kind>::shared_bytes;
   FARMS_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
-  const int64_t matrix_bytes = order * order * (single ? 4 : 8) * Kind::planes;
+  const int64_t matrix_bytes = order * order * (to_float32 ? 4 : 8) * Kind::planes;
   constexpr int64_t most = 65535;  // of a grid's second dimension
   for (int64_t begin = 0; begin < count; begin += most) {
     const int64_t part = count - begin < most ? count - begin : most;
     const dim3 grid(static_cast<unsigned>(tiles * (tiles + 1) / 2), static_cast<unsigned>(part));
-    kernel<<<grid, kThreads, shared_bytes, stream>>>(windows + begin, order, single,
-                                                     static_cast<char*>(gram) + begin * matrix_bytes);
+    kernel<<<grid, kGramThreads, shared_bytes, stream>>>(windows + begin, order, to_float32,
+                                                         static_cast<char*>(gram) + begin * matrix_bytes);
     FARMS_LAUNCH_CHECK();
   }
 }
@@ -62,9 +62,9 @@ void launch(const WindowView* windows, int64_t count, int64_t order, bool single
 void window_gram_cuda(const WindowView* windows, int64_t count, int64_t order, DType in, DType precision, void* gram,
                       void* stream_handle) {
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_handle);
-  const bool single = precision == DType::f32;
+  const bool to_float32 = precision == DType::f32;
   dispatch_weight(in, [&](auto element, auto kind) {
-    launch<decltype(element), decltype(kind)>(windows, count, order, single, gram, stream);
+    launch<decltype(element), decltype(kind)>(windows, count, order, to_float32, gram, stream);
   });
 }
 

@@ -1,5 +1,7 @@
-// One 64 x 64 tile of products of vectors, on the tensor cores in float64, by a block of four warps. Vectors are read
-// in place, whatever their strides and type, and converted on the way into one of two stages of shared memory.
+// One 64 x 64 tile of products of vectors, on the tensor cores in float64, by a block of four warps, 32 x 32 each.
+// Vectors are read in place, whatever their strides and type, and converted on the way into one of two stages of shared
+// memory, 16 elements of each vector at a time. One barrier a step orders both ways: after it the next stage is filled
+// for all, and the one just read may be written again.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -7,29 +9,30 @@
 
 #include <cstdint>
 
+#include "csrc/cuda/hopper.h"
 #include "csrc/cuda/mma.cuh"
 #include "csrc/dtype.h"
 
 namespace farms_fast {
 namespace gram_tile {
 
-constexpr int kTile = 64;   // rows and columns of a block's tile
-constexpr int kDepth = 16;  // elements of the vectors per step
-constexpr int kThreads = 128;
-constexpr int kWarpTile = 32;                          // rows and columns of a warp's part of the tile
-constexpr int kWarpsAcross = kTile / kWarpTile;        // warps side by side
-constexpr int kPerThread = kTile * kDepth / kThreads;  // a thread's elements of a slab ...
-constexpr int kVectorStep = kThreads / kDepth;         // ... which are so many vectors apart,
-constexpr int kElementStep = kThreads / kTile;         // or so many elements of one vector
+constexpr int kGramTile = 64;   // rows and columns of a block's tile
+constexpr int kGramDepth = 16;  // elements of the vectors per step
+constexpr int kGramThreads = 128;
+constexpr int kWarpTile = 32;                                      // rows and columns of a warp's part of the tile
+constexpr int kWarpsAcross = kGramTile / kWarpTile;                // warps side by side
+constexpr int kPerThread = kGramTile * kGramDepth / kGramThreads;  // a thread's elements of a slab ...
+constexpr int kVectorStep = kGramThreads / kGramDepth;             // ... which are so many vectors apart,
+constexpr int kElementStep = kGramThreads / kGramTile;             // or so many elements of one vector
 constexpr int kRowParts = kWarpTile / 16, kColumnParts = kWarpTile / 8;
 
-struct Real {
-  static constexpr int planes = 1;
-  static constexpr int blocks = 3;  // of a multiprocessor
+// Planes: of real numbers that a product has. Of a thread's registers 64 a plane are for its sums; three blocks leave
+// it 168, two 255. Double-precision complex products spill all the same, 208 bytes.
+struct RealProducts {
+  static constexpr int planes = 1, blocks_per_processor = 3;
 };
-struct Complex {
-  static constexpr int planes = 2;  // real and imaginary parts
-  static constexpr int blocks = 2;
+struct ComplexProducts {
+  static constexpr int planes = 2, blocks_per_processor = 2;
 };
 
 // The real or imaginary part of a weight's element. Intrinsics for the half types: torch's build takes their operators
@@ -41,12 +44,12 @@ __device__ __forceinline__ double plane_of(double value, int) { return value; }
 __device__ __forceinline__ double plane_of(const float2& value, int plane) { return plane ? value.y : value.x; }
 __device__ __forceinline__ double plane_of(const double2& value, int plane) { return plane ? value.y : value.x; }
 
-// Where element t of vector v lies in a slab of shared memory is v * kDepth + (t ^ swizzle(v)): then a warp's fragment
-// loads touch each bank once, and so do its stores, be they along a vector or across vectors.
+// Where element t of vector v lies in a slab of shared memory is v * kGramDepth + (t ^ swizzle(v)): then a warp's
+// fragment loads touch each bank once, and so do its stores, be they along a vector or across vectors.
 __device__ __forceinline__ constexpr int swizzle(int v) { return (v & 3) * 4 + (v / 4 & 3); }
 
-// One thread's share of a kTile x kDepth slab of vectors: global memory to registers, then registers to shared memory,
-// so that a later slab's loads are in flight while this one is multiplied.
+// One thread's share of a kGramTile x kGramDepth slab of vectors: global memory to registers, then registers to shared
+// memory, so that a later slab's loads are in flight while this one is multiplied.
 template <typename In, int Planes>
 struct Slab {
   In values[kPerThread];
@@ -68,27 +71,28 @@ struct Slab {
     } else {
 #pragma unroll
       for (int i = 0; i < kPerThread; ++i)
-        store_one(slab, (first ^ swizzle(i * kVectorStep)) + i * kVectorStep * kDepth, values[i]);
+        store_one(slab, (first ^ swizzle(i * kVectorStep)) + i * kVectorStep * kGramDepth, values[i]);
     }
   }
 
   static __device__ __forceinline__ void store_one(double* slab, int at, const In& value) {
 #pragma unroll
-    for (int plane = 0; plane < Planes; ++plane) slab[plane * kTile * kDepth + at] = plane_of(value, plane);
+    for (int plane = 0; plane < Planes; ++plane) slab[plane * kGramTile * kGramDepth + at] = plane_of(value, plane);
   }
 };
 
-// What a warp's products of one depth need of its rows and columns.
+// What a warp's products of one depth need of its 32 rows and 32 columns: left and right operands of the 2 x 4
+// fragments of 16 x 8 that they are made of (see mma.cuh).
 template <int Planes>
-struct Fragments {
+struct WarpOperands {
   static constexpr int depth = Planes == 1 ? 8 : 4;
   double a[Planes][kRowParts][depth / 2], b[Planes][kColumnParts][depth / 4];
 
-  // row, column: group * kDepth + (in_group ^ swizzle(group)), from the warp's first row and first column.
+  // row, column: group * kGramDepth + (in_group ^ swizzle(group)), from the warp's first row and first column.
   __device__ __forceinline__ void load(const double* row_slab, const double* column_slab, int row, int column, int k) {
 #pragma unroll
     for (int p = 0; p < Planes; ++p) {
-      const int plane = p * kTile * kDepth;
+      const int plane = p * kGramTile * kGramDepth;
 #pragma unroll
       for (int d = 0; d < depth / 4; ++d) {
 #pragma unroll
@@ -96,10 +100,10 @@ struct Fragments {
 #pragma unroll
           for (int half = 0; half < 2; ++half)
             a[p][i][d * 2 + half] =
-                row_slab[plane + (row ^ (k + d * 4) ^ swizzle(half * 8)) + (i * 16 + half * 8) * kDepth];
+                row_slab[plane + (row ^ (k + d * 4) ^ swizzle(half * 8)) + (i * 16 + half * 8) * kGramDepth];
 #pragma unroll
         for (int j = 0; j < kColumnParts; ++j)
-          b[p][j][d] = column_slab[plane + (column ^ (k + d * 4) ^ swizzle(j * 8)) + j * 8 * kDepth];
+          b[p][j][d] = column_slab[plane + (column ^ (k + d * 4) ^ swizzle(j * 8)) + j * 8 * kGramDepth];
       }
     }
   }
@@ -127,9 +131,10 @@ template <typename In, typename Kind>
 class TileProduct {
  public:
   static constexpr int planes = Kind::planes;
-  static constexpr int slab_size = planes * kTile * kDepth;
+  static constexpr int slab_size = planes * kGramTile * kGramDepth;
   // Of [2 stages][rows, columns][slab_size]. A whole tile of sums fits in as well.
   static constexpr int shared_bytes = 4 * slab_size * static_cast<int>(sizeof(double));
+  static_assert(hopper::shared_memory_holds(Kind::blocks_per_processor, shared_bytes));
   using Sums = double[planes][kRowParts][kColumnParts][4];
 
   // Vectors from `count` on are not read.
@@ -143,9 +148,9 @@ class TileProduct {
         row0 + warp_row < count && column0 + warp_column < count && row0 + warp_row + kWarpTile > column0 + warp_column;
 
     // A thread's elements of a slab: the first, and how many of them the vectors' number leaves.
-    const int vector = along_vectors_ ? thread % kTile : thread / kDepth;
-    element_ = along_vectors_ ? thread / kTile : thread % kDepth;
-    place_ = vector * kDepth + (element_ ^ swizzle(vector));
+    const int vector = along_vectors_ ? thread % kGramTile : thread / kGramDepth;
+    element_ = along_vectors_ ? thread / kGramTile : thread % kGramDepth;
+    slab_offset_ = vector * kGramDepth + (element_ ^ swizzle(vector));
     step_ = along_vectors_ ? kElementStep * element_stride : kVectorStep * vector_stride;
     element_stride_ = element_stride;
     row_data_ = static_cast<const In*>(data) + (row0 + vector) * vector_stride + element_ * element_stride;
@@ -154,25 +159,25 @@ class TileProduct {
       const int64_t rounded = (left + apart - 1) / apart;
       return static_cast<int>(left <= 0 ? 0 : rounded < kPerThread ? rounded : kPerThread);
     };
-    row_vectors_ = rounds(count - row0 - vector, along_vectors_ ? kTile : kVectorStep);
-    column_vectors_ = rounds(count - column0 - vector, along_vectors_ ? kTile : kVectorStep);
+    row_vectors_ = rounds(count - row0 - vector, along_vectors_ ? kGramTile : kVectorStep);
+    column_vectors_ = rounds(count - column0 - vector, along_vectors_ ? kGramTile : kVectorStep);
 
-    const int fragment = group * kDepth + (in_group ^ swizzle(group));
-    row_fragment_ = fragment + warp_row * kDepth;
-    column_fragment_ = fragment + warp_column * kDepth + (diagonal_ ? 0 : slab_size);
+    const int fragment = group * kGramDepth + (in_group ^ swizzle(group));
+    row_fragment_ = fragment + warp_row * kGramDepth;
+    column_fragment_ = fragment + warp_column * kGramDepth + (diagonal_ ? 0 : slab_size);
   }
 
   // Adds the products of elements [begin, end). The whole block calls; shared memory is free before and after.
   __device__ __forceinline__ void add(int64_t begin, int64_t end, double* shared_memory, Sums& sum) const {
     // Slabs are loaded two steps ahead and stored beside the products, where there are registers for it.
     constexpr bool early = planes == 1;
-    using Part = Fragments<planes>;
+    using Operands = WarpOperands<planes>;
     const In* row_from = row_data_ + begin * element_stride_;
     const In* column_from = column_data_ + begin * element_stride_;
-    const int64_t advance = kDepth * element_stride_;
+    const int64_t advance = kGramDepth * element_stride_;
     int64_t left = end - begin - element_;  // elements of a vector from this thread's first on
     const auto valid = [&](int vectors) {
-      const int near = static_cast<int>(left < kDepth ? left : kDepth);
+      const int near = static_cast<int>(left < kGramDepth ? left : kGramDepth);
       const int elements = (near + kElementStep - 1) / kElementStep;
       return along_vectors_ ? (vectors > 0 ? elements : 0) : (near > 0 ? vectors : 0);
     };
@@ -184,11 +189,11 @@ class TileProduct {
     const auto load_columns = [&] {
       if (!diagonal_) column_slab.load(column_from, step_, valid(column_vectors_));
       column_from += advance;
-      left -= kDepth;
+      left -= kGramDepth;
     };
-    const auto store_rows = [&](double* stage) { row_slab.store(stage, place_, along_vectors_); };
+    const auto store_rows = [&](double* stage) { row_slab.store(stage, slab_offset_, along_vectors_); };
     const auto store_columns = [&](double* stage) {
-      if (!diagonal_) column_slab.store(stage + slab_size, place_, along_vectors_);
+      if (!diagonal_) column_slab.store(stage + slab_size, slab_offset_, along_vectors_);
     };
 
     load_rows();
@@ -202,23 +207,23 @@ class TileProduct {
     __syncthreads();
     // The barrier that ends a step both fills the next stage and frees this one. Past the last step the loads give
     // zeros and the stores go to a stage that nothing reads.
-    const int64_t steps = (end - begin + kDepth - 1) / kDepth;
+    const int64_t steps = (end - begin + kGramDepth - 1) / kGramDepth;
     for (int64_t s = 0; s < steps; ++s) {
       double* stage = shared_memory + (s & 1) * 2 * slab_size;
       double* next = shared_memory + (~s & 1) * 2 * slab_size;
 #pragma unroll
-      for (int k = 0; k < kDepth; k += Part::depth) {
-        Part part;
-        if (needed_) part.load(stage, stage, row_fragment_, column_fragment_, k);
+      for (int k = 0; k < kGramDepth; k += Operands::depth) {
+        Operands operands;
+        if (needed_) operands.load(stage, stage, row_fragment_, column_fragment_, k);
         if (k == 0) {
           if (early) store_rows(next);
           load_rows();
         }
-        if (k == (early ? kDepth / 2 : 0)) {
+        if (k == (early ? kGramDepth / 2 : 0)) {
           if (early) store_columns(next);
           load_columns();
         }
-        if (needed_) part.multiply(sum);
+        if (needed_) operands.multiply(sum);
       }
       if (!early) {
         store_rows(next);
@@ -260,22 +265,22 @@ class TileProduct {
   bool along_vectors_;  // neighbouring threads load neighbouring vectors
   bool diagonal_;       // rows and columns are the same vectors
   bool needed_;         // not all of this warp's products are above the diagonal or beyond the vectors
-  int element_, place_, row_vectors_, column_vectors_, row_fragment_, column_fragment_;
+  int element_, slab_offset_, row_vectors_, column_vectors_, row_fragment_, column_fragment_;
   int64_t step_, element_stride_;
   const In* row_data_;
   const In* column_data_;
 };
 
-// Stores one element of the Gram matrix; `single` halves the precision on the way out.
+// Stores one element of the Gram matrix.
 template <typename Kind>
-__device__ __forceinline__ void write(void* gram, bool single, int64_t at, double re, double im) {
+__device__ __forceinline__ void write(void* gram, bool to_float32, int64_t at, double re, double im) {
   if constexpr (Kind::planes == 1) {
-    if (single)
+    if (to_float32)
       static_cast<float*>(gram)[at] = static_cast<float>(re);
     else
       static_cast<double*>(gram)[at] = re;
   } else {
-    if (single)
+    if (to_float32)
       static_cast<float2*>(gram)[at] = make_float2(static_cast<float>(re), static_cast<float>(im));
     else
       static_cast<double2*>(gram)[at] = make_double2(re, im);
@@ -287,17 +292,17 @@ template <typename Run>
 void dispatch_weight(DType in, const Run& run) {
   switch (in) {
     case DType::f16:
-      return run(__half{}, Real{});
+      return run(__half{}, RealProducts{});
     case DType::bf16:
-      return run(__nv_bfloat16{}, Real{});
+      return run(__nv_bfloat16{}, RealProducts{});
     case DType::f32:
-      return run(float{}, Real{});
+      return run(float{}, RealProducts{});
     case DType::f64:
-      return run(double{}, Real{});
+      return run(double{}, RealProducts{});
     case DType::c64:
-      return run(float2{}, Complex{});
+      return run(float2{}, ComplexProducts{});
     case DType::c128:
-      return run(double2{}, Complex{});
+      return run(double2{}, ComplexProducts{});
   }
 }
 

@@ -7,6 +7,11 @@
 // are opened. Candidates run in four levels of falling stride, so that the first ones leave a D near
 // the best to compare the rest with. Timing decides how much work is skipped, never what is chosen:
 // the best D only falls, and a candidate is dropped only on a gap strictly above it.
+//
+// Shapes, in all kernels: evals, logs, excess, distances, owner (total,); offsets (n_spectra + 1,);
+// states, dropped and each of the outputs (n_spectra,). One launch needs all of the one before it;
+// inside of a launch nobody waits for another block, and best_bits and best_index change by atomic
+// minima alone, so the order of warps does not matter.
 
 #include "csrc/power_law.h"
 
@@ -20,29 +25,25 @@ namespace farms_fast {
 namespace {
 
 using power_law::ChunkSummary;
-using power_law::DistanceSearch;
 using power_law::IndexRange;
-using power_law::kChunk;
-using power_law::kFullMask;
-using power_law::kWarp;
-using power_law::lane_id;
+using power_law::kScanChunk;
 using power_law::LogHistogram;
 using power_law::ScanPass;
 using power_law::SpectrumState;
 using power_law::ValidRange;
-using power_law::warp_max;
+using power_law::WarpDistanceSearch;
 
-constexpr int kThreads = 256;
-constexpr int kWarpsPerBlock = kThreads / kWarp;
+constexpr int kFitThreads = 256;
+constexpr int kWarpsPerBlock = kFitThreads / kWarpSize;
 
-// At stride 1 a warp looks at this many neighbours: most are settled by 32 samples.
-constexpr int kGroup = 8;
+// At stride 1 a warp looks at this many neighbours: 32 samples rule most of them out.
+constexpr int kNeighbours = 8;
 constexpr int64_t kStrides[] = {4096, 256, 16, 1};
 
 constexpr unsigned long long kInfinityBits = 0x7ff0000000000000ull;
 constexpr unsigned long long kNoIndex = ~0ull;
 
-struct Workspace {
+struct FitWorkspace {
   SpectrumState* states;  // (n_spectra)
   double* logs;           // (total)
   double* excess;         // (total)
@@ -53,7 +54,7 @@ struct Workspace {
 
 size_t aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
-Workspace carve(void* memory, int64_t total, int64_t n_spectra, size_t* bytes) {
+FitWorkspace carve(void* memory, int64_t total, int64_t n_spectra, size_t* bytes) {
   size_t used = 0;
   char* const base = static_cast<char*>(memory);
   const auto take = [&](size_t count, size_t width) {
@@ -62,13 +63,13 @@ Workspace carve(void* memory, int64_t total, int64_t n_spectra, size_t* bytes) {
     return static_cast<void*>(here);
   };
   const size_t n = static_cast<size_t>(total);
-  Workspace workspace;
+  FitWorkspace workspace;
   workspace.states = static_cast<SpectrumState*>(take(static_cast<size_t>(n_spectra), sizeof(SpectrumState)));
   workspace.logs = static_cast<double*>(take(n, sizeof(double)));
   workspace.excess = static_cast<double*>(take(n, sizeof(double)));
   workspace.distances = static_cast<double*>(take(n, sizeof(double)));
   workspace.owner = static_cast<int32_t*>(take(n, sizeof(int32_t)));
-  workspace.chunks = static_cast<ChunkSummary*>(take(2 * (n / kChunk + 1), sizeof(ChunkSummary)));
+  workspace.chunks = static_cast<ChunkSummary*>(take(2 * (n / kScanChunk + 1), sizeof(ChunkSummary)));
   if (bytes != nullptr) *bytes = used;
   return workspace;
 }
@@ -83,23 +84,23 @@ __device__ __forceinline__ IndexRange spectrum_range(const int64_t* offsets, int
 }
 
 __device__ __forceinline__ int64_t warp_id() {
-  return (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kWarp;
+  return (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kWarpSize;
 }
 
 // Left edge of the fullest bin, the first of equals. Bins are dealt out to the lanes.
 __device__ double modal_left_edge(const LogHistogram& histogram) {
   int64_t most = -1;
   int64_t fullest = 0;
-  for (int64_t bin = lane_id(); bin < histogram.bins; bin += kWarp) {
+  for (int64_t bin = lane_id(); bin < histogram.bins; bin += kWarpSize) {
     const int64_t count = histogram.position(bin + 1) - histogram.position(bin);
     if (count > most) {
       most = count;
       fullest = bin;
     }
   }
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    const int64_t other_most = __shfl_xor_sync(kFullMask, most, offset);
-    const int64_t other_bin = __shfl_xor_sync(kFullMask, fullest, offset);
+  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
+    const int64_t other_most = __shfl_xor_sync(kAllLanes, most, offset);
+    const int64_t other_bin = __shfl_xor_sync(kAllLanes, fullest, offset);
     if (other_most > most || (other_most == most && other_bin < fullest)) {
       most = other_most;
       fullest = other_bin;
@@ -108,8 +109,8 @@ __device__ double modal_left_edge(const LogHistogram& histogram) {
   return histogram.edge(fullest);
 }
 
-// A warp for each spectrum: what enters the fit, and which candidates.
-__global__ void __launch_bounds__(kThreads)
+// grid: (a warp for each spectrum). What enters the fit, and which candidates.
+__global__ void __launch_bounds__(kFitThreads)
     prepare_kernel(const double* __restrict__ evals, const int64_t* __restrict__ offsets, int64_t total,
                    int64_t n_spectra, FitSettings settings, SpectrumState* __restrict__ states,
                    int64_t* __restrict__ dropped) {
@@ -151,7 +152,8 @@ __global__ void __launch_bounds__(kThreads)
   dropped[s] = (given.end - given.begin) - size;
 }
 
-__global__ void __launch_bounds__(kThreads)
+// grid: (a thread for each value). Logarithms, and the spectrum that each value belongs to.
+__global__ void __launch_bounds__(kFitThreads)
     logs_kernel(const double* __restrict__ evals, const int64_t* __restrict__ offsets, int64_t total, int64_t n_spectra,
                 double* __restrict__ logs, int32_t* __restrict__ owner) {
   const int64_t j = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -177,7 +179,7 @@ __device__ void evaluate_candidate(int64_t candidate, SpectrumState* state, cons
   const double candidate_excess = excess[candidate];
   if (candidate_excess > 0.0) {
     const power_law::Tail tail = power_law::make_tail(logs, candidate, state->end - 1, candidate_excess);
-    distance = DistanceSearch(tail, &state->best_bits).run();
+    distance = WarpDistanceSearch(tail, &state->best_bits).run();
     if (lane_id() == 0) {
       const auto bits = static_cast<unsigned long long>(__double_as_longlong(distance));
       if (bits < __ldcg(&state->best_bits)) atomicMin(&state->best_bits, bits);
@@ -186,8 +188,9 @@ __device__ void evaluate_candidate(int64_t candidate, SpectrumState* state, cons
   if (lane_id() == 0) distances[candidate] = distance;
 }
 
-// Candidates at multiples of `stride` that are no multiples of `done_stride`, `group` to a warp.
-__global__ void __launch_bounds__(kThreads)
+// grid: (a warp for each `group` multiples of `stride`). Candidates there that are no multiples of
+// `done_stride`.
+__global__ void __launch_bounds__(kFitThreads)
     search_kernel(int64_t total, int64_t stride, int64_t done_stride, int group, const int32_t* __restrict__ owner,
                   const double* __restrict__ logs, const double* __restrict__ excess, SpectrumState* states,
                   double* __restrict__ distances) {
@@ -199,17 +202,17 @@ __global__ void __launch_bounds__(kThreads)
     spectrum = owner[mine];
     live = spectrum >= 0 && mine >= states[spectrum].candidates_begin && mine < states[spectrum].candidates_end;
   }
-  unsigned waiting = __ballot_sync(kFullMask, live);
+  unsigned waiting = __ballot_sync(kAllLanes, live);
   while (waiting != 0) {
     const int next = __ffs(waiting) - 1;
     waiting &= waiting - 1;
-    evaluate_candidate(__shfl_sync(kFullMask, mine, next), states + __shfl_sync(kFullMask, spectrum, next), logs,
+    evaluate_candidate(__shfl_sync(kAllLanes, mine, next), states + __shfl_sync(kAllLanes, spectrum, next), logs,
                        excess, distances);
   }
 }
 
-// The one candidate of each spectrum under the median rule.
-__global__ void __launch_bounds__(kThreads)
+// grid: (a warp for each spectrum). The one candidate of each under the median rule.
+__global__ void __launch_bounds__(kFitThreads)
     median_kernel(int64_t n_spectra, const double* __restrict__ logs, const double* __restrict__ excess,
                   SpectrumState* states, double* __restrict__ distances) {
   const int64_t s = warp_id();
@@ -221,9 +224,10 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Lowest index among the candidates that reach the best D.
-__global__ void __launch_bounds__(kThreads) select_kernel(int64_t total, const int32_t* __restrict__ owner,
-                                                          const double* __restrict__ distances, SpectrumState* states) {
+// grid: (a thread for each value). Lowest index among the candidates that reach the best D.
+__global__ void __launch_bounds__(kFitThreads)
+    select_kernel(int64_t total, const int32_t* __restrict__ owner, const double* __restrict__ distances,
+                  SpectrumState* states) {
   const int64_t j = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (j >= total) return;
   if (owner[j] < 0) return;
@@ -235,7 +239,8 @@ __global__ void __launch_bounds__(kThreads) select_kernel(int64_t total, const i
   }
 }
 
-__global__ void __launch_bounds__(kThreads)
+// grid: (a thread for each spectrum).
+__global__ void __launch_bounds__(kFitThreads)
     finish_kernel(const double* __restrict__ evals, int64_t n_spectra, const SpectrumState* __restrict__ states,
                   const double* __restrict__ excess, FitOutputs outputs) {
   const int64_t s = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -270,18 +275,18 @@ size_t fit_power_law_cuda_workspace_bytes(int64_t total, int64_t n_spectra) {
 int fit_power_law_cuda(const double* evals, const int64_t* offsets, int64_t total, int64_t n_spectra,
                        const FitSettings& settings, const FitOutputs& outputs, void* workspace, CUstream_st* stream) {
   if (n_spectra == 0) return static_cast<int>(cudaSuccess);
-  const Workspace work = carve(workspace, total, n_spectra, nullptr);
+  const FitWorkspace work = carve(workspace, total, n_spectra, nullptr);
   const unsigned spectrum_warps = blocks_for(n_spectra, kWarpsPerBlock);
-  prepare_kernel<<<spectrum_warps, kThreads, 0, stream>>>(evals, offsets, total, n_spectra, settings, work.states,
-                                                          outputs.dropped);
+  prepare_kernel<<<spectrum_warps, kFitThreads, 0, stream>>>(evals, offsets, total, n_spectra, settings, work.states,
+                                                             outputs.dropped);
   if (total > 0) {
-    const unsigned value_threads = blocks_for(total, kThreads);
-    logs_kernel<<<value_threads, kThreads, 0, stream>>>(evals, offsets, total, n_spectra, work.logs, work.owner);
+    const unsigned value_threads = blocks_for(total, kFitThreads);
+    logs_kernel<<<value_threads, kFitThreads, 0, stream>>>(evals, offsets, total, n_spectra, work.logs, work.owner);
     const unsigned spectra_blocks = static_cast<unsigned>(n_spectra < (1 << 20) ? n_spectra : 1 << 20);
     power_law::scan_short_kernel<<<spectra_blocks, power_law::kScanThreads, 0, stream>>>(n_spectra, work.states,
                                                                                          work.logs, work.excess);
-    if (total > kChunk) {
-      const unsigned slots = blocks_for(total, kChunk);
+    if (total > kScanChunk) {
+      const unsigned slots = blocks_for(total, kScanChunk);
       power_law::scan_long_kernel<ScanPass::smallest_log><<<slots, power_law::kScanThreads, 0, stream>>>(
           total, work.owner, work.states, work.logs, work.excess, work.chunks);
       power_law::scan_long_kernel<ScanPass::sum><<<slots, power_law::kScanThreads, 0, stream>>>(
@@ -290,22 +295,22 @@ int fit_power_law_cuda(const double* evals, const int64_t* offsets, int64_t tota
           total, work.owner, work.states, work.logs, work.excess, work.chunks);
     }
     if (settings.rule == XminRule::median) {
-      median_kernel<<<spectrum_warps, kThreads, 0, stream>>>(n_spectra, work.logs, work.excess, work.states,
-                                                             work.distances);
+      median_kernel<<<spectrum_warps, kFitThreads, 0, stream>>>(n_spectra, work.logs, work.excess, work.states,
+                                                                work.distances);
     } else {
       int64_t done_stride = 0;
       for (const int64_t stride : kStrides) {
-        const int group = stride == 1 ? kGroup : 1;
+        const int group = stride == 1 ? kNeighbours : 1;
         const int64_t positions = (total + stride - 1) / stride;
-        search_kernel<<<blocks_for(positions, kWarpsPerBlock * group), kThreads, 0, stream>>>(
+        search_kernel<<<blocks_for(positions, kWarpsPerBlock * group), kFitThreads, 0, stream>>>(
             total, stride, done_stride, group, work.owner, work.logs, work.excess, work.states, work.distances);
         done_stride = stride;
       }
-      select_kernel<<<value_threads, kThreads, 0, stream>>>(total, work.owner, work.distances, work.states);
+      select_kernel<<<value_threads, kFitThreads, 0, stream>>>(total, work.owner, work.distances, work.states);
     }
   }
-  finish_kernel<<<blocks_for(n_spectra, kThreads), kThreads, 0, stream>>>(evals, n_spectra, work.states, work.excess,
-                                                                          outputs);
+  finish_kernel<<<blocks_for(n_spectra, kFitThreads), kFitThreads, 0, stream>>>(evals, n_spectra, work.states,
+                                                                                work.excess, outputs);
   return static_cast<int>(cudaGetLastError());
 }
 

@@ -8,7 +8,7 @@
 //
 // The host does not know where spectra begin. The array is therefore cut into slots as long as a chunk; a chunk belongs
 // to the slot that its top lies in. A long spectrum has one top in each slot that it reaches from above. Two long
-// spectra may share a slot, never three, and each of them covers the slot's first or its last place.
+// spectra may share a slot, never three, and each of them covers the slot's first or its last value.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -19,10 +19,10 @@
 namespace farms_fast::power_law {
 
 constexpr int kScanThreads = 512;
-constexpr int kScanWarps = kScanThreads / kWarp;
+constexpr int kScanWarps = kScanThreads / kWarpSize;
 constexpr int kScanItems = 4;
 constexpr int kScanTile = kScanThreads * kScanItems;
-constexpr int kChunk = 4 * kScanTile;
+constexpr int kScanChunk = 4 * kScanTile;
 
 struct SpectrumState {
   int64_t begin;  // values that enter the fit, as indices into evals
@@ -52,7 +52,7 @@ struct ScanShared {
 };
 
 __device__ __forceinline__ CompensatedSum shuffle_up(const CompensatedSum& sum, int offset) {
-  return {__shfl_up_sync(kFullMask, sum.value, offset), __shfl_up_sync(kFullMask, sum.error, offset)};
+  return {__shfl_up_sync(kAllLanes, sum.value, offset), __shfl_up_sync(kAllLanes, sum.error, offset)};
 }
 
 // Walks depths begin..end - 1 of a spectrum, depth d being the value top - d, with two scans a tile: the smallest
@@ -62,7 +62,7 @@ template <bool Write>
 __device__ __forceinline__ void scan_depths(ScanShared& shared, int64_t top, int64_t begin, int64_t end,
                                             double* __restrict__ logs, double* __restrict__ excess, Carry& carry) {
   const int lane = lane_id();
-  const int warp = threadIdx.x / kWarp;
+  const int warp = threadIdx.x / kWarpSize;
   for (int64_t tile = begin; tile < end; tile += kScanTile) {
     const int64_t depth = tile + static_cast<int64_t>(threadIdx.x) * kScanItems;
     double here[kScanItems];
@@ -74,13 +74,13 @@ __device__ __forceinline__ void scan_depths(ScanShared& shared, int64_t top, int
       here[k] = smallest;
     }
     double scanned = smallest;
-    for (int offset = 1; offset < kWarp; offset *= 2) {
-      const double other = __shfl_up_sync(kFullMask, scanned, offset);
+    for (int offset = 1; offset < kWarpSize; offset *= 2) {
+      const double other = __shfl_up_sync(kAllLanes, scanned, offset);
       if (lane >= offset) scanned = ordered_log(other, scanned);
     }
-    if (lane == kWarp - 1) shared.logs[warp] = scanned;
+    if (lane == kWarpSize - 1) shared.logs[warp] = scanned;
     __syncthreads();
-    double next = __shfl_up_sync(kFullMask, scanned, 1);
+    double next = __shfl_up_sync(kAllLanes, scanned, 1);
     if (lane == 0) next = INFINITY;
     double tile_log = carry.log;
     for (int w = 0; w < kScanWarps; ++w) {
@@ -102,14 +102,14 @@ __device__ __forceinline__ void scan_depths(ScanShared& shared, int64_t top, int
       next = here[k];
     }
     CompensatedSum scanned_sum = sum;
-    for (int offset = 1; offset < kWarp; offset *= 2) {
+    for (int offset = 1; offset < kWarpSize; offset *= 2) {
       CompensatedSum other = shuffle_up(scanned_sum, offset);
       if (lane >= offset) {
         other.accumulate(scanned_sum);
         scanned_sum = other;
       }
     }
-    if (lane == kWarp - 1) shared.sums[warp] = scanned_sum;
+    if (lane == kWarpSize - 1) shared.sums[warp] = scanned_sum;
     CompensatedSum before = shuffle_up(scanned_sum, 1);
     if (lane == 0) before = CompensatedSum{0.0, 0.0};
     __syncthreads();
@@ -135,52 +135,54 @@ __device__ __forceinline__ void scan_depths(ScanShared& shared, int64_t top, int
   }
 }
 
-// A block for each spectrum of one chunk.
+// grid: any number of blocks, which take the spectra in turn; those of one chunk are scanned.
 __global__ void __launch_bounds__(kScanThreads)
     scan_short_kernel(int64_t n_spectra, const SpectrumState* __restrict__ states, double* __restrict__ logs,
                       double* __restrict__ excess) {
   __shared__ ScanShared shared;
   for (int64_t s = blockIdx.x; s < n_spectra; s += gridDim.x) {
     const int64_t size = states[s].end - states[s].begin;
-    if (size > kChunk) continue;
+    if (size > kScanChunk) continue;
     Carry none;
     scan_depths<true>(shared, states[s].end - 1, 0, size, logs, excess, none);
   }
 }
 
-// The chunk whose top lies in a slot, of the long spectrum that covers the slot's last place (which = 0) or its first
+// The chunk whose top lies in a slot, of the long spectrum that covers the slot's last value (which = 0) or its first
 // (which = 1).
 struct SlotChunk {
-  bool found = false;
+  bool exists = false;
   int64_t top = 0;    // of the spectrum
   int64_t begin = 0;  // depths
   int64_t end = 0;
   int64_t spectrum = -1;
 
   __device__ SlotChunk(int64_t slot, int which, int64_t total, const int32_t* owner, const SpectrumState* states) {
-    const int64_t first = slot * kChunk;
-    const int64_t last = min(first + kChunk, total) - 1;
+    const int64_t first = slot * kScanChunk;
+    const int64_t last = min(first + kScanChunk, total) - 1;
     if (which == 1 && owner[first] == owner[last]) return;
     spectrum = owner[which == 0 ? last : first];
     if (spectrum < 0) return;
     top = states[spectrum].end - 1;
     const int64_t size = states[spectrum].end - states[spectrum].begin;
-    if (size <= kChunk || top < first) return;
-    const int64_t chunk = top > last ? (top - last + kChunk - 1) / kChunk : 0;
-    begin = chunk * kChunk;
-    end = min(begin + kChunk, size);
-    found = begin < size && top - begin >= first;
+    if (size <= kScanChunk || top < first) return;
+    const int64_t chunk = top > last ? (top - last + kScanChunk - 1) / kScanChunk : 0;
+    begin = chunk * kScanChunk;
+    end = min(begin + kScanChunk, size);
+    exists = begin < size && top - begin >= first;
   }
 };
 
 // Where the summary of the chunk of a spectrum is kept whose top lies in a slot.
 __device__ __forceinline__ int64_t summary_at(int64_t slot, int64_t spectrum, int64_t total, const int32_t* owner) {
-  const int64_t last = min((slot + 1) * kChunk, total) - 1;
+  const int64_t last = min((slot + 1) * kScanChunk, total) - 1;
   return 2 * slot + (owner[last] == spectrum ? 0 : 1);
 }
 
 enum class ScanPass { smallest_log, sum, store };
 
+// grid: (slots). summaries: (2 slots,), each written in one pass and read by others in the next: passes
+// are launches, and no block waits for another.
 template <ScanPass Pass>
 __global__ void __launch_bounds__(kScanThreads)
     scan_long_kernel(int64_t total, const int32_t* __restrict__ owner, const SpectrumState* __restrict__ states,
@@ -190,15 +192,15 @@ __global__ void __launch_bounds__(kScanThreads)
   const int64_t slot = blockIdx.x;
   for (int which = 0; which < 2; ++which) {
     const SlotChunk chunk(slot, which, total, owner, states);
-    if (!chunk.found) continue;
+    if (!chunk.exists) continue;
     ChunkSummary* const mine = summaries + summary_at(slot, chunk.spectrum, total, owner);
     if constexpr (Pass == ScanPass::smallest_log) {
       double smallest = INFINITY;
       for (int64_t depth = chunk.begin + threadIdx.x; depth < chunk.end; depth += kScanThreads)
         smallest = ordered_log(logs[chunk.top - depth], smallest);
-      for (int offset = kWarp / 2; offset > 0; offset /= 2)
-        smallest = ordered_log(__shfl_xor_sync(kFullMask, smallest, offset), smallest);
-      if (lane_id() == 0) shared.logs[threadIdx.x / kWarp] = smallest;
+      for (int offset = kWarpSize / 2; offset > 0; offset /= 2)
+        smallest = ordered_log(__shfl_xor_sync(kAllLanes, smallest, offset), smallest);
+      if (lane_id() == 0) shared.logs[threadIdx.x / kWarpSize] = smallest;
       __syncthreads();
       if (threadIdx.x == 0) {
         for (int w = 0; w < kScanWarps; ++w) smallest = ordered_log(shared.logs[w], smallest);
@@ -208,7 +210,7 @@ __global__ void __launch_bounds__(kScanThreads)
     } else {
       if (threadIdx.x == 0) {
         Carry carry;
-        const int64_t above = chunk.begin / kChunk;
+        const int64_t above = chunk.begin / kScanChunk;
         for (int64_t a = above; a > 0; --a) {
           const ChunkSummary& summary = summaries[summary_at(slot + a, chunk.spectrum, total, owner)];
           carry.log = ordered_log(summary.smallest_log, carry.log);

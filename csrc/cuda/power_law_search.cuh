@@ -3,33 +3,22 @@
 
 #include <cuda_runtime.h>
 
+#include "csrc/cuda/warp.cuh"
 #include "csrc/power_law_common.h"
 
 namespace farms_fast {
 namespace power_law {
 
-constexpr unsigned kFullMask = 0xffffffffu;
-constexpr int kWarp = 32;
 // Intervals up to this width are evaluated point by point.
 constexpr int64_t kDirectWidth = 128;
 // 128 * 32^8 values is more than any device holds.
 constexpr int kMaxDepth = 8;
 
-__device__ __forceinline__ double warp_max(double value) {
-#pragma unroll
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    value = fmax(value, __shfl_xor_sync(kFullMask, value, offset));
-  }
-  return value;
-}
-
-__device__ __forceinline__ int lane_id() { return threadIdx.x % kWarp; }
-
 // Largest gap of one tail, by a whole warp. Returns D exactly, or, when some gap exceeds the best D
 // of the spectrum so far, that gap.
-class DistanceSearch {
+class WarpDistanceSearch {
  public:
-  __device__ DistanceSearch(const Tail& tail, const unsigned long long* best_bits)
+  __device__ WarpDistanceSearch(const Tail& tail, const unsigned long long* best_bits)
       : tail_(tail), best_bits_(best_bits), lane_(lane_id()) {}
 
   __device__ double run() {
@@ -47,12 +36,12 @@ class DistanceSearch {
         continue;
       }
       if (largest_ > best_so_far()) return largest_;
-      // The most promising interval first: whatever it yields settles others.
-      const int chosen = __ffs(__ballot_sync(kFullMask, bound_[depth] == widest)) - 1;
+      // The most promising interval first: what it yields may rule others out.
+      const int chosen = __ffs(__ballot_sync(kAllLanes, bound_[depth] == widest)) - 1;
       if (lane_ == chosen) bound_[depth] = -1.0;
       const int64_t left = left_[depth] + chosen * step_[depth];
       const int64_t right = min(left + step_[depth], right_[depth]);
-      const double model_left = __shfl_sync(kFullMask, model_left_[depth], chosen);
+      const double model_left = __shfl_sync(kAllLanes, model_left_[depth], chosen);
       if (right - left <= kDirectWidth) {
         evaluate_all(left, right);
       } else {
@@ -66,12 +55,12 @@ class DistanceSearch {
   // One lane's reading for all: other warps write meanwhile, and the lanes must agree on the branch.
   __device__ double best_so_far() const {
     const double best = __longlong_as_double(static_cast<long long>(__ldcg(best_bits_)));
-    return __shfl_sync(kFullMask, best, 0);
+    return __shfl_sync(kAllLanes, best, 0);
   }
 
   __device__ void evaluate_all(int64_t left, int64_t right) {
     double largest = largest_;
-    for (int64_t j = left + 1 + lane_; j <= right; j += kWarp) {
+    for (int64_t j = left + 1 + lane_; j <= right; j += kWarpSize) {
       largest = fmax(largest, fabs(subtract(tail_.model(j), tail_.empirical(j))));
     }
     largest_ = warp_max(largest);
@@ -79,7 +68,7 @@ class DistanceSearch {
 
   // Cuts an interval in 32, a lane for each part.
   __device__ void open(int depth, int64_t left, int64_t right, double model_at_left) {
-    const int64_t step = (right - left + kWarp - 1) / kWarp;
+    const int64_t step = (right - left + kWarpSize - 1) / kWarpSize;
     const int64_t part_left = left + lane_ * step;
     const int64_t part_right = min(part_left + step, right);
     const bool active = part_left < right;
@@ -89,7 +78,7 @@ class DistanceSearch {
       model_right = tail_.model(part_right);
       gap = fabs(subtract(model_right, tail_.empirical(part_right)));
     }
-    double model_left = __shfl_up_sync(kFullMask, model_right, 1);
+    double model_left = __shfl_up_sync(kAllLanes, model_right, 1);
     if (lane_ == 0) model_left = model_at_left;
     left_[depth] = left;
     right_[depth] = right;

@@ -15,146 +15,148 @@ namespace {
 using namespace gram_tile;
 
 // The tables are of int64_t throughout. Lists are counted in them from their front.
-struct Matrix {
+struct SharedMatrix {
   const void* data;  // of the first vector, the first element
   int64_t vector_stride, element_stride;
   int64_t vectors, inner;
   int64_t first_gram;         // of the run, in the result
   int64_t tiles_before;       // to form of the matrices before this one
-  int64_t tiles, tile_count;  // list of Tile
+  int64_t tiles, tile_count;  // list of ProductTile
   int64_t groups;             // list of InnerGroup
   int64_t vector_starts;      // list
   int64_t inner_starts, inner_count;
   int64_t windows;  // list, [vector start][inner start]
 };
-static_assert(sizeof(Matrix) % sizeof(int64_t) == 0);
+static_assert(sizeof(SharedMatrix) % sizeof(int64_t) == 0);
 
-struct Tile {
+struct ProductTile {
   int64_t row, column;  // first vectors
   int64_t begin, end;   // vector starts whose windows meet the tile
 };
 
-constexpr int kWarps = kThreads / 32;
-constexpr int kSumsPerThread = kTile * kTile / kThreads;  // of a plane
+constexpr int kGramWarps = kGramThreads / 32;
+constexpr int kSumsPerThread = kGramTile * kGramTile / kGramThreads;  // of a plane
 
 // Where element (row, column) of a tile lies in shared memory: no two of a warp's accesses meet in a bank, be they of
 // neighbours in a row, in a column, or in the layout of the products.
 __device__ __forceinline__ int staged(int row, int column) {
-  return row * kTile + (column ^ ((row & 1) | (row & 2) << 2 | (row & 4) >> 1 | (row & 8) >> 1));
+  return row * kGramTile + (column ^ ((row & 1) | (row & 2) << 2 | (row & 4) >> 1 | (row & 8) >> 1));
 }
 
 // Writes a tile to one window that it meets, whose first vector is `start`.
 template <typename Kind>
-__device__ __forceinline__ void write_window(const double* tile, const Tile& place, int64_t start, int64_t order,
-                                             bool single, void* gram, int64_t matrix) {
+__device__ __forceinline__ void write_window(const double* tile, const ProductTile& tile_at, int64_t start,
+                                             int64_t order, bool to_float32, void* gram, int64_t matrix) {
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-  const bool diagonal = place.row == place.column;
+  const bool diagonal = tile_at.row == tile_at.column;
   // Once as it is, once mirrored. A tile on the diagonal is its own mirror image, of which the lower part counts.
   for (int side = 0; side < (diagonal ? 1 : 2); ++side) {
-    const int64_t first_row = (side == 0 ? place.row : place.column) - start;
-    const int64_t first_column = (side == 0 ? place.column : place.row) - start;
+    const int64_t first_row = (side == 0 ? tile_at.row : tile_at.column) - start;
+    const int64_t first_column = (side == 0 ? tile_at.column : tile_at.row) - start;
     const int row_begin = static_cast<int>(first_row < 0 ? -first_row : 0);
-    const int row_end = static_cast<int>(order - first_row < kTile ? order - first_row : kTile);
+    const int row_end = static_cast<int>(order - first_row < kGramTile ? order - first_row : kGramTile);
     const int column_begin = static_cast<int>(first_column < 0 ? -first_column : 0);
-    const int column_end = static_cast<int>(order - first_column < kTile ? order - first_column : kTile);
+    const int column_end = static_cast<int>(order - first_column < kGramTile ? order - first_column : kGramTile);
     const int64_t first = matrix + first_row * order + first_column;
 #pragma unroll 4
-    for (int i = 0; i < kTile / kWarps; ++i) {
-      const int r = warp + i * kWarps;
+    for (int i = 0; i < kGramTile / kGramWarps; ++i) {
+      const int r = warp + i * kGramWarps;
 #pragma unroll
-      for (int c = lane; c < kTile; c += 32) {
+      for (int c = lane; c < kGramTile; c += 32) {
         const bool mirrored = side == 1 || (diagonal && r < c);
         const int at = mirrored ? staged(c, r) : staged(r, c);
         const double re = tile[at];
-        const double im = Kind::planes == 1 || (diagonal && r == c) ? 0.0 : tile[kTile * kTile + at];
+        const double im = Kind::planes == 1 || (diagonal && r == c) ? 0.0 : tile[kGramTile * kGramTile + at];
         if (r >= row_begin && r < row_end && c >= column_begin && c < column_end)
-          write<Kind>(gram, single, first + r * order + c, re, mirrored ? -im : im);
+          write<Kind>(gram, to_float32, first + r * order + c, re, mirrored ? -im : im);
       }
     }
   }
 }
 
 // What a block works on. It lives in shared memory, so that registers are left to the products.
-struct Item {
-  Matrix matrix;
-  Tile place;
+struct TileTask {
+  SharedMatrix matrix;
+  ProductTile tile;
   int64_t first, last;  // inner starts of the group
 };
 
-__device__ void find_item(const int64_t* tables, int matrix_count, int64_t item, Item* found) {
-  const Matrix* matrices = reinterpret_cast<const Matrix*>(tables);
-  int low = 0, high = matrix_count - 1;  // the last matrix whose items do not begin behind this one
+__device__ void find_task(const int64_t* tables, int matrix_count, int64_t number, TileTask* task) {
+  const SharedMatrix* matrices = reinterpret_cast<const SharedMatrix*>(tables);
+  int low = 0, high = matrix_count - 1;  // the last matrix whose tasks do not begin behind this one
   while (low < high) {
     const int middle = (low + high + 1) / 2;
-    if (matrices[middle].tiles_before <= item)
+    if (matrices[middle].tiles_before <= number)
       low = middle;
     else
       high = middle - 1;
   }
-  found->matrix = matrices[low];
-  const int64_t local = item - found->matrix.tiles_before, count = found->matrix.tile_count;
-  const InnerGroup group = reinterpret_cast<const InnerGroup*>(tables + found->matrix.groups)[local / count];
-  found->place = reinterpret_cast<const Tile*>(tables + found->matrix.tiles)[local % count];
-  found->first = group.begin;
-  found->last = group.end - 1;
+  task->matrix = matrices[low];
+  const int64_t local = number - task->matrix.tiles_before, count = task->matrix.tile_count;
+  const InnerGroup group = reinterpret_cast<const InnerGroup*>(tables + task->matrix.groups)[local / count];
+  task->tile = reinterpret_cast<const ProductTile*>(tables + task->matrix.tiles)[local % count];
+  task->first = group.begin;
+  task->last = group.end - 1;
 }
 
-// grid: any number of blocks. sums: (blocks, sums_per_block), scratch, as many tiles as there are starts in a group but
-// the last, each (planes, kSumsPerThread, kThreads).
+// grid: any number of blocks, which take the tasks in turn. tables: SharedMatrix[matrix_count] and the lists that they
+// name. sums: (blocks, sums_per_block), scratch, as many tiles as there are starts in a group but the last, each
+// (planes, kSumsPerThread, kGramThreads). gram: (windows, order, order). Blocks do not wait for each other: a block has
+// scratch of its own, and every element of a Gram matrix comes from one task.
 template <typename In, typename Kind>
-__global__ void __launch_bounds__(kThreads, Kind::blocks)
-    shared_gram_kernel(const int64_t* __restrict__ tables, int matrix_count, int64_t items, int64_t order, bool single,
-                       double* __restrict__ sums, int64_t sums_per_block, void* __restrict__ gram) {
+__global__ void __launch_bounds__(kGramThreads, Kind::blocks_per_processor)
+    shared_gram_kernel(const int64_t* __restrict__ tables, int matrix_count, int64_t tasks, int64_t order,
+                       bool to_float32, double* __restrict__ sums, int64_t sums_per_block, void* __restrict__ gram) {
   using Product = TileProduct<In, Kind>;
-  constexpr int64_t sum_size = Kind::planes * kTile * kTile;
+  constexpr int64_t sum_size = Kind::planes * kGramTile * kGramTile;
   extern __shared__ __align__(16) double shared_memory[];
-  __shared__ Item item;
+  __shared__ TileTask task;
 
-  for (int64_t i = blockIdx.x; i < items; i += gridDim.x) {
+  for (int64_t i = blockIdx.x; i < tasks; i += gridDim.x) {
     __syncthreads();
-    if (threadIdx.x == 0) find_item(tables, matrix_count, i, &item);
+    if (threadIdx.x == 0) find_task(tables, matrix_count, i, &task);
     __syncthreads();
     typename Product::Sums sum = {};
     // Backward for the starts before the last, in descending order, then forward for all of them in ascending order.
-    const int count = static_cast<int>(item.last - item.first) + 1;
+    const int count = static_cast<int>(task.last - task.first) + 1;
     for (int piece = 1 - count; piece < count; ++piece) {
       const bool backward = piece < 0;
       {
-        const int64_t* starts = tables + item.matrix.inner_starts + item.first;
-        const int64_t inner = item.matrix.inner;
+        const int64_t* starts = tables + task.matrix.inner_starts + task.first;
+        const int64_t inner = task.matrix.inner;
         const int64_t begin = backward     ? starts[-1 - piece]
                               : piece == 0 ? starts[count - 1]
                                            : starts[piece - 1] + inner;
         const int64_t end = backward ? starts[-piece] : starts[piece] + inner;
         if (piece == 0) Product::clear(sum);
-        const Product product(item.matrix.data, item.matrix.vector_stride, item.matrix.element_stride,
-                              item.matrix.vectors, item.place.row, item.place.column);
+        const Product product(task.matrix.data, task.matrix.vector_stride, task.matrix.element_stride,
+                              task.matrix.vectors, task.tile.row, task.tile.column);
         product.add(begin, end, shared_memory, sum);
       }
       const int at = backward ? -1 - piece : piece;
       double* kept = sums + blockIdx.x * sums_per_block + at * sum_size + threadIdx.x;
       if (backward) {
         Product::for_each(sum, [&](int n, int, int, double re, double im) {
-          kept[n * kThreads] = re;
-          if (Kind::planes == 2) kept[(kSumsPerThread + n) * kThreads] = im;
+          kept[n * kGramThreads] = re;
+          if (Kind::planes == 2) kept[(kSumsPerThread + n) * kGramThreads] = im;
         });
         continue;
       }
       const bool add = piece + 1 < count;
       Product::for_each(sum, [&](int n, int row, int column, double re, double im) {
-        if (add) re += kept[n * kThreads];
+        if (add) re += kept[n * kGramThreads];
         shared_memory[staged(row, column)] = re;
         if (Kind::planes == 2) {
-          if (add) im += kept[(kSumsPerThread + n) * kThreads];
-          shared_memory[kTile * kTile + staged(row, column)] = im;
+          if (add) im += kept[(kSumsPerThread + n) * kGramThreads];
+          shared_memory[kGramTile * kGramTile + staged(row, column)] = im;
         }
       });
       __syncthreads();
-      for (int64_t v = item.place.begin; v < item.place.end; ++v) {
-        const int64_t window = tables[item.matrix.windows + v * item.matrix.inner_count + item.first + at];
+      for (int64_t v = task.tile.begin; v < task.tile.end; ++v) {
+        const int64_t window = tables[task.matrix.windows + v * task.matrix.inner_count + task.first + at];
         if (window >= 0)
-          write_window<Kind>(shared_memory, item.place, tables[item.matrix.vector_starts + v], order, single, gram,
-                             (item.matrix.first_gram + window) * order * order);
+          write_window<Kind>(shared_memory, task.tile, tables[task.matrix.vector_starts + v], order, to_float32, gram,
+                             (task.matrix.first_gram + window) * order * order);
       }
       __syncthreads();
     }
@@ -162,15 +164,15 @@ __global__ void __launch_bounds__(kThreads, Kind::blocks)
 }
 
 template <typename In, typename Kind>
-void launch(const GramPlan& plan, int64_t order, bool single, const int64_t* tables, double* sums, void* gram,
+void launch(const GramPlan& plan, int64_t order, bool to_float32, const int64_t* tables, double* sums, void* gram,
             cudaStream_t stream) {
   const auto kernel = shared_gram_kernel<In, Kind>;
   constexpr int shared_bytes = TileProduct<In, Kind>::shared_bytes;
-  static_assert(shared_bytes >= Kind::planes * kTile * kTile * static_cast<int>(sizeof(double)));
+  static_assert(shared_bytes >= Kind::planes * kGramTile * kGramTile * static_cast<int>(sizeof(double)));
   FARMS_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
   const int64_t sums_per_block = plan.sum_bytes / plan.blocks / static_cast<int64_t>(sizeof(double));
-  kernel<<<static_cast<unsigned>(plan.blocks), kThreads, shared_bytes, stream>>>(
-      tables, static_cast<int>(plan.matrices), plan.tiles, order, single, sums, sums_per_block, gram);
+  kernel<<<static_cast<unsigned>(plan.blocks), kGramThreads, shared_bytes, stream>>>(
+      tables, static_cast<int>(plan.matrices), plan.tiles, order, to_float32, sums, sums_per_block, gram);
   FARMS_LAUNCH_CHECK();
 }
 
@@ -179,21 +181,21 @@ int64_t workers(DType in) {
   int device = 0, processors = 0;
   FARMS_CUDA_CHECK(cudaGetDevice(&device));
   FARMS_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-  return processors * (is_complex(in) ? Complex::blocks : Real::blocks);
+  return processors * (is_complex(in) ? ComplexProducts::blocks_per_processor : RealProducts::blocks_per_processor);
 }
 
 // Bytes of an element of a sum.
-int64_t sum_item(DType in) { return static_cast<int64_t>(item_size(gram_dtype(in, DType::f64))); }
+int64_t sum_bytes_per_element(DType in) { return static_cast<int64_t>(item_size(gram_dtype(in, DType::f64))); }
 
 // Appends lists to the tables, each grid's but once.
 class Tables {
  public:
-  explicit Tables(size_t matrices) : values_(matrices * sizeof(Matrix) / sizeof(int64_t)) {}
+  explicit Tables(size_t matrices) : values_(matrices * sizeof(SharedMatrix) / sizeof(int64_t)) {}
 
-  void set(size_t index, const Matrix& matrix) {
+  void set(size_t index, const SharedMatrix& matrix) {
     const int64_t* from = reinterpret_cast<const int64_t*>(&matrix);
-    std::copy(from, from + sizeof(Matrix) / sizeof(int64_t),
-              values_.begin() + index * sizeof(Matrix) / sizeof(int64_t));
+    std::copy(from, from + sizeof(SharedMatrix) / sizeof(int64_t),
+              values_.begin() + index * sizeof(SharedMatrix) / sizeof(int64_t));
   }
 
   int64_t append(const std::vector<int64_t>& list) {
@@ -212,9 +214,9 @@ std::vector<int64_t> tiles_of(const SharedGrid& grid) {
   std::vector<int64_t> tiles;
   const std::vector<int64_t>& starts = grid.vector_starts;
   for (const BandPanel& panel : grid.panels)
-    for (int64_t row = panel.begin; row < panel.end; row += kTile) {
+    for (int64_t row = panel.begin; row < panel.end; row += kGramTile) {
       const auto begin = std::upper_bound(starts.begin(), starts.end(), row - grid.order);
-      const auto end = std::lower_bound(starts.begin(), starts.end(), panel.begin + kTile);
+      const auto end = std::lower_bound(starts.begin(), starts.end(), panel.begin + kGramTile);
       tiles.insert(tiles.end(), {row, panel.begin, begin - starts.begin(), end - starts.begin()});
     }
   return tiles;
@@ -235,7 +237,7 @@ std::vector<Part> parts_of(const Window* windows, const std::vector<WindowRun>& 
       continue;
     }
     const Window& first = windows[run.begin];
-    const auto grid = lone_grid(first.rows, first.columns, kTile);
+    const auto grid = lone_grid(first.rows, first.columns, kGramTile);
     for (int64_t b = run.begin; b < run.begin + run.count; ++b)
       parts.push_back({b, run_offset(windows, {b, 1, nullptr}), grid});
   }
@@ -247,7 +249,7 @@ GramPlan plan_shared(const Window* windows, const std::vector<Part>& parts, DTyp
   plan.shares = true;
   plan.matrices = static_cast<int64_t>(parts.size());
   Tables tables(parts.size());
-  Matrix matrix{};
+  SharedMatrix matrix{};
   const SharedGrid* before = nullptr;
   int64_t sums = 0;
   for (size_t p = 0; p < parts.size(); ++p) {
@@ -258,7 +260,7 @@ GramPlan plan_shared(const Window* windows, const std::vector<Part>& parts, DTyp
       std::vector<int64_t> groups;
       for (const InnerGroup& group : grid.groups) groups.insert(groups.end(), {group.begin, group.end});
       matrix.tiles = tables.append(tiles);
-      matrix.tile_count = static_cast<int64_t>(tiles.size() * sizeof(int64_t) / sizeof(Tile));
+      matrix.tile_count = static_cast<int64_t>(tiles.size() * sizeof(int64_t) / sizeof(ProductTile));
       matrix.groups = tables.append(groups);
       matrix.vector_starts = tables.append(grid.vector_starts);
       matrix.inner_starts = tables.append(grid.inner_starts);
@@ -279,7 +281,7 @@ GramPlan plan_shared(const Window* windows, const std::vector<Part>& parts, DTyp
   }
   plan.tables = tables.take();
   plan.blocks = std::min(plan.tiles, workers(in));
-  plan.sum_bytes = plan.blocks * sums * kTile * kTile * sum_item(in);
+  plan.sum_bytes = plan.blocks * sums * kGramTile * kGramTile * sum_bytes_per_element(in);
   return plan;
 }
 
@@ -288,7 +290,8 @@ GramPlan plan_shared(const Window* windows, const std::vector<Part>& parts, DTyp
 GramPlan plan_grams_cuda(const Window* windows, int64_t count, DType in, bool either_side, int64_t memory) {
   SharingCosts costs = is_complex(in) ? kCudaComplexSharing : kCudaSharing;
   costs.workers = workers(in);
-  const std::vector<WindowRun> runs = plan_gram_sharing(windows, count, either_side, sum_item(in), memory, costs);
+  const std::vector<WindowRun> runs =
+      plan_gram_sharing(windows, count, either_side, sum_bytes_per_element(in), memory, costs);
   if (std::any_of(runs.begin(), runs.end(), [](const WindowRun& run) { return run.grid != nullptr; })) {
     GramPlan plan = plan_shared(windows, parts_of(windows, runs), in);
     if (plan.workspace_bytes() <= memory) return plan;

@@ -10,7 +10,7 @@ namespace {
 constexpr int kMostWords = CUDART_VERSION >= 12010 ? 4000 : 480;
 // A launch hands over all of its parameters, so a table of a few windows has kernels of its own.
 constexpr int kFewWords = 60, kSomeWords = 480;
-constexpr int kThreads = 256;
+constexpr int kStoreThreads = 256;
 
 template <int Capacity>
 struct Words {
@@ -19,7 +19,7 @@ struct Words {
 
 template <int Capacity>
 __global__ void store_words_kernel(const __grid_constant__ Words<Capacity> words, int count, int64_t* table) {
-  const int i = blockIdx.x * kThreads + threadIdx.x;
+  const int i = blockIdx.x * kStoreThreads + threadIdx.x;
   if (i < count) table[i] = words.words[i];
 }
 
@@ -27,7 +27,8 @@ template <int Capacity>
 void store(const int64_t* words, int count, int64_t* table, cudaStream_t stream) {
   Words<Capacity> parameter;
   for (int i = 0; i < Capacity; ++i) parameter.words[i] = i < count ? words[i] : 0;
-  store_words_kernel<<<(count + kThreads - 1) / kThreads, kThreads, 0, stream>>>(parameter, count, table);
+  store_words_kernel<<<(count + kStoreThreads - 1) / kStoreThreads, kStoreThreads, 0, stream>>>(parameter, count,
+                                                                                                table);
   FARMS_LAUNCH_CHECK();
 }
 

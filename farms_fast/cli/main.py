@@ -219,7 +219,7 @@ def analyze(
         sampling = sampling_of(rows, q, per_dim, full)
         check_outputs(path, base, store=store, csv=csv, json=json)
         group = context.enter_context(torchrun_group())
-        leads = Ranks.of(group).is_main
+        is_main = Ranks.of(group).is_main
         where = device if device is not None else local_device()
 
         start = time.perf_counter()
@@ -240,10 +240,10 @@ def analyze(
             store=store,
             force=force,
             process_group=group,
-            progress=not quiet and leads,
+            progress=not quiet and is_main,
         )
         seconds = time.perf_counter() - start
-        if not leads:
+        if not is_main:
             return
 
         if csv is not None:

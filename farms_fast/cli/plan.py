@@ -77,7 +77,7 @@ def plan(
     Exit codes: 0 the plan is there, 2 bad usage or bad input.
     """
     with one_line_errors(model="path"):
-        from farms_fast.core.arguments import MOST_RESAMPLES, natural
+        from farms_fast.core.arguments import MOST_RESAMPLES, check_int
         from farms_fast.core.files import write_text
         from farms_fast.engine.plan import plan as plan_layers
         from farms_fast.weights.sources import open_source
@@ -92,7 +92,7 @@ def plan(
             sampling,
             None if memory is None else parse_memory(memory),
             xmin=xmin,
-            bootstrap=natural("bootstrap", bootstrap, most=MOST_RESAMPLES),
+            bootstrap=check_int("bootstrap", bootstrap, most=MOST_RESAMPLES),
             dtype=parse_dtype(dtype),
             machine=machine,
         )

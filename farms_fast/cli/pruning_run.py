@@ -104,8 +104,8 @@ class PruningRun:
         from farms_fast.adapters.pruning.owl import outlier_ratio, owl_sparsity
         from farms_fast.adapters.pruning.pruners import pruner
         from farms_fast.adapters.pruning.sparsities import check_sparsity
-        from farms_fast.adapters.pruning.texts import check_source
-        from farms_fast.core.arguments import natural
+        from farms_fast.adapters.pruning.tokens import check_source
+        from farms_fast.core.arguments import check_int
         from farms_fast.spectra.power_law import xmin_rule
 
         if self.pattern is not None:
@@ -134,12 +134,12 @@ class PruningRun:
         for argument, source in (("calibration", self.calibration), ("evaluate", self.evaluate)):
             if source is not None:
                 check_source(source, argument)
-        natural("samples", self.samples, least=1)
-        natural("seed", self.seed)
+        check_int("samples", self.samples, least=1)
+        check_int("seed", self.seed)
         counts = {"seqlen": (self.seqlen, 2), "stride": (self.stride, 1)}
         for argument, (value, least) in (counts | {"batch-size": (self.batch_size, 1)}).items():
             if value is not None:
-                natural(argument, value, least)
+                check_int(argument, value, least)
         if self.allocation == "owl":
             with _by_option():
                 owl_sparsity([1.0], self.sparsity, self.owl_lambda)
@@ -160,7 +160,7 @@ class PruningRun:
         )
 
     def _epsilon(self) -> float:
-        from farms_fast.adapters.pruning.presets import EPSILON_PRESETS, epsilon_preset
+        from farms_fast.adapters.pruning.allocation import EPSILON_PRESETS, epsilon_preset
 
         assert self.sparsity is not None
         if self._preset:
@@ -176,7 +176,7 @@ class PruningRun:
     @property
     def _preset(self) -> bool:
         """Whether epsilon is the paper's for some model."""
-        from farms_fast.adapters.pruning.presets import EPSILON_PRESETS
+        from farms_fast.adapters.pruning.allocation import EPSILON_PRESETS
 
         return self.epsilon.lower() in EPSILON_PRESETS
 
@@ -199,12 +199,15 @@ class PruningRun:
 
         from farms_fast.adapters.pruning.blocks import find_blocks
         from farms_fast.adapters.pruning.evaluation import check_causal, perplexity
-        from farms_fast.adapters.pruning.placement import place_model
+        from farms_fast.adapters.pruning.modules import place_model
         from farms_fast.adapters.pruning.recipe import to_recipe
         from farms_fast.adapters.pruning.saving import save_pruned
         from farms_fast.adapters.pruning.sequential import prune_model
-        from farms_fast.adapters.pruning.texts import calibration_tokens, text_tokens
-        from farms_fast.adapters.pruning.tokens import longest_sequence
+        from farms_fast.adapters.pruning.tokens import (
+            calibration_tokens,
+            longest_sequence,
+            text_tokens,
+        )
         from farms_fast.core.arguments import default_device, resolve_device
 
         clock = _Clock()

@@ -15,7 +15,7 @@ from farms_fast.compat.arguments import number
 from farms_fast.compat.farms.estimators import Results, results_of, whole_layers
 from farms_fast.compat.farms.spectra import FittedSpectrum
 from farms_fast.compat.farms.tails import TailRule
-from farms_fast.core.arguments import natural
+from farms_fast.core.arguments import check_int
 
 __all__ = ["net_esd_estimator"]
 
@@ -71,7 +71,7 @@ def net_esd_estimator(
         (['0'], 3.92)
     """
     rule = TailRule.published(fix_fingers, xmin_pos, bins, EVALS_THRESH, filter_zeros)
-    min_evals = natural("eigs_num_thresh", eigs_num_thresh)
+    min_evals = check_int("eigs_num_thresh", eigs_num_thresh)
     if sr_mid_pos is not None and not number("sr_mid_pos", sr_mid_pos) > 1:
         raise ValueError(f"sr_mid_pos: expected None or a number above 1, got {sr_mid_pos!r}")
     layers = [layer for layer in whole_layers(net, conv_norm) if layer.count >= min_evals]

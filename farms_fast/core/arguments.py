@@ -101,7 +101,7 @@ def check_sampling(sampling: object) -> None:
         )
 
 
-def natural(argument: str, value: object, least: int = 0, most: int | None = None) -> int:
+def check_int(argument: str, value: object, least: int = 0, most: int | None = None) -> int:
     """The value as an int; TypeError unless it is an integer, ValueError beyond least and most."""
     try:
         number = operator.index(value)  # type: ignore[arg-type]
@@ -149,7 +149,7 @@ def memory_bytes(memory: object) -> int:
     """
     if isinstance(memory, str):
         return parse_memory(memory)
-    return natural("memory", memory, least=1, most=_MOST_BYTES)
+    return check_int("memory", memory, least=1, most=_MOST_BYTES)
 
 
 def unmatched_pattern(argument: str, pattern: str, names: Sequence[str]) -> ValueError:

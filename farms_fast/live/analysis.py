@@ -11,10 +11,10 @@ from torch import nn
 
 from farms_fast.core.arguments import (
     check_dtype,
+    check_int,
     check_module,
     check_sampling,
     check_solver,
-    natural,
     not_negative,
 )
 from farms_fast.core.extension import has_cuda
@@ -26,7 +26,8 @@ from farms_fast.live.pending import EvalFilter, LayerAlpha, PendingAlphas
 from farms_fast.live.weights import LiveWeights
 from farms_fast.spectra.bootstrap import FitRule
 from farms_fast.spectra.windows import FixedAspectSampling, Sampling
-from farms_fast.weights.layers import Change, LayerSpec, layers_from_module, module_tensor
+from farms_fast.weights.layers import LayerSpec, layers_from_module, module_tensor
+from farms_fast.weights.stacks import WeightTransform
 
 _DEFAULT_SAMPLING = FixedAspectSampling()
 
@@ -98,15 +99,15 @@ class LiveAnalysis:
         exclude: str | Sequence[str] | None = None,
         min_evals: int = 0,
         evals_threshold: float = 0.0,
-        change: Change | None = None,
+        change: WeightTransform | None = None,
     ) -> None:
         check_module("model", model)
         rule = FitRule.checked(xmin, xmin_pos, bins, getattr(sampling, "compat", None))
         check_dtype(dtype)
         check_sampling(sampling)
-        budget = None if memory is None else natural("memory", memory, least=1)
+        budget = None if memory is None else check_int("memory", memory, least=1)
         evals = EvalFilter(
-            natural("min_evals", min_evals),
+            check_int("min_evals", min_evals),
             not_negative("evals_threshold", evals_threshold),
             rule.xmin,
         )

@@ -23,7 +23,7 @@ from itertools import accumulate
 import torch
 
 from farms_fast.core import ops
-from farms_fast.core.arguments import MOST_BINS, check_type, natural
+from farms_fast.core.arguments import MOST_BINS, check_int, check_type
 from farms_fast.core.arrays import on_stream_of, to_tensor
 
 __all__ = [
@@ -275,7 +275,7 @@ def fit_power_laws(
     """
     rule = xmin_rule(xmin)
     position = _xmin_pos(xmin_pos)
-    n_bins = natural("bins", bins, least=1, most=MOST_BINS)
+    n_bins = check_int("bins", bins, least=1, most=MOST_BINS)
     if compat not in (None, "farms"):
         raise ValueError(f"compat: expected None or 'farms', got {compat!r}")
     _require_packed(spectra, offsets)

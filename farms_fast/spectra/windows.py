@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from farms_fast._host import WindowGrid, fixed_aspect_grid, full_grid, published_grid
-from farms_fast.core.arguments import is_real, natural
+from farms_fast.core.arguments import check_int, is_real
 
 __all__ = ["FixedAspectSampling", "FullMatrix", "Sampling", "WindowGrid", "window_table"]
 
@@ -75,7 +75,7 @@ class FixedAspectSampling:
 
     def grid(self, rows: int, columns: int) -> WindowGrid:
         """The windows of a rows x columns matrix; a grid without windows where none fits."""
-        rows, columns = natural("rows", rows), natural("columns", columns)
+        rows, columns = check_int("rows", rows), check_int("columns", columns)
         make_grid = published_grid if self.compat == "farms" else fixed_aspect_grid
         # Beyond the matrix's extents neither changes the grid; the host code counts in 64 bits.
         per_dim = min(int(self.per_dim), max(rows, columns))
@@ -94,7 +94,7 @@ class FullMatrix:
 
     def grid(self, rows: int, columns: int) -> WindowGrid:
         """The matrix as a grid of one window."""
-        return full_grid(natural("rows", rows), natural("columns", columns))
+        return full_grid(check_int("rows", rows), check_int("columns", columns))
 
 
 def window_table(grid: WindowGrid, entries: int = 1, weight: int = 0) -> Tensor:

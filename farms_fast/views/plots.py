@@ -16,7 +16,7 @@ from farms_fast.core.arguments import check_type
 from farms_fast.core.optional import optional_import
 from farms_fast.core.text import printable
 from farms_fast.views.curves import spectrum_curves
-from farms_fast.views.positions import places
+from farms_fast.views.positions import layer_positions
 from farms_fast.views.values import LayerValues
 
 if TYPE_CHECKING:
@@ -60,16 +60,16 @@ def plot_alpha(layers: Sequence[LayerValues], ax: Axes | None = None) -> Axes:
         ('alpha', ['fc'])
     """
     ax = _axes(ax)
-    found = places([layer.name for layer in layers], [layer.kind for layer in layers])
+    positions = layer_positions([layer.name for layer in layers], [layer.kind for layer in layers])
     groups: dict[str, list[int]] = {}
-    for index, place in enumerate(found):
+    for index, position in enumerate(positions):
         if math.isfinite(layers[index].alpha):
-            groups.setdefault(place.group, []).append(index)
+            groups.setdefault(position.group, []).append(index)
     for number, (group, indices) in enumerate(groups.items()):
         # Side by side within a block, so that bars do not hide each other.
         aside = 0.5 * ((number + 0.5) / len(groups) - 0.5)
-        indices.sort(key=lambda index: found[index].depth)
-        depths = [found[index].depth for index in indices]
+        indices.sort(key=lambda index: positions[index].depth)
+        depths = [positions[index].depth for index in indices]
         alphas = np.array([layers[index].alpha for index in indices])
         lows = np.array([layers[index].alpha_low for index in indices])
         highs = np.array([layers[index].alpha_high for index in indices])
@@ -92,7 +92,7 @@ def plot_alpha(layers: Sequence[LayerValues], ax: Axes | None = None) -> Axes:
         ax.vlines(at[known], lows[known], highs[known], color=color, linewidth=1)
     ax.set_ylabel("alpha")
     ax.set_xlabel("block")
-    labels = dict(sorted((place.depth, place.block) for place in found))
+    labels = dict(sorted((position.depth, position.block) for position in positions))
     step = max(1, math.ceil(len(labels) / _MOST_LABELS))
     ticks = list(labels)[::step]
     texts = [_plain(labels[tick], 16) for tick in ticks]

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["OTHER", "Place", "places"]
+__all__ = ["OTHER", "LayerPosition", "layer_positions"]
 
 OTHER = "other"
 """The group of all layers whose role is too rare for a group of its own."""
@@ -21,7 +21,7 @@ _INTEGER = re.compile(r"(?:^|(?<=[.\[/]))\d+(?=$|[.\]/])")
 
 
 @dataclass(frozen=True)
-class Place:
+class LayerPosition:
     """Where a layer is.
 
     Attributes:
@@ -37,8 +37,10 @@ class Place:
     group: str
 
 
-def places(names: Sequence[str], kinds: Sequence[str], most: int = 12) -> list[Place]:
-    """The place of every layer.
+def layer_positions(
+    names: Sequence[str], kinds: Sequence[str], most: int = 12
+) -> list[LayerPosition]:
+    """The position of every layer.
 
     The first number in a name is its block's, and what stands before it names the sequence of
     blocks. Blocks of one sequence are in the order of their numbers; otherwise the order of the
@@ -50,11 +52,11 @@ def places(names: Sequence[str], kinds: Sequence[str], most: int = 12) -> list[P
         most: groups in all; of more roles the rarest become `OTHER`.
 
     Returns:
-        One place a layer.
+        One position a layer.
 
     Example:
-        >>> found = places(["h.0.mlp", "h.0.attn.q", "h.1.mlp", "head"], ["linear"] * 4)
-        >>> [(place.depth, place.block, place.group) for place in found]
+        >>> names = ["h.0.mlp", "h.0.attn.q", "h.1.mlp", "head"]
+        >>> [(p.depth, p.block, p.group) for p in layer_positions(names, ["linear"] * 4)]
         [(0, '0', 'mlp'), (0, '0', 'attn.q'), (1, '1', 'mlp'), (2, 'head', 'linear')]
     """
     blocks = [_block(name) for name in names]
@@ -78,12 +80,12 @@ def places(names: Sequence[str], kinds: Sequence[str], most: int = 12) -> list[P
         for slot, number in zip(slots, sorted(numbers), strict=True):
             depths[prefix, number] = slot
     several = sum(numbers != [-1] for numbers in sequences.values()) > 1
-    found = []
+    positions = []
     for (prefix, number, _), role in zip(blocks, roles, strict=True):
         block = prefix if number < 0 else f"{prefix}{number}" if several else str(number)
         group = role if role in kept else OTHER
-        found.append(Place(depths[prefix, number], block, group))
-    return found
+        positions.append(LayerPosition(depths[prefix, number], block, group))
+    return positions
 
 
 def _block(name: str) -> tuple[str, int, str]:

@@ -11,16 +11,13 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
 
 import torch
 
-from farms_fast.weights.stacks import LayerSpec, used_region
+from farms_fast.weights.recipes import canonical_json, region_read
+from farms_fast.weights.stacks import LayerSpec
 
-if TYPE_CHECKING:
-    from farms_fast.weights.sources import Source
-
-__all__ = ["layer_digest", "layer_digest_of", "tensor_digest"]
+__all__ = ["layer_digest_of", "tensor_digest"]
 
 # Part of the digest: another size of piece is another digest.
 _PIECE = 16 * 2**20
@@ -64,24 +61,21 @@ def tensor_digest(tensor: torch.Tensor) -> str:
             state.update(_bytes(run))
         return state.digest()
 
-    total = hashlib.blake2b(digest_size=_SIZE)
     dtype = str(tensor.dtype).removeprefix("torch.")
-    total.update(f"tensor {dtype} {tuple(tensor.shape)}".encode())
+    head = f"tensor {dtype} {tuple(tensor.shape)}".encode()
     if len(bounds) > 1:
         with ThreadPoolExecutor(_THREADS) as pool:
-            for piece in pool.map(digest, bounds):
-                total.update(piece)
+            pieces = b"".join(pool.map(digest, bounds))
     else:
-        for bound in bounds:
-            total.update(digest(bound))
-    return total.hexdigest()
+        pieces = b"".join(map(digest, bounds))
+    return hashlib.blake2b(head + pieces, digest_size=_SIZE).hexdigest()
 
 
 def layer_digest_of(spec: LayerSpec, tensors: Sequence[torch.Tensor]) -> str:
     """Digest of a layer whose tensors are loaded.
 
-    It covers the layer's name, kind and shape, how its stack is made, and what the stack is made
-    from: of a fused tensor, the rows of this layer alone.
+    It covers the layer's name, kind and shape, the identity of its recipe, and what the stack is
+    made from: of a fused tensor, the rows of this layer alone.
 
     Args:
         spec: the layer.
@@ -92,49 +86,24 @@ def layer_digest_of(spec: LayerSpec, tensors: Sequence[torch.Tensor]) -> str:
 
     Raises:
         ValueError: there are more or fewer tensors than the layer has, or one has no data.
+        TypeError: `to_stack` is a caller's own and no plain function.
 
     Example:
         >>> import torch
-        >>> from farms_fast.weights.sources import open_source
-        >>> source = open_source({"fc.weight": torch.ones(4, 3)})
-        >>> (spec,), _ = source.layers()
-        >>> layer_digest_of(spec, [torch.ones(4, 3)]) == layer_digest(source, spec)
-        True
+        >>> from farms_fast.weights.recipes import AsStored
+        >>> spec = LayerSpec("fc", "linear", ("fc",), (1, 4, 3), torch.float32, AsStored())
+        >>> layer_digest_of(spec, [torch.ones(4, 3)]) == layer_digest_of(spec, [torch.zeros(4, 3)])
+        False
     """
     if len(tensors) != len(spec.tensors):
         raise ValueError(
             f"tensors: expected {len(spec.tensors)} for layer {spec.name!r}, got {len(tensors)}"
         )
-    state = hashlib.blake2b(digest_size=_SIZE)
-    state.update(repr((spec.name, spec.kind, tuple(spec.shape), _recipe(spec))).encode())
-    for tensor in used_region(spec.to_stack, tuple(tensors)):
+    made = {"name": spec.name, "kind": spec.kind, "shape": spec.shape, "recipe": spec.to_stack}
+    state = hashlib.blake2b(canonical_json(made).encode(), digest_size=_SIZE)
+    for tensor in region_read(spec.to_stack, tuple(tensors)):
         state.update(tensor_digest(tensor).encode())
     return state.hexdigest()
-
-
-def layer_digest(source: Source, spec: LayerSpec) -> str:
-    """Digest of a layer as its source has it now.
-
-    Args:
-        source: where the layer's tensors are.
-        spec: the layer.
-
-    Returns:
-        What `layer_digest_of` returns for its tensors.
-
-    Raises:
-        ValueError: a tensor cannot be read.
-    """
-    return layer_digest_of(spec, [source.load(name) for name in spec.tensors])
-
-
-def _recipe(spec: LayerSpec) -> str:
-    """How the stack is made, in words that do not change from run to run."""
-    text = repr(spec.to_stack)
-    if " at 0x" not in text:
-        return text
-    own = spec.to_stack
-    return f"{getattr(own, '__module__', '')}.{getattr(own, '__qualname__', type(own).__name__)}"
 
 
 def _bytes(run: torch.Tensor) -> memoryview:

@@ -7,17 +7,16 @@ list of skipped ones, with its reason.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
-import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
 from farms_fast.core.arguments import check_module, unmatched_pattern
 from farms_fast.weights.formats.lora_modules import Wrapper, module_wrappers, visible_name
-from farms_fast.weights.formats.quantised import restore
+from farms_fast.weights.formats.quantised import dequantised_headers
 from farms_fast.weights.model_config import ModelConfig
 from farms_fast.weights.module_tensors import (
     module_tensor,
@@ -25,19 +24,20 @@ from farms_fast.weights.module_tensors import (
     sparse_layout,
     tensor_identity,
 )
-from farms_fast.weights.rules.header_index import HeaderIndex
-from farms_fast.weights.rules.layer_rules import (
-    convolution_part,
-    embedding_part,
-    expert_parts,
-    is_stack,
-    linear_parts,
-    parts_by_name,
-    stacked_part,
-    unusable,
+from farms_fast.weights.recipes import Computed
+from farms_fast.weights.rules.header_index import HeaderIndex, Weight
+from farms_fast.weights.rules.layer_rules import RULES, unusable
+from farms_fast.weights.rules.module_rules import layers_by_owner
+from farms_fast.weights.rules.operator_layers import merge_complex_parts, module_notes
+from farms_fast.weights.stacks import (
+    LayerSpec,
+    Part,
+    Patterns,
+    Skipped,
+    TensorHeader,
+    WeightCandidate,
+    WeightTransform,
 )
-from farms_fast.weights.rules.operator_layers import assembled, module_notes
-from farms_fast.weights.stacks import Combined, Found, LayerSpec, Part, Skipped, TensorHeader
 
 __all__ = [
     "LayerSpec",
@@ -49,15 +49,6 @@ __all__ = [
     "sparse_layout",
     "tensor_identity",
 ]
-
-Patterns = str | Sequence[str] | None
-# What an adapter makes of the weights of its base.
-Change = Callable[[Sequence[Found]], list[Found]]
-
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-# RMSNorm came to torch later than the rest; LayerNorm alone can have a weight of several dims.
-_NORMALISATIONS = tuple(getattr(nn, n) for n in ("LayerNorm", "RMSNorm") if hasattr(nn, n))
 
 
 @dataclass(frozen=True)
@@ -78,7 +69,7 @@ def layers_from_headers(
     exclude: Patterns = None,
     *,
     config: ModelConfig | None = None,
-    change: Change | None = None,
+    change: WeightTransform | None = None,
 ) -> tuple[list[LayerSpec], list[Skipped]]:
     """Layers of a checkpoint, from the names, shapes and dtypes of its tensors.
 
@@ -92,7 +83,7 @@ def layers_from_headers(
         exclude: as `include`; it has the last word.
         config: the model's, for what headers do not tell: how many key heads a fused projection
             has, how a weight is quantised.
-        change: what an adapter makes of the weights, after quantised ones have been restored.
+        change: what an adapter makes of the weights, quantised ones being restored by then.
 
     Returns:
         The layers to analyse and the tensors that are not analysed, both in order.
@@ -117,13 +108,10 @@ def layers_from_headers(
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"headers: expected each name once, got {twice!r} more than once")
-    found = _changed(assembled(restore(headers, config)), change)
-    index = HeaderIndex((header for header, _ in found), config)
-    proposals = [
-        (header, _checked(reason or unusable(header) or parts_by_name(header, index)))
-        for header, reason in found
-    ]
-    return _select(proposals, index, include, exclude)
+    weights = _changed(merge_complex_parts(dequantised_headers(headers, config)), change)
+    index = HeaderIndex((header for header, _ in weights), config)
+    answers = [(header, reason or _layers_of(Weight(header, index))) for header, reason in weights]
+    return _select(answers, index, include, exclude)
 
 
 def layers_from_module(
@@ -131,7 +119,7 @@ def layers_from_module(
     include: Patterns = None,
     exclude: Patterns = None,
     *,
-    change: Change | None = None,
+    change: WeightTransform | None = None,
 ) -> tuple[list[LayerSpec], list[Skipped]]:
     """Layers of a module, from the types of its submodules and the shapes of their parameters.
 
@@ -168,60 +156,59 @@ def layers_from_module(
         for leaf, tensor, reason in own_tensors(owner, prefix):
             name = f"{prefix}.{leaf}" if prefix else leaf
             visible, elsewhere = visible_name(name, wrappers)
-            header = _header(visible, name, tensor)
+            lazy = isinstance(tensor, nn.parameter.UninitializedParameter)
+            header = TensorHeader(
+                visible,
+                () if lazy else tuple(tensor.shape),
+                tensor.dtype,
+                None if lazy else tensor_identity(tensor),
+                () if visible == name else (name,),
+            )
             if parametrize.is_parametrized(owner, leaf):
                 # Computed just now and gone in a moment: the next one may lie in the same place.
                 header = replace(header, identity=(id(owner), leaf))
             owned.append(_Owned(header, owner, reason or sparse_layout(tensor) or elsewhere))
     config = _config_of(module)
-    # Which stored tensor is where: what is made of several takes the place of the first.
-    places = {name: n for n, item in enumerate(owned) for name in item.header.stored}
-    found = [
-        item if item.reason else _as_wrapped(item.header, wrappers)
-        for item in restore([item.header for item in owned if not item.reason], config)
+    # A weight that is made of several tensors takes the position of the first.
+    positions = {name: n for n, item in enumerate(owned) for name in item.header.stored}
+    weights = [
+        weight if weight.reason else _as_wrapped(weight.header, wrappers)
+        for weight in dequantised_headers([i.header for i in owned if not i.reason], config)
     ]
     notes = module_notes(module)
-    found = _changed(assembled(found, notes), change)
-    index = HeaderIndex((header for header, _ in found), config, notes)
-    proposals: list[tuple[int, TensorHeader, list[Part] | str]] = [
+    weights = _changed(merge_complex_parts(weights, notes), change)
+    index = HeaderIndex((header for header, _ in weights), config, notes)
+    answers: list[tuple[int, TensorHeader, list[Part] | str]] = [
         (number, item.header, item.reason) for number, item in enumerate(owned) if item.reason
     ]
-    for header, reason in found:
-        number = min((places[n] for n in header.stored if n in places), default=len(owned))
-        parts: list[Part] | str = reason or unusable(header)
-        if not parts and number < len(owned):
-            parts = _parts_by_module(header, owned[number].owner, index)
-        proposals.append((number, header, _checked(parts or parts_by_name(header, index))))
-    proposals.sort(key=lambda proposal: proposal[0])
-    return _select([(header, parts) for _, header, parts in proposals], index, include, exclude)
+    for header, reason in weights:
+        position = min((positions[n] for n in header.stored if n in positions), default=len(owned))
+        owner = owned[position].owner if position < len(owned) else None
+        answers.append((position, header, reason or _layers_of(Weight(header, index), owner)))
+    answers.sort(key=lambda answer: answer[0])
+    return _select([(header, answer) for _, header, answer in answers], index, include, exclude)
 
 
-def _changed(found: list[Found], change: Change | None) -> list[Found]:
+def _changed(
+    weights: list[WeightCandidate], change: WeightTransform | None
+) -> list[WeightCandidate]:
     if change is None:
-        return found
+        return weights
     if not callable(change):
         raise TypeError(f"change: expected None or a function, got {type(change).__name__}")
-    return change(found)
+    return change(weights)
 
 
-def _header(visible: str, name: str, tensor: torch.Tensor) -> TensorHeader:
-    tensors = () if visible == name else (name,)
-    if isinstance(tensor, nn.parameter.UninitializedParameter):
-        return TensorHeader(visible, (), tensor.dtype, None, tensors)
-    identity = tensor_identity(tensor)
-    return TensorHeader(visible, tuple(tensor.shape), tensor.dtype, identity, tensors)
-
-
-def _as_wrapped(header: TensorHeader, wrappers: Mapping[str, Wrapper]) -> Found:
+def _as_wrapped(header: TensorHeader, wrappers: Mapping[str, Wrapper]) -> WeightCandidate:
     """A weight with the updates of all LoRA layers around the module that has it."""
-    found = Found(header)
+    weight = WeightCandidate(header)
     path = header.stored[0].rpartition(".")[0]
-    while not found.reason and path.rpartition(".")[2] == "base_layer":
+    while not weight.reason and path.rpartition(".")[2] == "base_layer":
         path = path.rpartition(".")[0]
         if path not in wrappers:
             break
-        found = wrappers[path].updated(found.header)
-    return found
+        weight = wrappers[path].updated(weight.header)
+    return weight
 
 
 def _config_of(module: nn.Module) -> ModelConfig | None:
@@ -231,88 +218,56 @@ def _config_of(module: nn.Module) -> ModelConfig | None:
     return ModelConfig.of(entries) if isinstance(entries, Mapping) else None
 
 
-def _parts_by_module(
-    header: TensorHeader, owner: nn.Module, index: HeaderIndex
-) -> list[Part] | str:
-    """Parts by the type of the owner, or by name where its type says nothing."""
-    name, shape, leaf = index.layer_name(header.name), header.shape, header.name.rpartition(".")[2]
-    if isinstance(owner, _NORMALISATIONS):
-        return "elementwise scale of a normalisation, not a matrix"
-    if leaf == "weight":
-        if isinstance(owner, nn.Linear):
-            return linear_parts(name, shape, index)
-        # Hugging Face's Conv1D is a linear layer that stores its weight (in, out).
-        if type(owner).__name__ == "Conv1D" and hasattr(owner, "nf") and len(shape) == 2:
-            return linear_parts(name, shape, index, transposed=True)
-        if isinstance(owner, _CONVOLUTIONS):
-            return [convolution_part(name, shape, groups=owner.groups)]
-        if isinstance(owner, _TRANSPOSED_CONVOLUTIONS):
-            return [convolution_part(name, shape, groups=owner.groups, transposed=True)]
-        if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)):
-            return [embedding_part(name, shape)]
-        if isinstance(owner, nn.Bilinear):
-            return [stacked_part(name, shape, kind="bilinear")]
-    kind = type(owner).__name__.lower()
-    if len(shape) == 3 and "expert" in kind and "bias" not in leaf:
-        return expert_parts(header, index)
-    if leaf.startswith("weight") and is_stack(header) and "conv" not in kind:
-        return [stacked_part(name, shape, kind="stacked")]
-    return parts_by_name(header, index)
-
-
-def _checked(found: list[Part] | str) -> list[Part] | str:
-    """The parts, unless their matrices are vectors: one singular value is no spectrum."""
-    if isinstance(found, str):
-        return found
-    count, rows, cols = found[0].shape
+def _layers_of(weight: Weight, owner: nn.Module | None = None) -> list[Part] | str:
+    """What the first rule with an answer makes of a weight, or why there are no layers."""
+    answer = unusable(weight)
+    if not answer and owner is not None:
+        answer = layers_by_owner(weight, owner)
+    for rule in RULES:
+        answer = answer or rule(weight)
+    if not answer or isinstance(answer, str):
+        return answer or f"{weight.rank}-D tensor: no rule makes matrices of it"
+    count, rows, cols = answer[0].shape
     if min(rows, cols) > 1:
-        return found
+        return answer
     what = "depthwise or single-channel: " if count > 1 else ""
     return f"{what}a {rows} x {cols} matrix has one singular value, no spectrum"
 
 
 def _select(
-    proposals: Sequence[tuple[TensorHeader, list[Part] | str]],
+    answers: Sequence[tuple[TensorHeader, list[Part] | str]],
     index: HeaderIndex,
     include: Patterns,
     exclude: Patterns,
 ) -> tuple[list[LayerSpec], list[Skipped]]:
-    """Apply the patterns, and take tied weights once."""
+    """Applies the patterns, and takes tied weights once."""
     included, excluded = _patterns("include", include), _patterns("exclude", exclude)
     layers: list[LayerSpec] = []
     skipped: list[Skipped] = []
     names: list[str] = []
     first_use: dict[Hashable, str] = {}
-    for header, found in proposals:
-        if isinstance(found, str):
+    for header, answer in answers:
+        if isinstance(answer, str):
             name = index.layer_name(header.name)
             names.append(name)
-            skipped.append(Skipped(name, header.shape, found))
+            skipped.append(Skipped(name, header.shape, answer))
             continue
-        for number, part in enumerate(found):
+        for number, part in enumerate(answer):
             names.append(part.name)
-            key = None if header.identity is None else (header.identity, len(found), number)
+            key = None if header.identity is None else (header.identity, len(answer), number)
             reason = _left_out(part, included, excluded)
             if not reason and key in first_use:
                 reason = f"tied to {first_use[key]}"
             if reason:
-                shape = part.shape if len(found) > 1 else header.shape
+                shape = part.shape if len(answer) > 1 else header.shape
                 skipped.append(Skipped(part.name, shape, reason))
                 continue
             if key is not None:
                 first_use[key] = part.name
-            layers.append(
-                LayerSpec(
-                    part.name,
-                    part.kind,
-                    header.stored,
-                    part.shape,
-                    header.dtype,
-                    part.to_stack
-                    if header.combine is None
-                    else Combined(header.combine, part.to_stack),
-                )
-            )
+            combine, stack = header.combine, part.to_stack
+            recipe = stack if combine is None else Computed(combine, stack)
+            dtype, tensors = header.dtype, header.stored
+            layers.append(LayerSpec(part.name, part.kind, tensors, part.shape, dtype, recipe))
     for argument, patterns in (("include", included), ("exclude", excluded)):
         for pattern in patterns or ():
             if not any(fnmatchcase(name, pattern) for name in names):

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from farms_fast.weights.formats.dequantise import plain
 from farms_fast.weights.formats.quantised import QUANTISED_BUFFERS
 
 __all__ = [
     "ON_META",
+    "dequantised",
     "module_tensor",
     "no_data",
     "own_tensors",
@@ -62,6 +62,17 @@ def no_data(name: str) -> ValueError:
     return ValueError(f"{name}: {ON_META}")
 
 
+def dequantised(tensor: torch.Tensor) -> torch.Tensor:
+    """The values of a tensor of a class that holds a quantised weight, such as torchao's.
+
+    Such a tensor shows the shape and dtype of its values. Any other tensor is returned as it is.
+    """
+    if type(tensor).dequantize is torch.Tensor.dequantize:
+        return tensor
+    values: torch.Tensor = tensor.dequantize()
+    return values
+
+
 def tensor_identity(tensor: torch.Tensor) -> Hashable | None:
     """A key that is equal for two tensors of the same memory, shape, strides and dtype."""
     if tensor.layout is not torch.strided or tensor.numel() == 0:
@@ -69,12 +80,12 @@ def tensor_identity(tensor: torch.Tensor) -> Hashable | None:
     storage = tensor.untyped_storage()
     try:
         # All meta tensors have address 0, so there the storage object itself has to tell.
-        where = storage._cdata if tensor.is_meta else storage.data_ptr()
+        address = storage._cdata if tensor.is_meta else storage.data_ptr()
     except RuntimeError:  # subclasses that wrap other tensors have no address of their own
         return None
     return (
         str(tensor.device),
-        where,
+        address,
         tensor.storage_offset(),
         tuple(tensor.shape),
         tensor.stride(),
@@ -94,13 +105,13 @@ def _effective(owner: nn.Module, leaf: str) -> torch.Tensor:
     if parametrize.is_parametrized(owner, leaf):
         # Spectral norm in training mode writes its buffers at each evaluation: take a copy's.
         with torch.no_grad():
-            found = copy.deepcopy(owner.parametrizations[leaf]).eval()()  # type: ignore[index, union-attr]
+            tensor = copy.deepcopy(owner.parametrizations[leaf]).eval()()  # type: ignore[index, union-attr]
     elif leaf in owner._parameters:
         # As it is stored: tensorly-torch's complex factors answer by attribute as another tensor.
-        found = owner._parameters[leaf]
+        tensor = owner._parameters[leaf]
     else:
-        found = getattr(owner, leaf)
-    return plain(found) if isinstance(found, torch.Tensor) else found  # type: ignore[no-any-return]
+        tensor = getattr(owner, leaf)
+    return dequantised(tensor) if isinstance(tensor, torch.Tensor) else tensor  # type: ignore[no-any-return]
 
 
 def own_tensors(owner: nn.Module, prefix: str) -> list[tuple[str, torch.Tensor, str]]:

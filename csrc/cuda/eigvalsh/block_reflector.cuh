@@ -8,15 +8,19 @@
 
 namespace farms_fast {
 
-constexpr unsigned kAllLanes = 0xffffffffu;
 // Doubles of a reflector in shared memory: reads of all four touch a bank once.
 constexpr int kReflectorPitch = kWideBand + 4;
 
-// A lane's place in a fragment, see mma.cuh. Blocks of the matrix are held as accumulators, rows 16 i + 8 h + g and
-// columns 8 j + 2 t + s at [i][j][2 h + s]. 32 x 4 matrices have rows 8 m + g and column t at [m], which serves for
-// left and right operands. 4 x 4 matrices have row t and column g / 2 at even g, zero at odd g, so that what they are
-// multiplied into comes out in that form again, in every second element.
-struct Lane {
+// A lane of a fragment, see mma.cuh, and what it holds:
+//
+//   32 x 32, a block of the matrix, as accumulators: row 16 i + 8 h + g, column 8 j + 2 t + s at [i][j][2 h + s]
+//   32 x 4, a left or a right operand: row 8 m + g, column t at [m]
+//   4 x 4: row t, column g / 2 at even g, and zero at odd g. What it is multiplied into then comes out as accumulators
+//   whose even elements are a 32 x 4 operand again:
+//
+//     columns of B:        0  1  2  3  4  5  6  7      column 2 t of D is column t of the product,
+//     columns of 4 x 4:    0  -  1  -  2  -  3  -      its odd columns are zero
+struct FragmentLane {
   int lane, g, t;
 };
 
@@ -26,8 +30,8 @@ struct Reflectors {
   double minus_t;  // -T, 4 x 4
 };
 
-// One warp's: its reflectors on their way from one form to the other.
-struct Exchange {
+// In shared memory, of one warp alone: its reflectors on their way from one form to the other.
+struct ReflectorExchange {
   double v[kNarrowBand][kReflectorPitch];
 };
 
@@ -73,7 +77,7 @@ __device__ __forceinline__ void add_outer(double (&block)[4][4], const double (&
 
 // left^T * right of two 32 x 4 matrices: row t and column g / 2, at odd g too.
 __device__ __forceinline__ double multiply_transposed(const double (&left)[4], const double (&right)[4],
-                                                      const Lane& at) {
+                                                      const FragmentLane& at) {
   double sum[4];  // with right's column t ^ offset
 #pragma unroll
   for (int offset = 0; offset < 4; ++offset) {
@@ -96,8 +100,8 @@ __device__ __forceinline__ double multiply_transposed(const double (&left)[4], c
 
 // Householder QR of four columns of 32 rows, a 32 x 4 matrix. On return its triangle in the first four rows, at corner
 // of the lanes with g < 4, and its reflectors.
-__device__ __forceinline__ void factor(double (&x)[4], const Lane& at, Exchange& exchange, Reflectors& reflectors,
-                                       double& corner) {
+__device__ __forceinline__ void factor(double (&x)[4], const FragmentLane& at, ReflectorExchange& exchange,
+                                       Reflectors& reflectors, double& corner) {
   // Below its diagonal element a column that is done stays as it was, v but for its scale.
   double tau[kNarrowBand], scale[kNarrowBand], products[kNarrowBand][kNarrowBand], own_scale = 0, own_beta = 0;
 #pragma unroll

@@ -1,37 +1,61 @@
 // Band of half-width 4 to tridiagonal form: each sweep makes one column tridiagonal by a Householder reflector and
 // chases the bulge down the band, 4 columns a step. Four lanes run a sweep; a block runs many of them, each two steps
-// behind the one before, in lockstep. The band stays in shared memory where it fits; a longer one passes through it
-// once for as many sweeps as a block runs, and through several blocks one behind the other where matrices are few.
+// behind the one before, in lockstep, with a barrier after each step. The band stays in shared memory where it fits; a
+// longer one passes through it once for as many sweeps as a block runs (a round), and through several blocks one behind
+// the other where matrices are few: those wait for each other, see chase_ring_kernel.
+//
+// A step works on rows and columns start + 0..3, the diagonal block D, and on the four rows below, B. A stored column
+// begins with its diagonal element, so an element further down its column of the matrix is one double further on:
+//
+//   column:   0   1   2   3
+//   row 0     D                 lane l keeps the row l of B, and of D the column l, whose upper part is row l of
+//   row 1     D   D             the triangle
+//   row 2     D   D   D
+//   row 3     D   D   D   D
+//   row 4..7  B   B   B   B
 #include "csrc/cuda/eigvalsh/async_copy.cuh"
 #include "csrc/cuda/eigvalsh/cluster_exchange.cuh"
 #include "csrc/cuda/eigvalsh/cluster_launch.h"
 #include "csrc/cuda/eigvalsh/householder.cuh"
 #include "csrc/cuda/eigvalsh/two_stage.h"
+#include "csrc/cuda/hopper.h"
+#include "csrc/cuda/warp.cuh"
 
 namespace farms_fast {
 namespace {
 
-constexpr unsigned kAll = 0xffffffffu;
 constexpr int kLanes = kNarrowBand;  // of a sweep: one for each column, or row, of its 4 x 4 blocks
-constexpr int kMaxThreads = 512;
-constexpr int64_t kSharedBytes = 224 * 1024;
-// Columns 10 doubles apart keep the lanes of a warp on different banks; 8 apart is the least there can be.
-constexpr int kSpreadPitch = kNarrowColumn + 2;
-constexpr int kRing = 2048;  // columns of a long band in shared memory, a power of two: twice what the sweeps span
-constexpr int kChunk = 64;   // columns that enter and leave together
-constexpr int kChunkSteps = kChunk / kLanes;
-constexpr int kRingSlots = kMaxThreads / kLanes;
-constexpr int kChunksLimit = 1 << 12;  // more than there are chunks
-constexpr int kMostBlocks = 8;         // of a cluster
-static_assert(kRingSlots % kChunk == 0 && 8 * kRingSlots + 4 * kChunk <= kRing);
+constexpr int kChaseThreads = 512;
+constexpr int64_t kBandSharedBytes = 224 * 1024;
+constexpr int kRingChunk = 64;  // columns that enter and leave a ring together
+constexpr int kRingChunkSteps = kRingChunk / kLanes;
+constexpr int kRingSlots = kChaseThreads / kLanes;
+constexpr int kRingChunksLimit = 1 << 12;  // more than there are chunks
+
+// How the band lies in shared memory: doubles from a column to the next, and the columns that there is room for, a
+// power of two, if not for all. Columns 10 doubles apart keep the lanes of a warp on different banks; 8 apart is the
+// least.
+struct SpreadBand {
+  static constexpr int pitch = kNarrowColumn + 2, ring = 0;
+};
+struct DenseBand {
+  static constexpr int pitch = kNarrowColumn, ring = 0;
+};
+// Twice what the sweeps of a round span.
+struct RingBand {
+  static constexpr int pitch = kNarrowColumn + 2, ring = 2048;
+  static constexpr int shared_bytes = ring * pitch * sizeof(double) + sizeof(int);
+  static_assert(kRingSlots % kRingChunk == 0 && 8 * kRingSlots + 4 * kRingChunk <= ring);
+  static_assert(shared_bytes <= kBandSharedBytes);
+};
 
 // The band in shared memory: where its column c begins.
-template <bool Ring, int Pitch>
+template <class Config>
 struct Band {
-  static constexpr uint32_t kElement = sizeof(double), kColumn = Pitch * kElement;
+  static constexpr uint32_t kElement = sizeof(double), kColumn = Config::pitch * kElement;
   uint32_t begin;
   __device__ __forceinline__ uint32_t column(int c) const {
-    return begin + static_cast<uint32_t>(Ring ? c & (kRing - 1) : c) * kColumn;
+    return begin + static_cast<uint32_t>(Config::ring > 0 ? c & (Config::ring - 1) : c) * kColumn;
   }
 };
 
@@ -44,8 +68,8 @@ struct Bulge {
 // One step of a sweep, in the 4 columns from `start` on; on return the bulge is at its next step. A sweep begins with a
 // step that has no reflector yet, `chasing` false, and makes it from column start + 3; the lanes of sweeps that rest
 // pass `busy` false too, and write nothing.
-template <bool Ring, int Pitch>
-__device__ __forceinline__ void chase_step(const Band<Ring, Pitch>& band, int start, int lane, bool chasing, bool busy,
+template <class Config>
+__device__ __forceinline__ void chase_step(const Band<Config>& band, int start, int lane, bool chasing, bool busy,
                                            Bulge& bulge) {
   constexpr uint32_t element = sizeof(double);
   // Without a reflector nothing comes of the blocks, whatever they hold.
@@ -54,8 +78,9 @@ __device__ __forceinline__ void chase_step(const Band<Ring, Pitch>& band, int st
   uint32_t column[kLanes];
 #pragma unroll
   for (int c = 0; c < kLanes; ++c)
-    column[c] = Ring ? band.column(from + c) : band.column(from) + static_cast<uint32_t>(c) * band.kColumn;
-  const uint32_t own = Ring ? band.column(from + lane) : band.column(from) + static_cast<uint32_t>(lane) * band.kColumn;
+    column[c] = Config::ring > 0 ? band.column(from + c) : band.column(from) + static_cast<uint32_t>(c) * band.kColumn;
+  const uint32_t own =
+      Config::ring > 0 ? band.column(from + lane) : band.column(from) + static_cast<uint32_t>(lane) * band.kColumn;
   const uint32_t eliminated = chasing ? column[0] + kLanes * element + own_row
                                       : (busy ? band.column(start + kLanes - 1) + element + own_row : column[0]);
   // The block below, of which the lane keeps one row, and the diagonal block, of which it keeps one column.
@@ -71,7 +96,7 @@ __device__ __forceinline__ void chase_step(const Band<Ring, Pitch>& band, int st
   const double tau = bulge.tau, v1 = bulge.v1, v2 = bulge.v2, v3 = bulge.v3, own_v = bulge.own_v;
   const double y = chasing ? tau * ((b[0] + b[1] * v1) + (b[2] * v2 + b[3] * v3)) : 0.0;
   const double x = b[0] - y;
-  const auto of_lane = [](double value, int i) { return __shfl_sync(kAll, value, i, kLanes); };
+  const auto of_lane = [](double value, int i) { return __shfl_sync(kAllLanes, value, i, kLanes); };
   const double x0 = of_lane(x, 0), x1 = of_lane(x, 1), x2 = of_lane(x, 2), x3 = of_lane(x, 3);
   const double u = tau * ((d[0] + d[1] * v1) + (d[2] * v2 + d[3] * v3));
   const double u0 = of_lane(u, 0), u1 = of_lane(u, 1), u2 = of_lane(u, 2), u3 = of_lane(u, 3);
@@ -94,8 +119,8 @@ __device__ __forceinline__ void chase_step(const Band<Ring, Pitch>& band, int st
 #pragma unroll
   for (int c = 1; c < kLanes; ++c) {
     double sum = bulge.own_v * b[c];
-    sum += __shfl_xor_sync(kAll, sum, 1);
-    sum += __shfl_xor_sync(kAll, sum, 2);
+    sum += __shfl_xor_sync(kAllLanes, sum, 1);
+    sum += __shfl_xor_sync(kAllLanes, sum, 2);
     b[c] -= bulge.own_v * (h.tau * sum);
     if (chasing) store_shared(column[c] + own_row + (kLanes - c) * element, b[c]);
   }
@@ -108,16 +133,18 @@ __device__ __forceinline__ double element(const double* __restrict__ wide, int c
   return below <= kNarrowBand ? wide[wide_index(c + below, c)] : 0.0;
 }
 
-// grid: (matrices).
-template <int Pitch>
-__global__ void __launch_bounds__(kMaxThreads)
+// grid: (matrices). wide: (batch, wide_count(order)), read only. diagonal, off_diagonal: (batch, order). All waits are
+// barriers of the block, once a step, which every thread reaches: all go through the same `end` steps.
+template <class Config>
+__global__ void __launch_bounds__(kChaseThreads)
     chase_kernel(const double* __restrict__ wide, int order, double* __restrict__ diagonal,
                  double* __restrict__ off_diagonal) {
   extern __shared__ __align__(16) double shared_memory[];
-  const Band<false, Pitch> band{shared_address(shared_memory)};
+  const Band<Config> band{shared_address(shared_memory)};
   wide += blockIdx.x * wide_count(order);
   for (int i = threadIdx.x; i < (order + kNarrowColumn) * kNarrowColumn; i += blockDim.x)
-    shared_memory[i / kNarrowColumn * Pitch + i % kNarrowColumn] = element(wide, i / kNarrowColumn, i % kNarrowColumn);
+    shared_memory[i / kNarrowColumn * Config::pitch + i % kNarrowColumn] =
+        element(wide, i / kNarrowColumn, i % kNarrowColumn);
   __syncthreads();
 
   // Slot j takes the sweeps j, j + slots, ... A round of the slots begins when both the first slot's sweep of the round
@@ -137,7 +164,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   for (int time = 0; time < end; ++time) {
     const int sweep = first + slot, step = time - round - 2 * slot;
     const bool busy = sweep < sweeps && step >= 0, chasing = busy && step > 0;
-    if (__any_sync(kAll, busy)) {
+    if (__any_sync(kAllLanes, busy)) {
       chase_step(band, sweep + 1 + (step - 1) * kLanes, lane, chasing, busy, bulge);
       if (busy && step + 1 == steps_of(sweep, order)) {
         round += round_length(first);
@@ -147,106 +174,115 @@ __global__ void __launch_bounds__(kMaxThreads)
     __syncthreads();
   }
   for (int i = threadIdx.x; i < order; i += blockDim.x) {
-    diagonal[blockIdx.x * static_cast<int64_t>(order) + i] = shared_memory[i * Pitch];
-    off_diagonal[blockIdx.x * static_cast<int64_t>(order) + i] = i + 1 < order ? shared_memory[i * Pitch + 1] : 0.0;
+    diagonal[blockIdx.x * static_cast<int64_t>(order) + i] = shared_memory[i * Config::pitch];
+    off_diagonal[blockIdx.x * static_cast<int64_t>(order) + i] =
+        i + 1 < order ? shared_memory[i * Config::pitch + 1] : 0.0;
   }
 }
 
-// grid: (blocks of a cluster, matrices), kMaxThreads threads. A round is kRingSlots sweeps, from one end of the band to
-// the other; the blocks take the rounds in turn. A block's progress is kept with the block of the round after: its
-// round times kChunksLimit, plus the chunks up to the last one that it has let go.
-__global__ void __launch_bounds__(kMaxThreads)
+// grid: (blocks of a cluster, matrices), kChaseThreads threads. Shapes as above; spill: (batch, order + kNarrowColumn,
+// kNarrowColumn). A round is kRingSlots sweeps, from one end of the band to the other; the blocks take the rounds in
+// turn. A block's progress is kept with the block of the round after: its round times kRingChunksLimit, plus the chunks
+// up to the last one that it has let go. It only grows.
+//
+// A block spins only for chunks of the round before, which runs in another block of its cluster, and a cluster starts
+// as a whole; round 0 waits for nothing, and a round lets its chunks go in order and, at its end, all of them. So by
+// induction over rounds each goes on. A block waits for its own last round by having finished it.
+__global__ void __launch_bounds__(kChaseThreads)
     chase_ring_kernel(const double* __restrict__ wide, int order, double* spill, double* __restrict__ diagonal,
                       double* __restrict__ off_diagonal) {
   extern __shared__ __align__(16) double shared_memory[];
-  const Band<true, kSpreadPitch> band{shared_address(shared_memory)};
-  const auto place = [&](int c, int below) { return shared_memory + (c & (kRing - 1)) * kSpreadPitch + below; };
-  int* progress = reinterpret_cast<int*>(shared_memory + kRing * kSpreadPitch);
+  const Band<RingBand> band{shared_address(shared_memory)};
+  const auto at = [&](int c, int below) {
+    return shared_memory + (c & (RingBand::ring - 1)) * RingBand::pitch + below;
+  };
+  int* progress = reinterpret_cast<int*>(shared_memory + RingBand::ring * RingBand::pitch);
   const int columns = order + kNarrowColumn, thread = static_cast<int>(threadIdx.x);
   const int blocks = static_cast<int>(gridDim.x), rank = static_cast<int>(blockIdx.x);
   const int64_t matrix = blockIdx.y;
   wide += matrix * wide_count(order);
   spill += matrix * columns * kNarrowColumn;
-  for (int i = rank * kMaxThreads + thread; i < columns * kNarrowColumn; i += blocks * kMaxThreads)
+  for (int i = rank * kChaseThreads + thread; i < columns * kNarrowColumn; i += blocks * kChaseThreads)
     __stcg(spill + i, element(wide, i / kNarrowColumn, i % kNarrowColumn));
   if (thread == 0) *progress = -1;
   __threadfence();
   cluster_sync();
 
   const auto load = [&](int chunk) {  // zeros past the end
-    const int c = chunk * kChunk + thread / (kNarrowColumn / 2), below = thread % (kNarrowColumn / 2) * 2;
-    if (thread < kChunk * kNarrowColumn / 2)
-      copy_async<2>(place(c, below), c < columns ? spill + c * kNarrowColumn + below : spill, c < columns);
+    const int c = chunk * kRingChunk + thread / (kNarrowColumn / 2), below = thread % (kNarrowColumn / 2) * 2;
+    if (thread < kRingChunk * kNarrowColumn / 2)
+      copy_async<2>(at(c, below), c < columns ? spill + c * kNarrowColumn + below : spill, c < columns);
     copy_commit();
   };
   const auto store = [&](int chunk) {
-    const int c = chunk * kChunk + thread / kNarrowColumn, below = thread % kNarrowColumn;
-    if (c < columns) __stcg(spill + c * kNarrowColumn + below, *place(c, below));
+    const int c = chunk * kRingChunk + thread / kNarrowColumn, below = thread % kNarrowColumn;
+    if (c < columns) __stcg(spill + c * kNarrowColumn + below, *at(c, below));
   };
-  static_assert(kChunk * kNarrowColumn == kMaxThreads);
+  static_assert(kRingChunk * kNarrowColumn == kChaseThreads);
 
   const int slot = thread / kLanes, lane = thread % kLanes, sweeps = order - 2;
   Bulge bulge = {};
   for (int round = rank; round * kRingSlots < sweeps; round += blocks) {
     const auto wait = [&](int chunk) {  // until the round before has let it go
       if (thread == 0 && blocks > 1 && round > 0)
-        while (cluster_flag(progress) <= (round - 1) * kChunksLimit + chunk) __nanosleep(20);
+        while (cluster_flag(progress) <= (round - 1) * kRingChunksLimit + chunk) __nanosleep(20);
       __syncthreads();
     };
     const auto tell = [&](int chunks) {  // what is stored, by all threads before a barrier
       if (thread != 0 || blocks == 1) return;
       __threadfence();
-      cluster_store(progress, (rank + 1) % blocks, round * kChunksLimit + chunks);
+      cluster_store(progress, (rank + 1) % blocks, round * kRingChunksLimit + chunks);
     };
     const int first = round * kRingSlots, sweep = first + slot;
     const int final_sweep = min(first + kRingSlots, sweeps) - 1, behind = final_sweep - first;
     const int end = 2 * behind + steps_of(final_sweep, order);
-    int entered = first / kChunk, left = entered, told = entered;  // chunks
+    int entered = first / kRingChunk, left = entered, told = entered;  // chunks
     wait(entered);
     load(entered);
     for (int time = 0; time < end; ++time) {
-      if (time % kChunkSteps == 0) {
+      if (time % kRingChunkSteps == 0) {
         // The first sweep is about to reach the chunk on its way in; what the last sweep has passed may leave.
         copy_wait<0>();
         wait(++entered);
         load(entered);
         const int passed = final_sweep + kLanes * (time - 2 * behind - 1);
-        for (; (left + 1) * kChunk <= passed && left + 1 < entered; ++left) store(left);
+        for (; (left + 1) * kRingChunk <= passed && left + 1 < entered; ++left) store(left);
       } else if (told < left) {
         tell(told = left);
       }
       const int step = time - 2 * slot;
       const bool busy = sweep < sweeps && step >= 0 && step < steps_of(sweep, order), chasing = busy && step > 0;
-      if (__any_sync(kAll, busy)) chase_step(band, sweep + 1 + (step - 1) * kLanes, lane, chasing, busy, bulge);
+      if (__any_sync(kAllLanes, busy)) chase_step(band, sweep + 1 + (step - 1) * kLanes, lane, chasing, busy, bulge);
       __syncthreads();
     }
     copy_wait<0>();
     __syncthreads();
     for (; left <= entered; ++left) store(left);
     __syncthreads();
-    tell(kChunksLimit - 1);
+    tell(kRingChunksLimit - 1);
   }
   // Also, a block's shared memory must outlive the stores of the others.
   __threadfence();
   cluster_sync();
-  for (int i = rank * kMaxThreads + thread; i < order; i += blocks * kMaxThreads) {
+  for (int i = rank * kChaseThreads + thread; i < order; i += blocks * kChaseThreads) {
     diagonal[matrix * order + i] = __ldcg(spill + i * kNarrowColumn);
     off_diagonal[matrix * order + i] = i + 1 < order ? __ldcg(spill + i * kNarrowColumn + 1) : 0.0;
   }
 }
 
-int64_t band_bytes(int64_t order, int pitch) {
-  return (order + kNarrowColumn) * pitch * static_cast<int64_t>(sizeof(double));
+template <class Config>
+int64_t band_bytes(int64_t order) {
+  return (order + kNarrowColumn) * Config::pitch * static_cast<int64_t>(sizeof(double));
 }
 
-template <int Pitch>
+template <class Config>
 void launch(const double* band, int batch, int order, double* diagonal, double* off_diagonal, cudaStream_t stream) {
   // Sweeps start two steps apart, so half as many as a sweep has steps can be under way.
   const int useful = ((order / kLanes + 2) / 2 + 1) * kLanes;
-  const int threads = useful >= kMaxThreads ? kMaxThreads : (useful + 31) / 32 * 32;
-  const int bytes = static_cast<int>(band_bytes(order, Pitch));
-  FARMS_CUDA_CHECK(cudaFuncSetAttribute(chase_kernel<Pitch>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-  chase_kernel<Pitch><<<batch, threads, bytes, stream>>>(band, order, diagonal, off_diagonal);
+  const int threads = useful >= kChaseThreads ? kChaseThreads : (useful + 31) / 32 * 32;
+  const int bytes = static_cast<int>(band_bytes<Config>(order));
+  FARMS_CUDA_CHECK(cudaFuncSetAttribute(chase_kernel<Config>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  chase_kernel<Config><<<batch, threads, bytes, stream>>>(band, order, diagonal, off_diagonal);
   FARMS_LAUNCH_CHECK();
 }
 
@@ -256,27 +292,26 @@ void launch_ring(const double* band, int batch, int order, double* spill, double
   FARMS_CUDA_CHECK(cudaGetDevice(&device));
   FARMS_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
   // A round can begin when the last sweep of the one before has let the first chunks go.
-  const int behind = 2 * kRingSlots + 3 * kChunkSteps, under_way = (order / kLanes + 2 * kRingSlots) / behind + 1;
+  const int behind = 2 * kRingSlots + 3 * kRingChunkSteps, under_way = (order / kLanes + 2 * kRingSlots) / behind + 1;
   int blocks = 1;
-  while (blocks < kMostBlocks && 2 * blocks <= under_way && 2 * blocks * batch <= processors) blocks *= 2;
+  while (blocks < hopper::kMaxClusterBlocks && 2 * blocks <= under_way && 2 * blocks * batch <= processors) blocks *= 2;
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(batch));
-  const ClusterLaunch launch(chase_ring_kernel, grid, grid.x, kMaxThreads,
-                             kRing * kSpreadPitch * sizeof(double) + sizeof(int), stream);
+  const ClusterLaunch launch(chase_ring_kernel, grid, grid.x, kChaseThreads, RingBand::shared_bytes, stream);
   FARMS_CUDA_CHECK(cudaLaunchKernelEx(&launch.config, chase_ring_kernel, band, order, spill, diagonal, off_diagonal));
 }
 
 }  // namespace
 
-bool chase_spills(int64_t order) { return band_bytes(order, kNarrowColumn) > kSharedBytes; }
+bool chase_spills(int64_t order) { return band_bytes<DenseBand>(order) > kBandSharedBytes; }
 
 void chase_bulges(const double* band, int batch, int order, double* spill, double* diagonal, double* off_diagonal,
                   cudaStream_t stream) {
   if (chase_spills(order)) {
     launch_ring(band, batch, order, spill, diagonal, off_diagonal, stream);
-  } else if (band_bytes(order, kSpreadPitch) > kSharedBytes) {
-    launch<kNarrowColumn>(band, batch, order, diagonal, off_diagonal, stream);
+  } else if (band_bytes<SpreadBand>(order) > kBandSharedBytes) {
+    launch<DenseBand>(band, batch, order, diagonal, off_diagonal, stream);
   } else {
-    launch<kSpreadPitch>(band, batch, order, diagonal, off_diagonal, stream);
+    launch<SpreadBand>(band, batch, order, diagonal, off_diagonal, stream);
   }
 }
 

@@ -7,11 +7,16 @@
 
 #include <cstdint>
 
+#include "csrc/cuda/eigvalsh/matrix_config.cuh"
 #include "csrc/dtype.h"
 #include "csrc/gram.h"
 
 namespace farms_fast {
 namespace one_stage {
+
+constexpr int kSlabDepth = 16;  // elements of the vectors per slab
+constexpr int kSlabPitch =
+    kSlabDepth + 4;  // doubles per vector in shared memory: a warp's fragments then touch 32 banks
 
 // Intrinsics for the half types: torch's build takes their operators away.
 __device__ __forceinline__ double widen(__half value) { return __half2float(value); }
@@ -21,13 +26,13 @@ __device__ __forceinline__ double widen(double value) { return value; }
 
 __device__ __forceinline__ bool complex_type(DType type) { return type == DType::c64 || type == DType::c128; }
 
-// How the threads of a block copy a window's vectors to shared memory, a slab of Vectors x Depth at a time, Pitch
+// How the threads of a block copy a window's vectors to shared memory, a slab of vectors x Depth at a time, kSlabPitch
 // doubles a vector; where there are many vectors for the threads, a part of them after the other. Neighbouring threads
 // take neighbouring vectors where those are nearer in memory, else neighbouring elements; a thread's vectors and
 // elements are an even number apart. Hence a complex window a + ib needs no care but at the start: it counts as the
 // real vectors (a, b) and (b, -a), elements interleaved, whose inner products are the real and imaginary parts of the
 // Hermitian ones.
-template <int Vectors, int Depth, int Pitch, int Threads>
+template <class Config>
 class Slabs {
  public:
   __device__ __forceinline__ Slabs(const WindowView& view, DType in, int order) : data_(view.data), order_(order) {
@@ -36,12 +41,13 @@ class Slabs {
     const int64_t reals = complex ? 2 : 1;
     left_ = view.inner * reals;
     const int tid = threadIdx.x;
-    vector_ = along_vectors ? tid % part : tid / Depth;
-    element_ = along_vectors ? tid / part : tid % Depth;
-    vector_step_ = along_vectors ? 0 : Threads / Depth;
-    element_step_ = along_vectors ? Threads / part : 0;
-    static_assert(Threads % Depth == 0 && Threads / Depth % 2 == 0 && Threads % (2 * part) == 0, "even steps");
-    static_assert(Vectors % part == 0 && part % 2 == 0, "whole parts");
+    vector_ = along_vectors ? tid % part : tid / kSlabDepth;
+    element_ = along_vectors ? tid / part : tid % kSlabDepth;
+    vector_step_ = along_vectors ? 0 : threads / kSlabDepth;
+    element_step_ = along_vectors ? threads / part : 0;
+    static_assert(threads % kSlabDepth == 0 && threads / kSlabDepth % 2 == 0 && threads % (2 * part) == 0,
+                  "even steps");
+    static_assert(vectors % part == 0 && part % 2 == 0, "whole parts");
     if (complex) {
       const bool turned = vector_ & 1, second = element_ & 1;
       at_ = (vector_ >> 1) * 2 * view.vector_stride + (element_ >> 1) * 2 * view.element_stride + (turned != second);
@@ -51,7 +57,7 @@ class Slabs {
       negative_ = false;
     }
     step_ = vector_step_ * view.vector_stride + element_step_ * view.element_stride;
-    slab_step_ = Depth * view.element_stride;
+    slab_step_ = kSlabDepth * view.element_stride;
     part_step_ = part * view.vector_stride;
   }
 
@@ -73,21 +79,22 @@ class Slabs {
         copy_as<double>(slab);
     }
     at_ += slab_step_;
-    left_ -= Depth;
+    left_ -= kSlabDepth;
   }
 
  private:
-  static constexpr int part = 2 * Vectors <= Threads ? Vectors : Threads / 2;
+  static constexpr int threads = MatrixShape<Config>::threads, vectors = MatrixShape<Config>::all_rows;
+  static constexpr int part = 2 * vectors <= threads ? vectors : threads / 2;
 
   template <typename Real>
   __device__ __forceinline__ void copy_as(double* slab) const {
-    constexpr int count = part * Depth / Threads, batch = 8;
+    constexpr int count = part * kSlabDepth / threads, batch = 8;
     static_assert(count % batch == 0, "whole batches");
     const Real* from = static_cast<const Real*>(data_) + at_;
-    double* to = slab + vector_ * Pitch + element_;
-    const int to_step = vector_step_ * Pitch + element_step_;
+    double* to = slab + vector_ * kSlabPitch + element_;
+    const int to_step = vector_step_ * kSlabPitch + element_step_;
 #pragma unroll 1
-    for (int begin = 0; begin < Vectors; begin += part) {
+    for (int begin = 0; begin < vectors; begin += part) {
 #pragma unroll 1
       for (int i = 0; i < count; i += batch) {
         double values[batch];
@@ -101,7 +108,7 @@ class Slabs {
         for (int j = 0; j < batch; ++j) to[(i + j) * to_step] = negative_ ? -values[j] : values[j];
       }
       from += part_step_;
-      to += part * Pitch;
+      to += part * kSlabPitch;
     }
   }
 

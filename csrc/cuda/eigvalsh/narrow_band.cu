@@ -2,30 +2,45 @@
 // the bulge down the band, 32 columns a step; a warp runs one sweep, the warps of a matrix follow each other at a safe
 // distance. A step's blocks stay in registers, as the accumulators of products on the tensor cores in float64, and the
 // four reflectors of a step go in together, I - V T V^T.
+//
+// A warp waits for one other only, the one before it in the ring of a matrix's warps, whose last sweep is the one
+// before its own, and only for steps of that. Sweep 0 waits for nothing, so by induction over sweeps and steps some
+// warp can always go on; and all of them run, since a block, or a cluster of blocks, starts as a whole, and a warp that
+// spins sleeps in between. See narrow_kernel for the flags.
 #include "csrc/cuda/eigvalsh/async_copy.cuh"
 #include "csrc/cuda/eigvalsh/block_reflector.cuh"
 #include "csrc/cuda/eigvalsh/cluster_exchange.cuh"
 #include "csrc/cuda/eigvalsh/cluster_launch.h"
 #include "csrc/cuda/eigvalsh/two_stage.h"
+#include "csrc/cuda/hopper.h"
 
 namespace farms_fast {
 namespace {
 
-constexpr int kMaxWarps = 8;          // of a block, what the registers allow
-constexpr int kMostBlocks = 8;        // of a cluster
 constexpr int kStepsLimit = 1 << 12;  // more than the steps of a sweep
 
-// The 64 rows and 32 columns of the band from a step's first diagonal element on, and how the warps of a matrix see
-// what the others wrote: through their multiprocessor's L1, or with several blocks through the L2. See wide_index; a
-// step further down the tiles of a column have changed places with those 32 rows below them.
-template <bool Cluster>
-struct Window {
+// How the warps of a matrix see what the others wrote: in one block through their multiprocessor's L1, in a cluster
+// through the L2. Eight warps fill the registers of a multiprocessor: 255 a thread, of which 128 are for the two blocks
+// of a step.
+struct NarrowInBlock {
+  static constexpr bool cluster = false;
+  static constexpr int max_warps = 8;
+};
+struct NarrowInCluster {
+  static constexpr bool cluster = true;
+  static constexpr int max_warps = 8;
+};
+
+// The 64 rows and 32 columns of the band from a step's first diagonal element on. See wide_index; a step further down
+// the tiles of a column have changed places with those 32 rows below them.
+template <class Config>
+struct BandSlice {
   static constexpr int kHalf = kWideBand * kBandTile, kColumns = kBandTile * kWideColumn;  // doubles
   double* begin;
   // Of the lane's part of an 8 x 8 block in the columns from 0 on: rows 8 j + 2 t, column g; row 8 m + g, column 2 t.
   int across[4], down[4];
 
-  __device__ __forceinline__ Window(double* band, int first, const Lane& at)
+  __device__ __forceinline__ BandSlice(double* band, int first, const FragmentLane& at)
       : begin(band + first / kBandTile * static_cast<int64_t>(kColumns)) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -54,25 +69,25 @@ struct Window {
   }
   // Row 8 m + g, column t.
   template <int Half>
-  __device__ __forceinline__ double* row_at(int m, const Lane& at) const {
+  __device__ __forceinline__ double* row_at(int m, const FragmentLane& at) const {
     return one_at<Half>(m, 0, 0) + at.t * kBandTile - (at.t / 2 * kColumns + at.t % 2 * 2 * kBandTile);
   }
-  __device__ __forceinline__ double load(const double* from) const { return Cluster ? __ldcg(from) : *from; }
+  __device__ __forceinline__ double load(const double* from) const { return Config::cluster ? __ldcg(from) : *from; }
   __device__ __forceinline__ void load_pair(const double* from, double* to) const {
     const double2 pair =
-        Cluster ? __ldcg(reinterpret_cast<const double2*>(from)) : *reinterpret_cast<const double2*>(from);
+        Config::cluster ? __ldcg(reinterpret_cast<const double2*>(from)) : *reinterpret_cast<const double2*>(from);
     to[0] = pair.x;
     to[1] = pair.y;
   }
   __device__ __forceinline__ void store(double* to, double value) const {
-    if (Cluster)
+    if (Config::cluster)
       __stcg(to, value);
     else
       *to = value;
   }
   __device__ __forceinline__ void store_pair(double* to, const double* from) const {
     const double2 pair = make_double2(from[0], from[1]);
-    if (Cluster)
+    if (Config::cluster)
       __stcg(reinterpret_cast<double2*>(to), pair);
     else
       *reinterpret_cast<double2*>(to) = pair;
@@ -80,78 +95,80 @@ struct Window {
 };
 
 // Orders what this thread wrote or read before and after, for the warps that work on the same matrix.
-template <bool Cluster>
+template <class Config>
 __device__ __forceinline__ void fence() {
-  if constexpr (Cluster)
+  if constexpr (Config::cluster)
     __threadfence();
   else
     __threadfence_block();
 }
 
 // The first four columns once they are triangular: zeros, and the triangle in the corner.
-template <bool Cluster, int Half>
-__device__ __forceinline__ void store_triangle(const Window<Cluster>& window, const Lane& at, double corner,
+template <class Config, int Half>
+__device__ __forceinline__ void store_triangle(const BandSlice<Config>& slice, const FragmentLane& at, double corner,
                                                int tiles_before) {
   const double zeros[2] = {};
   if (at.g >= kNarrowBand) return;
 #pragma unroll
   for (int j = 0; j < 4; ++j)
     if (j > 0 || at.t >= kNarrowBand / 2)
-      window.store_pair(window.template pair_at<Half>(j, 0) - tiles_before * window.kColumns, zeros);
-  window.store(window.template row_at<Half>(0, at) - tiles_before * window.kColumns, corner);
+      slice.store_pair(slice.template pair_at<Half>(j, 0) - tiles_before * slice.kColumns, zeros);
+  slice.store(slice.template row_at<Half>(0, at) - tiles_before * slice.kColumns, corner);
 }
 
-// The reflectors of the sweep's first four columns, which are those before the window's and become narrow.
-template <bool Cluster>
-__device__ __forceinline__ void begin_sweep(const Window<Cluster>& window, const Lane& at, Exchange& exchange,
-                                            Reflectors& reflectors) {
+// The reflectors of the sweep's first four columns, which are those before the slice's and become narrow.
+template <class Config>
+__device__ __forceinline__ void begin_sweep(const BandSlice<Config>& slice, const FragmentLane& at,
+                                            ReflectorExchange& exchange, Reflectors& reflectors) {
   double x[4], corner;
 #pragma unroll
-  for (int m = 0; m < 4; ++m) x[m] = window.load(window.template row_at<0>(m, at) - window.kColumns);
+  for (int m = 0; m < 4; ++m) x[m] = slice.load(slice.template row_at<0>(m, at) - slice.kColumns);
   factor(x, at, exchange, reflectors, corner);
-  store_triangle<Cluster, 0>(window, at, corner, 1);
+  store_triangle<Config, 0>(slice, at, corner, 1);
 }
 
 // The diagonal block, of which only the lower triangle is kept up to date.
-template <bool Cluster>
-__device__ __forceinline__ void load_diagonal(const Window<Cluster>& window, const Lane& at, double (&d)[2][4][4]) {
+template <class Config>
+__device__ __forceinline__ void load_diagonal(const BandSlice<Config>& slice, const FragmentLane& at,
+                                              double (&d)[2][4][4]) {
 #pragma unroll
   for (int m = 0; m < 4; ++m)
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       double* pair = &d[m / 2][j][m % 2 * 2];
       if (m < j) {
-        window.load_pair(window.template pair_at<0>(j, m), pair);
+        slice.load_pair(slice.template pair_at<0>(j, m), pair);
       } else {
 #pragma unroll
         for (int s = 0; s < 2; ++s) {
           const bool mirrored = m > j || 2 * at.t + s < at.g;
-          pair[s] = window.load(mirrored ? window.template one_at<0>(m, j, s) : window.template pair_at<0>(j, m) + s);
+          pair[s] = slice.load(mirrored ? slice.template one_at<0>(m, j, s) : slice.template pair_at<0>(j, m) + s);
         }
       }
     }
 }
-template <bool Cluster>
-__device__ __forceinline__ void store_diagonal(const Window<Cluster>& window, const Lane& at,
+template <class Config>
+__device__ __forceinline__ void store_diagonal(const BandSlice<Config>& slice, const FragmentLane& at,
                                                const double (&d)[2][4][4]) {
 #pragma unroll
   for (int m = 0; m < 4; ++m)
 #pragma unroll
     for (int j = m; j < 4; ++j) {
       const double* pair = &d[m / 2][j][m % 2 * 2];
-      double* to = window.template pair_at<0>(j, m);
+      double* to = slice.template pair_at<0>(j, m);
       if (m < j) {
-        window.store_pair(to, pair);
+        slice.store_pair(to, pair);
       } else {
 #pragma unroll
         for (int s = 0; s < 2; ++s)
-          if (2 * at.t + s >= at.g) window.store(to + s, pair[s]);
+          if (2 * at.t + s >= at.g) slice.store(to + s, pair[s]);
       }
     }
 }
 
 // Its lower triangle, reflected from both sides.
-__device__ __forceinline__ void reflect_diagonal(double (&d)[2][4][4], const Lane& at, const Reflectors& reflectors) {
+__device__ __forceinline__ void reflect_diagonal(double (&d)[2][4][4], const FragmentLane& at,
+                                                 const Reflectors& reflectors) {
   // W = D V T - V M with M = T^T V^T D V T / 2, which is symmetric.
   double product[4], minus_w[4], sum[2][4] = {}, inner[4] = {}, middle[4] = {};
   multiply(d, reflectors.deep, product);
@@ -174,13 +191,13 @@ __device__ __forceinline__ void reflect_diagonal(double (&d)[2][4][4], const Lan
 // One step: the diagonal block, the block below it from the right, and that from the left by its own first four
 // columns' reflectors, which are the next step's. Calls ready() once the part is written that the next sweep's step
 // before this one takes, all but the columns after the fourth of the block below.
-template <bool Cluster, typename F>
-__device__ __forceinline__ void step(const Window<Cluster>& window, const Lane& at, Exchange& exchange,
-                                     Reflectors& reflectors, const F& ready) {
+template <class Config, typename F>
+__device__ __forceinline__ void step(const BandSlice<Config>& slice, const FragmentLane& at,
+                                     ReflectorExchange& exchange, Reflectors& reflectors, const F& ready) {
   // All of it is read before any is written: the compiler holds reads behind writes. Of the block below, B, its
   // transpose and its product with V.
   double d[2][4][4], e[2][4][4], y[4], sum[2][4] = {}, right[4];
-  load_diagonal(window, at, d);
+  load_diagonal(slice, at, d);
   {
     double b[2][4][4];
 #pragma unroll
@@ -188,15 +205,15 @@ __device__ __forceinline__ void step(const Window<Cluster>& window, const Lane& 
 #pragma unroll
       for (int j = 0; j < 4; ++j)
 #pragma unroll
-        for (int s = 0; s < 2; ++s) b[m / 2][j][m % 2 * 2 + s] = window.load(window.template one_at<1>(m, j, s));
+        for (int s = 0; s < 2; ++s) b[m / 2][j][m % 2 * 2 + s] = slice.load(slice.template one_at<1>(m, j, s));
 #pragma unroll
     for (int m = 0; m < 4; ++m)
 #pragma unroll
-      for (int j = 0; j < 4; ++j) window.load_pair(window.template pair_at<1>(j, m), &e[m / 2][j][m % 2 * 2]);
+      for (int j = 0; j < 4; ++j) slice.load_pair(slice.template pair_at<1>(j, m), &e[m / 2][j][m % 2 * 2]);
     multiply(b, reflectors.deep, y);
   }
   reflect_diagonal(d, at, reflectors);
-  store_diagonal(window, at, d);
+  store_diagonal(slice, at, d);
 
   multiply_square(y, reflectors.minus_t, sum);
 #pragma unroll
@@ -215,7 +232,7 @@ __device__ __forceinline__ void step(const Window<Cluster>& window, const Lane& 
 #pragma unroll
   for (int m = 0; m < 4; ++m) x[m] = exchange.v[at.t][8 * m + at.g];
   factor(x, at, exchange, reflectors, corner);
-  store_triangle<Cluster, 1>(window, at, corner, 0);
+  store_triangle<Config, 1>(slice, at, corner, 0);
   ready();
 
   double u[4], minus_u[2][4] = {};
@@ -229,47 +246,50 @@ __device__ __forceinline__ void step(const Window<Cluster>& window, const Lane& 
   for (int m = 0; m < 4; ++m)
     if (m > 0 || at.g >= kNarrowBand)
 #pragma unroll
-      for (int j = 0; j < 4; ++j) window.store_pair(window.template pair_at<1>(j, m), &e[m / 2][j][m % 2 * 2]);
+      for (int j = 0; j < 4; ++j) slice.store_pair(slice.template pair_at<1>(j, m), &e[m / 2][j][m % 2 * 2]);
 }
 
-// grid: (blocks of a cluster, matrices). The warps of a matrix take the sweeps in turn. Warp w's progress: its sweep
-// times kStepsLimit, plus the steps that it is ready with; step t of a sweep needs step t + 1 of the sweep before. It
-// is kept in the shared memory of the block that waits for it, the next warp's; inside of a block by atomic operations,
-// which is how a checker of races can tell it from data.
-template <bool Cluster>
-__global__ void __launch_bounds__(kMaxWarps * 32, 1) narrow_kernel(double* __restrict__ bands, int order) {
+// grid: (blocks of a cluster, matrices). bands: (batch, wide_count(order)), narrowed in place. The warps of a matrix
+// take the sweeps in turn. Warp w's progress: its sweep times kStepsLimit, plus the steps that it is ready with; step t
+// of a sweep needs step t + 1 of the sweep before. It only grows, and it is kept in the shared memory of the block that
+// waits for it, the next warp's; inside of a block by atomic operations, which is how a checker of races can tell it
+// from data. Dynamic shared memory: a ReflectorExchange and a flag for each warp.
+template <class Config>
+__global__ void __launch_bounds__(Config::max_warps * 32, 1) narrow_kernel(double* __restrict__ bands, int order) {
   extern __shared__ __align__(16) double shared_memory[];
   const int block_warps = static_cast<int>(blockDim.x) / 32, block_warp = static_cast<int>(threadIdx.x) / 32;
   const int warps = block_warps * static_cast<int>(gridDim.x);
   const int warp = static_cast<int>(blockIdx.x) * block_warps + block_warp;
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const Lane at = {lane, lane / 4, lane % 4};
-  Exchange& exchange = reinterpret_cast<Exchange*>(shared_memory)[block_warp];
+  const FragmentLane at = {lane, lane / 4, lane % 4};
+  ReflectorExchange& exchange = reinterpret_cast<ReflectorExchange*>(shared_memory)[block_warp];
   double* band = bands + blockIdx.y * wide_count(order);
   // Of the warp before each of this block's.
-  int* progress = reinterpret_cast<int*>(reinterpret_cast<Exchange*>(shared_memory) + block_warps);
+  int* progress = reinterpret_cast<int*>(reinterpret_cast<ReflectorExchange*>(shared_memory) + block_warps);
   if (lane == 0) progress[block_warp] = -1;
-  if constexpr (Cluster)
+  if constexpr (Config::cluster)
     cluster_sync();
   else
     __syncthreads();
 
   const int next = (warp + 1) % warps;
+  // Every lane's writes come before the flag's: each fences its own, and lane 0 writes after all of them.
   const auto tell = [&](int value) {
-    fence<Cluster>();
+    fence<Config>();
     __syncwarp();
     if (lane == 0) {
-      if constexpr (Cluster)
+      if constexpr (Config::cluster)
         cluster_store(progress + next % block_warps, next / block_warps, value);
       else
         atomicExch(progress + next, value);
     }
   };
   for (int sweep = warp; sweep * kNarrowBand + kNarrowBand + 1 < order; sweep += warps) {
+    // Until the sweep before has so many steps ready; it will, see the head of this file.
     const auto wait = [&](int steps_before) {
       if (sweep == 0) return;
       const int needed = (sweep - 1) * kStepsLimit + steps_before;
-      if constexpr (Cluster) {
+      if constexpr (Config::cluster) {
         if (lane == 0)
           while (cluster_flag(progress + block_warp) < needed) __nanosleep(20);
         __syncwarp();
@@ -284,21 +304,21 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) narrow_kernel(double* __res
     const int steps = (order - first + kWideBand - 1) / kWideBand;
     Reflectors reflectors;
     wait(1);
-    Window<Cluster> window(band, first, at);
-    begin_sweep(window, at, exchange, reflectors);
+    BandSlice<Config> slice(band, first, at);
+    begin_sweep(slice, at, exchange, reflectors);
     for (int i = 0; i < steps; ++i) {
       wait(i + 2);
-      step(window, at, exchange, reflectors, [&] { tell(sweep * kStepsLimit + i + 1); });
-      window.advance();
+      step(slice, at, exchange, reflectors, [&] { tell(sweep * kStepsLimit + i + 1); });
+      slice.advance();
     }
     // Every step of the sweep after is free to go.
     tell(sweep * kStepsLimit + kStepsLimit - 1);
   }
   // A block's shared memory must outlive the stores of the others.
-  if constexpr (Cluster) cluster_sync();
+  if constexpr (Config::cluster) cluster_sync();
 }
 
-// grid: (blocks of rows of the band, matrices).
+// grid: (blocks of rows of the band, matrices). gram: (batch, order, order). band: (batch, wide_count(order)).
 __global__ void extract_kernel(const double* __restrict__ gram, int order, double* __restrict__ band) {
   const int64_t at = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
   const int row = static_cast<int>(at / kWideColumn), offset = static_cast<int>(at % kWideColumn);
@@ -334,13 +354,14 @@ void narrow_band(double* band, int batch, int order, cudaStream_t stream) {
   // More warps than sweeps that can be under way find nothing to do. Many matrices share a multiprocessor, two of them
   // with four warps each; a few large ones are spread over several.
   const int useful = (order / kWideBand + 1) / 2 + 1;
-  int warps = batch > processors ? kMaxWarps / 2 : kMaxWarps, blocks = 1;
-  while (blocks < kMostBlocks && blocks * warps < useful && 2 * blocks * batch <= processors) blocks *= 2;
+  constexpr int max_warps = NarrowInBlock::max_warps;
+  int warps = batch > processors ? max_warps / 2 : max_warps, blocks = 1;
+  while (blocks < hopper::kMaxClusterBlocks && blocks * warps < useful && 2 * blocks * batch <= processors) blocks *= 2;
   warps = useful < warps ? useful : warps;
-  const auto kernel = blocks > 1 ? narrow_kernel<true> : narrow_kernel<false>;
+  const auto kernel = blocks > 1 ? narrow_kernel<NarrowInCluster> : narrow_kernel<NarrowInBlock>;
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(batch));
   const ClusterLaunch launch(kernel, grid, grid.x, static_cast<unsigned>(warps) * 32,
-                             warps * (sizeof(Exchange) + sizeof(int)), stream);
+                             warps * (sizeof(ReflectorExchange) + sizeof(int)), stream);
   FARMS_CUDA_CHECK(cudaLaunchKernelEx(&launch.config, kernel, band, order));
 }
 

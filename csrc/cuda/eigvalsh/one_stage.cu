@@ -1,101 +1,157 @@
-// One block a matrix, everything in its registers. See tile.cuh for the reduction and sturm.cuh for the search; larger
-// matrices are spread over a cluster of blocks.
+// Small matrices: one block a matrix, everything in its registers, in one launch from the window to the eigenvalues.
+// See block_reduction.cuh for the reduction and spectrum.cuh for the search; larger matrices are spread over a cluster
+// of blocks (one_stage_cluster.cu).
+//
+// The blocks of a launch do not know of each other: the only waits are __syncthreads(), which all threads of a block
+// reach, since what they branch on around one (the exponent, the order) is the same in all of them.
 #include "csrc/cuda/eigvalsh/one_stage.h"
 
 #include "csrc/cuda/check.h"
+#include "csrc/cuda/eigvalsh/block_reduction.cuh"
 #include "csrc/cuda/eigvalsh/one_stage_cluster.h"
 #include "csrc/cuda/eigvalsh/problem.cuh"
 #include "csrc/cuda/eigvalsh/spectrum.cuh"
-#include "csrc/cuda/eigvalsh/tile.cuh"
 
 namespace farms_fast {
 namespace {
 
-using one_stage::Problem;
+using one_stage::BlockReduction;
+using one_stage::MatrixConfig;
+using one_stage::OneStageProblem;
+using one_stage::Spectrum;
 
-// What the architecture allows, to keep the compiler from complaining.
+// Blocks that a multiprocessor holds at a time, whatever they ask for.
 #if __CUDA_ARCH__ >= 900
-constexpr int kMostBlocks = 32;
+constexpr int kMaxBlocks = 32;
 #else
-constexpr int kMostBlocks = 16;
+constexpr int kMaxBlocks = 16;
 #endif
 
-template <int Warps, int Strips, int Tiles, int Spilled, int ColumnGroups, int Blocks>
-__global__ void __launch_bounds__(32 * Warps, Blocks < kMostBlocks ? Blocks : kMostBlocks)
-    one_stage_kernel(const Problem problem) {
-  using Matrix = one_stage::Tile<Warps, Strips, Tiles, Spilled, ColumnGroups>;
-  extern __shared__ double2 spilled[];
-  __shared__ union {
-    double slab[Matrix::rows * one_stage::kPitch];
-    double largest[Warps];
-    typename Matrix::Vectors vectors;
+// Named by the largest order that each takes. In all of them eight rows and eight columns of the matrix are one mma
+// tile; the spilled tiles are as many as leave the registers of `blocks_per_processor` blocks to hold the rest.
+struct Order16 : MatrixConfig {
+  static constexpr int warps = 1, tiles = 2, blocks_per_processor = 20;
+};
+struct Order32 : MatrixConfig {
+  static constexpr int warps = 2, tiles = 4, blocks_per_processor = 10;
+};
+struct Order48 : MatrixConfig {
+  static constexpr int warps = 3, tiles = 6, spilled_tiles = 2, blocks_per_processor = 6;
+};
+struct Order64 : MatrixConfig {
+  static constexpr int warps = 4, tiles = 8, blocks_per_processor = 4;
+};
+struct Order80 : MatrixConfig {
+  static constexpr int warps = 5, tiles = 10, spilled_tiles = 2, blocks_per_processor = 3;
+};
+struct Order104 : MatrixConfig {
+  static constexpr int warps = 7, tiles = 13, spilled_tiles = 5, blocks_per_processor = 2;
+};
+struct Order128 : MatrixConfig {
+  static constexpr int warps = 8, tiles = 16, spilled_tiles = 8, blocks_per_processor = 2;
+};
+// A warp has all of 32 rows here: half the wavefronts of shared memory in a pass, for twice the registers.
+struct Order160 : MatrixConfig {
+  static constexpr int warps = 10, strips = 2, tiles = 10, spilled_tiles = 4, column_groups = 2;
+};
+
+template <class Config>
+struct BlockSolver {
+  using Reduction = BlockReduction<Config>;
+  static constexpr int threads = Reduction::threads;
+  static constexpr int max_order = 8 * Config::tiles * Config::column_groups;
+
+  // The phases of a matrix follow each other, with a barrier in between.
+  union Shared {
+    double slab[Reduction::rows * one_stage::kSlabPitch];
+    double largest[Config::warps];
+    typename Reduction::StepVectors vectors;
     struct {
-      one_stage::Spectrum<32 * Warps, Matrix::rows> search;
-      double values[Matrix::rows];
+      Spectrum<Config> search;
+      double values[Reduction::rows];
     } spectrum;
-  } shared;
-  __shared__ double diagonal[Matrix::rows], off_diagonal[Matrix::rows];
+  };
+  static constexpr int spill_bytes = Config::spilled_tiles > 0 ? sizeof(typename Reduction::Spill) : 0;
+  static constexpr int shared_bytes = sizeof(Shared) + 2 * Reduction::rows * sizeof(double) + spill_bytes;
+  static_assert(hopper::shared_memory_holds(Config::blocks_per_processor, shared_bytes));
+};
+
+// grid: (matrices). Dynamic shared memory: the tiles that the registers do not hold.
+template <class Config>
+__global__ void __launch_bounds__(BlockSolver<Config>::threads,
+                                  Config::blocks_per_processor < kMaxBlocks ? Config::blocks_per_processor : kMaxBlocks)
+    one_stage_kernel(const OneStageProblem problem) {
+  using Reduction = BlockReduction<Config>;
+  extern __shared__ double2 spilled[];
+  __shared__ typename BlockSolver<Config>::Shared shared;
+  __shared__ double diagonal[Reduction::rows], off_diagonal[Reduction::rows];
 
   const int64_t which = blockIdx.x;
   const int order = problem.order, count = order / problem.stride;
   int exponent;
   {
-    Matrix matrix(*reinterpret_cast<typename Matrix::Spill*>(spilled));
+    Reduction matrix(*reinterpret_cast<typename Reduction::Spill*>(spilled));
     problem.form(which, matrix, shared.slab);
     exponent = matrix.scale(matrix.largest(shared.largest));
-    __syncthreads();
-    if (exponent != Matrix::kNotFinite) matrix.tridiagonal(order, shared.vectors, diagonal, off_diagonal);
+    __syncthreads();  // shared.largest has been read
+    if (exponent != Reduction::kNonfinite) matrix.tridiagonal(order, shared.vectors, diagonal, off_diagonal);
   }
-  __syncthreads();
+  __syncthreads();  // the tridiagonal matrix is there, and the vectors are done with
 
   double value = nan("");
   const int i = threadIdx.x;
-  if (exponent != Matrix::kNotFinite) {
+  if (exponent != Reduction::kNonfinite) {
     double* values = shared.spectrum.values;
     exponent += shared.spectrum.search.template find<1>(diagonal, off_diagonal, order, problem.stride, 0, count,
                                                         [&](int number, double found) { values[number] = found; });
-    __syncthreads();
+    __syncthreads();  // all values are there
     if (i < count) value = scalbn(one_stage::ascending(values, i), exponent);
   }
   if (i < count) problem.store(which, i, value);
 }
 
-template <int Warps, int Strips, int Tiles, int Spilled, int ColumnGroups, int Blocks>
-void launch(const Problem& problem, int64_t count, cudaStream_t stream) {
-  const auto kernel = one_stage_kernel<Warps, Strips, Tiles, Spilled, ColumnGroups, Blocks>;
-  const int bytes =
-      Spilled > 0
-          ? static_cast<int>(sizeof(typename one_stage::Tile<Warps, Strips, Tiles, Spilled, ColumnGroups>::Spill))
-          : 0;
-  if (bytes > 0) FARMS_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-  kernel<<<static_cast<unsigned>(count), 32 * Warps, bytes, stream>>>(problem);
+template <class Config>
+void launch(const OneStageProblem& problem, int64_t count, cudaStream_t stream) {
+  using Solver = BlockSolver<Config>;
+  const auto kernel = one_stage_kernel<Config>;
+  if (Solver::spill_bytes > 0)
+    FARMS_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Solver::spill_bytes));
+  kernel<<<static_cast<unsigned>(count), Solver::threads, Solver::spill_bytes, stream>>>(problem);
   FARMS_LAUNCH_CHECK();
 }
 
-constexpr int kBlockOrder = 160;  // the largest of one block
+struct BlockOption {
+  int order, shared_bytes;
+  void (*launch)(const OneStageProblem& problem, int64_t count, cudaStream_t stream);
+};
 
-// Blocks a multiprocessor, and columns in shared memory so that the registers of that many blocks hold the rest.
-void solve(const Problem& problem, int64_t count, cudaStream_t stream) {
+template <class Config>
+constexpr BlockOption option() {
+  return {BlockSolver<Config>::max_order, BlockSolver<Config>::shared_bytes, launch<Config>};
+}
+
+constexpr BlockOption kBlockOptions[] = {
+    option<Order16>(), option<Order32>(),  option<Order48>(),  option<Order64>(),
+    option<Order80>(), option<Order104>(), option<Order128>(), option<Order160>(),
+};
+
+void solve(const OneStageProblem& problem, int64_t count, cudaStream_t stream) {
   if (count == 0 || problem.order == 0) return;
-  if (problem.order <= 16) return launch<1, 1, 2, 0, 1, 20>(problem, count, stream);
-  if (problem.order <= 32) return launch<2, 1, 4, 0, 1, 10>(problem, count, stream);
-  if (problem.order <= 48) return launch<3, 1, 6, 2, 1, 6>(problem, count, stream);
-  if (problem.order <= 64) return launch<4, 1, 8, 0, 1, 4>(problem, count, stream);
-  if (problem.order <= 80) return launch<5, 1, 10, 2, 1, 3>(problem, count, stream);
-  if (problem.order <= 104) return launch<7, 1, 13, 5, 1, 2>(problem, count, stream);
-  if (problem.order <= 128) return launch<8, 1, 16, 8, 1, 2>(problem, count, stream);
-  if (problem.order <= kBlockOrder) return launch<10, 2, 10, 4, 2, 1>(problem, count, stream);
+  for (const BlockOption& block : kBlockOptions)
+    if (problem.order <= block.order) return block.launch(problem, count, stream);
   one_stage::solve_in_clusters(problem, count, stream);
 }
 
-// What the shared memory of a block allows: 110 kB for order 160, 88 for 128, 56 for 104.
+// Without clusters, what the shared memory of a block allows: 104 on Turing, 128 or 160 since.
 int max_real_order() {
   const int in_clusters = one_stage::max_cluster_order();
   if (in_clusters > 0) return in_clusters;
-  int device = 0, bytes = 0;
+  int device = 0, bytes = 0, order = 0;
   FARMS_CUDA_CHECK(cudaGetDevice(&device));
   FARMS_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  return bytes >= 112 << 10 ? kBlockOrder : bytes >= 90 << 10 ? 128 : 104;
+  for (const BlockOption& block : kBlockOptions)
+    if (block.shared_bytes <= bytes) order = block.order;
+  return order;
 }
 
 }  // namespace

@@ -1,11 +1,15 @@
-// One cluster a matrix, which the blocks hold in their registers and shared memory by rows. See cluster_tile.cuh for
-// the reduction; each block then searches for its part of the eigenvalues.
+// Matrices that one block cannot hold: one cluster a matrix, whose blocks hold it in their registers and shared memory
+// by rows. See cluster_reduction.cuh for the reduction; each block then searches for its part of the eigenvalues.
+//
+// The blocks of a cluster wait for each other, at barriers of the cluster and for pieces that a neighbour has sent. The
+// hardware starts all blocks of a cluster or none, so that whoever is waited for is running; each block goes through
+// the same steps, for what they branch on has the same bits in all blocks. Clusters do not know of each other.
 #include "csrc/cuda/eigvalsh/one_stage_cluster.h"
 
 #include <algorithm>
 
 #include "csrc/cuda/eigvalsh/cluster_launch.h"
-#include "csrc/cuda/eigvalsh/cluster_tile.cuh"
+#include "csrc/cuda/eigvalsh/cluster_reduction.cuh"
 #include "csrc/cuda/eigvalsh/problem.cuh"
 #include "csrc/cuda/eigvalsh/spectrum.cuh"
 
@@ -13,118 +17,153 @@ namespace farms_fast {
 namespace one_stage {
 namespace {
 
-// The columns are as many as the rows.
-template <int Warps, int Strips, int Tiles, int Spilled, int ColumnGroups, int Blocks>
-struct Kernel {
-  using Matrix = ClusterTile<Warps, Strips, Tiles, Spilled, ColumnGroups, Blocks>;
-  static constexpr int kThreads = 32 * Warps;
-  static constexpr int kOrder = Matrix::all_rows;
-  static_assert(kOrder == 8 * Tiles * ColumnGroups, "square");
+// Named by the largest order and the blocks that share it; a block has a multiprocessor to itself. `cost` is the
+// measured time of one matrix as a multiple of that in the fastest cluster that can hold it. Eight blocks have the
+// shortest step; two leave room for four times as many matrices at once.
+struct Order192In2 : MatrixConfig {
+  static constexpr int warps = 12, strips = 2, tiles = 6, spilled_tiles = 1, column_groups = 4, cluster_blocks = 2;
+  static constexpr double cost = 1.23;
+};
+struct Order256In8 : MatrixConfig {
+  static constexpr int warps = 8, tiles = 8, column_groups = 4, cluster_blocks = 8;
+  static constexpr double cost = 1.0;
+};
+struct Order256In4 : MatrixConfig {
+  static constexpr int warps = 8, strips = 2, tiles = 8, column_groups = 4, cluster_blocks = 4;
+  static constexpr double cost = 1.21;
+};
+struct Order256In2 : MatrixConfig {
+  static constexpr int warps = 8, strips = 2, tiles = 16, spilled_tiles = 6, column_groups = 2, cluster_blocks = 2;
+  static constexpr double cost = 1.6;
+};
+struct Order384In8 : MatrixConfig {
+  static constexpr int warps = 12, tiles = 12, spilled_tiles = 2, column_groups = 4, cluster_blocks = 8;
+  static constexpr double cost = 1.5;
+};
+// The compiler spills another 392 bytes a thread, which is faster than a sixth tile in shared memory.
+struct Order512In8 : MatrixConfig {
+  static constexpr int warps = 8, strips = 2, tiles = 16, spilled_tiles = 5, column_groups = 4, cluster_blocks = 8;
+  static constexpr double cost = 2.0;
+};
+
+template <class Config>
+struct ClusterSolver {
+  using Reduction = ClusterReduction<Config>;
+  static constexpr int threads = Reduction::threads, blocks = Config::cluster_blocks;
+  static constexpr int max_order = Reduction::all_rows;
+  static_assert(max_order == 8 * Config::tiles * Config::column_groups, "square");
 
   struct Shared {
-    typename Matrix::Spill spill;
+    typename Reduction::Spill spill;
     union {
-      double slab[kOrder * kPitch];
-      double largest[Warps];
-      typename Matrix::Vectors vectors;
-      Spectrum<kThreads, kOrder> search;
+      double slab[max_order * kSlabPitch];
+      double largest[Config::warps];
+      typename Reduction::ExchangedVectors vectors;
+      Spectrum<Config> search;
     };
-    double diagonal[kOrder], off_diagonal[kOrder];
-    double values[kOrder];
-    double largest_of[Blocks];
-    typename Matrix::Arrivals arrivals;
+    double diagonal[max_order], off_diagonal[max_order];
+    double values[max_order];
+    double largest_of[blocks];
+    typename Reduction::Arrivals arrivals;
   };
+  static_assert(hopper::shared_memory_holds(1, sizeof(Shared)));
 
-  static __device__ __forceinline__ void run(const Problem& problem, Shared& shared) {
-    const int64_t which = blockIdx.x / Blocks;
+  static __device__ __forceinline__ void run(const OneStageProblem& problem, Shared& shared) {
+    const int64_t which = blockIdx.x / blocks;
     const int order = problem.order, count = order / problem.stride;
     const int rank = cluster_rank(), tid = static_cast<int>(threadIdx.x);
-    const int share = (count + Blocks - 1) / Blocks, first = min(rank * share, count), end = min(first + share, count);
+    const int share = (count + blocks - 1) / blocks, first = min(rank * share, count), end = min(first + share, count);
     int exponent;
     {
-      Matrix matrix(shared.spill, rank);
+      Reduction matrix(shared.spill, rank);
       matrix.expect(shared.arrivals);
       problem.form(which, matrix, shared.slab);
       const double own_largest = matrix.largest(shared.largest);
-      // No block writes to another one that has not begun.
+      // No block writes to another one that has not begun, or has not set up its arrival barriers.
       cluster_sync();
-      if (tid < Blocks) cluster_store(&shared.largest_of[rank], tid, own_largest);
-      cluster_sync();
+      if (tid < blocks) cluster_store(&shared.largest_of[rank], tid, own_largest);
+      cluster_sync();  // every block's largest has come
       double largest = 0.0;
       for (const double of_block : shared.largest_of) largest = fmax(largest, of_block);
       exponent = matrix.scale(largest);
-      if (exponent != Matrix::kNotFinite)
+      if (exponent != Reduction::kNonfinite)
         matrix.tridiagonal(order, shared.vectors, shared.arrivals, shared.diagonal, shared.off_diagonal);
     }
-    __syncthreads();
+    __syncthreads();  // the tridiagonal matrix is there, and the vectors are done with
 
     double value = nan("");
-    if (exponent != Matrix::kNotFinite) {
+    if (exponent != Reduction::kNonfinite) {
       exponent += shared.search.template find<2>(shared.diagonal, shared.off_diagonal, order, problem.stride, first,
                                                  end, [&](int number, double found) {
-                                                   for (int to = 0; to < Blocks; ++to)
+                                                   for (int to = 0; to < blocks; ++to)
                                                      cluster_store(&shared.values[number], to, found);
                                                  });
-      cluster_sync();
+      cluster_sync();  // all values have come, and no block has gone that another one still writes to
       if (first + tid < end) value = scalbn(ascending(shared.values, first + tid), exponent);
     }
     if (first + tid < end) problem.store(which, first + tid, value);
   }
 };
 
-// What the largest ask for, at most.
-constexpr int kSharedBytes = 227 << 10;
-
-template <typename Kernel>
-__global__ void __launch_bounds__(Kernel::kThreads, 1) cluster_kernel(const Problem problem) {
+// grid: (matrices times blocks of a cluster). Dynamic shared memory: a Solver::Shared.
+template <class Solver>
+__global__ void __launch_bounds__(Solver::threads, 1) cluster_kernel(const OneStageProblem problem) {
   extern __shared__ __align__(16) double shared_memory[];
 #if __CUDA_ARCH__ >= 900
-  Kernel::run(problem, *reinterpret_cast<typename Kernel::Shared*>(shared_memory));
+  Solver::run(problem, *reinterpret_cast<typename Solver::Shared*>(shared_memory));
 #endif
 }
 
 // What the choice between the clusters that can hold a matrix rests on.
-struct Size {
+struct ClusterOption {
   int order;
-  double cost;  // measured time of one matrix, as a multiple of the fastest size's for the same matrix
-  int (*at_once)();
-  void (*launch)(const Problem& problem, int64_t count, cudaStream_t stream);
+  double cost;
+  int (*at_once)();  // matrices that the current device works on at a time
+  void (*launch)(const OneStageProblem& problem, int64_t count, cudaStream_t stream);
 };
 
-template <int Warps, int Strips, int Tiles, int Spilled, int ColumnGroups, int Blocks>
-constexpr Size size(double cost) {
-  using Of = Kernel<Warps, Strips, Tiles, Spilled, ColumnGroups, Blocks>;
-  static_assert(sizeof(typename Of::Shared) <= kSharedBytes, "fits into a block");
-  return {Of::kOrder, cost,
+template <class Config>
+ClusterLaunch cluster_launch(int64_t count, cudaStream_t stream) {
+  using Solver = ClusterSolver<Config>;
+  // A grid's first dimension holds 2^31 - 1 blocks.
+  return {cluster_kernel<Solver>,
+          dim3(static_cast<unsigned>(count * Solver::blocks)),
+          Solver::blocks,
+          Solver::threads,
+          sizeof(typename Solver::Shared),
+          stream};
+}
+
+template <class Config>
+constexpr ClusterOption option() {
+  using Solver = ClusterSolver<Config>;
+  return {Solver::max_order, Config::cost,
           [] {
-            const ClusterLaunch launch(cluster_kernel<Of>, dim3(Blocks), Blocks, Of::kThreads,
-                                       sizeof(typename Of::Shared), nullptr);
+            const ClusterLaunch launch = cluster_launch<Config>(1, nullptr);
             int clusters = 0;
-            FARMS_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&clusters, cluster_kernel<Of>, &launch.config));
+            FARMS_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&clusters, cluster_kernel<Solver>, &launch.config));
             return clusters;
           },
-          [](const Problem& problem, int64_t count, cudaStream_t stream) {
-            const ClusterLaunch launch(cluster_kernel<Of>, dim3(static_cast<unsigned>(count * Blocks)), Blocks,
-                                       Of::kThreads, sizeof(typename Of::Shared), stream);
-            FARMS_CUDA_CHECK(cudaLaunchKernelEx(&launch.config, cluster_kernel<Of>, problem));
+          [](const OneStageProblem& problem, int64_t count, cudaStream_t stream) {
+            const ClusterLaunch launch = cluster_launch<Config>(count, stream);
+            FARMS_CUDA_CHECK(cudaLaunchKernelEx(&launch.config, cluster_kernel<Solver>, problem));
           }};
 }
 
-// Eight blocks have the shortest step; two leave room for four times as many matrices at once.
-const Size kSizes[] = {
-    size<12, 2, 6, 1, 4, 2>(1.23), size<8, 1, 8, 0, 4, 8>(1.0),   size<8, 2, 8, 0, 4, 4>(1.21),
-    size<8, 2, 16, 6, 2, 2>(1.6),  size<12, 1, 12, 2, 4, 8>(1.5), size<8, 2, 16, 5, 4, 8>(2.0),
+const ClusterOption kClusterOptions[] = {
+    option<Order192In2>(), option<Order256In8>(), option<Order256In4>(),
+    option<Order256In2>(), option<Order384In8>(), option<Order512In8>(),
 };
-constexpr int kMaxOrder = 512;
-constexpr int kCount = sizeof(kSizes) / sizeof(kSizes[0]);
+constexpr int kMaxClusterOrder = 512;
+constexpr int kCount = sizeof(kClusterOptions) / sizeof(kClusterOptions[0]);
 
-// How many matrices of each size the current device works on at once.
+// How many matrices of each option the current device works on at once.
 const int* matrices_at_once() {
   static thread_local int known_device = -1, at_once[kCount];
   int device = 0;
   FARMS_CUDA_CHECK(cudaGetDevice(&device));
   if (device != known_device) {
-    for (int i = 0; i < kCount; ++i) at_once[i] = std::max(1, kSizes[i].at_once());
+    for (int i = 0; i < kCount; ++i) at_once[i] = std::max(1, kClusterOptions[i].at_once());
     known_device = device;
   }
   return at_once;
@@ -137,22 +176,21 @@ int max_cluster_order() {
   FARMS_CUDA_CHECK(cudaGetDevice(&device));
   FARMS_CUDA_CHECK(cudaDeviceGetAttribute(&clusters, cudaDevAttrClusterLaunch, device));
   FARMS_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  return clusters != 0 && bytes >= kSharedBytes ? kMaxOrder : 0;
+  return clusters != 0 && bytes >= hopper::kBlockSharedBytes ? kMaxClusterOrder : 0;
 }
 
-void solve_in_clusters(const Problem& problem, int64_t count, cudaStream_t stream) {
+void solve_in_clusters(const OneStageProblem& problem, int64_t count, cudaStream_t stream) {
   const int* at_once = matrices_at_once();
-  const Size* best = nullptr;
+  const ClusterOption* best = nullptr;
   double least = 0.0;
   for (int i = 0; i < kCount; ++i) {
-    if (problem.order > kSizes[i].order) continue;
-    const double time = static_cast<double>((count + at_once[i] - 1) / at_once[i]) * kSizes[i].cost;
+    if (problem.order > kClusterOptions[i].order) continue;
+    const double time = static_cast<double>((count + at_once[i] - 1) / at_once[i]) * kClusterOptions[i].cost;
     if (best == nullptr || time < least) {
-      best = &kSizes[i];
+      best = &kClusterOptions[i];
       least = time;
     }
   }
-  // A grid's first dimension holds 2^31 - 1 blocks.
   best->launch(problem, count, stream);
 }
 

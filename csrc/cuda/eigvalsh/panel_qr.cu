@@ -1,30 +1,67 @@
 // Householder QR of one panel of every matrix. A cluster of thread blocks holds a panel in registers, rows spread over
-// its warps: a thread keeps 4 rows x 8 columns, 8 x 4 threads make a warp's 32 rows. One reduction per column gives the
-// norm, the products with the columns to the right and the products with the vectors to the left, which make T.
+// its warps: a thread keeps 4 rows x 8 columns, 8 x 4 threads make a warp's 32 rows x 32 columns.
+//
+//   lane l has, of its warp's 32 x 32, rows 4 (l / 4) + 0..3 and columns 8 (l % 4) + 0..7
+//
+//   columns:      0..7  8..15  16..23  24..31
+//   rows  0..3    l0    l1     l2      l3
+//   rows  4..7    l4    l5     l6      l7
+//   ..
+//   rows 28..31   l28   l29    l30     l31
+//
+// One reduction per column gives the norm, the products with the columns to the right and the products with the vectors
+// to the left, which make T. Its sums go from the lanes of a warp to the warps of a block (a barrier) to the blocks of
+// the cluster: each sends its sums to all (st.async), and each waits for those of all. What it waits for is sent by
+// blocks that run, since a cluster starts as one, and that have waited for no later column themselves.
 #include "csrc/cuda/eigvalsh/async_copy.cuh"
 #include "csrc/cuda/eigvalsh/cluster_exchange.cuh"
 #include "csrc/cuda/eigvalsh/cluster_launch.h"
 #include "csrc/cuda/eigvalsh/householder.cuh"
 #include "csrc/cuda/eigvalsh/two_stage.h"
+#include "csrc/cuda/hopper.h"
+#include "csrc/cuda/warp.cuh"
 
 namespace farms_fast {
 namespace {
 
-constexpr unsigned kAll = 0xffffffffu;
-constexpr int kMaxCluster = 8;
+// A panel whose rows a cluster holds. Two blocks of eight warps share a multiprocessor, or one of sixteen has it: 128
+// registers a thread either way, of which 64 are for its elements.
+struct ShortPanel {
+  static constexpr int warps = 8, blocks_per_processor = 2;
+  static constexpr bool keeps_rows = true;  // all of them in registers
+};
+struct TallPanel {
+  static constexpr int warps = 16, blocks_per_processor = 1;
+  static constexpr bool keeps_rows = true;
+};
+// Of a longer one the cluster keeps the first rows; those beyond go through the registers at every column, from v's
+// memory and back.
+struct EndlessPanel {
+  static constexpr int warps = 16, blocks_per_processor = 1;
+  static constexpr bool keeps_rows = false;
+};
 
-template <int Warps>
-struct Shared {
-  double warp_sums[2][Warps][kWideBand];  // double buffered: a column's sums are read while the next one's are written
-  double block_sums[2][kMaxCluster][kWideBand];
+template <class Config>
+constexpr int kRowsOfBlock = 32 * Config::warps;
+template <class Config>
+constexpr int kRowsOfCluster = hopper::kMaxClusterBlocks * kRowsOfBlock<Config>;
+
+template <class Config>
+struct PanelShared {
+  double warp_sums[2][Config::warps]
+                  [kWideBand];  // double buffered: a column's sums are read while the next one's are written
+  double block_sums[2][hopper::kMaxClusterBlocks][kWideBand];
   double own_pivot[2][kWideBand];
   double pivot[2][kWideBand];
   ArrivalBarrier arrived[2];              // of block_sums and pivot
   double products[kWideBand][kWideBand];  // [l][j] = v_l . v_j for l < j
   double tau[kWideBand];
+
+  static_assert(2 * 4 * 8 + 64 <= hopper::registers_per_thread(Config::warps, Config::blocks_per_processor),
+                "a thread's elements, and as much to work with");
 };
 
-struct Place {
+struct PanelLane {
   int lane, row_group, column_group;
 };
 
@@ -44,12 +81,12 @@ __device__ __forceinline__ void write(const double (&in)[8], double* to) {
 
 // x[i] of column j (register jj of the threads in column group jg), zero above row j; sums[q] += x . a[.][q].
 template <int jj>
-__device__ __forceinline__ void multiply(const double (&a)[4][8], const Place& at, int jg, int row, double (&x)[4],
+__device__ __forceinline__ void multiply(const double (&a)[4][8], const PanelLane& at, int jg, int row, double (&x)[4],
                                          double (&sums)[8]) {
   const int j = jg * 8 + jj;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    x[i] = __shfl_sync(kAll, a[i][jj], (at.lane & ~3) | jg);
+    x[i] = __shfl_sync(kAllLanes, a[i][jj], (at.lane & ~3) | jg);
     if (row + i < j) x[i] = 0;
 #pragma unroll
     for (int q = 0; q < 8; ++q) sums[q] += x[i] * a[i][q];
@@ -57,7 +94,7 @@ __device__ __forceinline__ void multiply(const double (&a)[4][8], const Place& a
 }
 
 template <int jj>
-__device__ __forceinline__ void reflect(double (&a)[4][8], const Place& at, int jg, int row, const double (&x)[4],
+__device__ __forceinline__ void reflect(double (&a)[4][8], const PanelLane& at, int jg, int row, const double (&x)[4],
                                         const Reflector& reflector, const double (&coefficient)[8]) {
   const int j = jg * 8 + jj;
 #pragma unroll
@@ -69,25 +106,25 @@ __device__ __forceinline__ void reflect(double (&a)[4][8], const Place& at, int 
   }
 }
 
-// Long: the cluster has fewer threads than the panel rows; the rows beyond stay in v's memory.
-template <int Warps, bool Long>
-struct Panel {
+// What one thread knows of its panel.
+template <class Config>
+struct PanelRows {
   double* matrix;
   double* v;  // of this matrix, from the panel's first row on
   int order, column, rows, stored_rows;
   int cluster, rank, warp;
-  Place at;
-  Shared<Warps>* shared;
+  PanelLane at;
+  PanelShared<Config>* shared;
 
-  __device__ int stride() const { return cluster * Warps * 32; }
-  // The next 32 rows of this warp after those in registers, or none.
+  __device__ int stride() const { return cluster * kRowsOfBlock<Config>; }
+  // Calls f with the thread's first row of each 32 that its warp has beyond those in registers.
   template <typename F>
   __device__ void for_more(const F& f) const {
-    if constexpr (Long)
+    if constexpr (!Config::keeps_rows)
       for (int more = stride(); warp_row() + more < stored_rows; more += stride())
         f(warp_row() + at.row_group * 4 + more);
   }
-  __device__ int warp_row() const { return (rank * Warps + warp) * 32; }
+  __device__ int warp_row() const { return (rank * Config::warps + warp) * 32; }
 
   __device__ void load(double (&a)[4][8], int row) const {
     const int first = column + kWideBand;
@@ -148,7 +185,7 @@ struct Panel {
 #pragma unroll
       for (int q = 0; q < half; ++q) {
         const double keep = upper ? sums[q + half] : sums[q], give = upper ? sums[q] : sums[q + half];
-        sums[q] = keep + __shfl_xor_sync(kAll, give, half * 4);
+        sums[q] = keep + __shfl_xor_sync(kAllLanes, give, half * 4);
       }
     }
     shared->warp_sums[parity][warp][at.column_group * 8 + at.row_group] = sums[0];
@@ -160,16 +197,17 @@ struct Panel {
     double sum = 0, pivot;
     if (cluster == 1) {
 #pragma unroll
-      for (int i = 0; i < Warps; ++i) sum += shared->warp_sums[parity][i][at.lane];
+      for (int i = 0; i < Config::warps; ++i) sum += shared->warp_sums[parity][i][at.lane];
       pivot = shared->own_pivot[parity][at.lane];
     } else {
-      // No block is two columns ahead of another: what it sends next waits for what that one sent before.
+      // No block is two columns ahead of another: what it sends next waits for what that one sent before. So two of
+      // each buffer are enough, and a barrier is in the phase after when it is waited for again.
       if (threadIdx.x == 0)
         expect_bytes(shared->arrived[parity], (cluster + 1) * kWideBand * static_cast<int>(sizeof(double)));
       if (warp < cluster) {
         double own = 0;
 #pragma unroll
-        for (int i = 0; i < Warps; ++i) own += shared->warp_sums[parity][i][at.lane];
+        for (int i = 0; i < Config::warps; ++i) own += shared->warp_sums[parity][i][at.lane];
         ArrivalBarrier& arrived = shared->arrived[parity];
         send(&shared->block_sums[parity][rank][at.lane], arrived, warp, own);
         if (rank == 0) send(&shared->pivot[parity][at.lane], arrived, warp, shared->own_pivot[parity][at.lane]);
@@ -179,7 +217,7 @@ struct Panel {
       pivot = shared->pivot[parity][at.lane];
     }
 
-    const double norm2 = __shfl_sync(kAll, sum, j), alpha = __shfl_sync(kAll, pivot, j);
+    const double norm2 = __shfl_sync(kAllLanes, sum, j), alpha = __shfl_sync(kAllLanes, pivot, j);
     const Reflector reflector = make_reflector(alpha, norm2);
     const double product = reflector.scale * (sum - reflector.beta * pivot);
     if (rank == 0 && warp == 0) {
@@ -189,7 +227,7 @@ struct Panel {
     const double own = at.lane > j ? reflector.tau * product : 0.0;
     double coefficient[8];
 #pragma unroll
-    for (int q = 0; q < 8; ++q) coefficient[q] = __shfl_sync(kAll, own, at.column_group * 8 + q);
+    for (int q = 0; q < 8; ++q) coefficient[q] = __shfl_sync(kAllLanes, own, at.column_group * 8 + q);
     reflect<jj>(a, at, jg, row, x, reflector, coefficient);
     for_more([&](int more) {
       double b[4][8], y[4], unused[8] = {};
@@ -202,8 +240,8 @@ struct Panel {
 };
 
 // T's row of this lane: t_j = -tau_j (t . (V^T v_j)).
-template <int Warps>
-__device__ void write_t(const Shared<Warps>& shared, int lane, double* __restrict__ t) {
+template <class Config>
+__device__ void write_t(const PanelShared<Config>& shared, int lane, double* __restrict__ t) {
   double row[kWideBand];
 #pragma unroll
   for (int j = 0; j < kWideBand; ++j) {
@@ -216,13 +254,13 @@ __device__ void write_t(const Shared<Warps>& shared, int lane, double* __restric
   }
 }
 
-// grid: (blocks of a cluster, matrices).
-template <int Warps, bool Long>
-__global__ void __launch_bounds__(Warps * 32, Warps == 8 ? 2 : 1)
+// grid: (blocks of a cluster, matrices). Shapes as in two_stage.h. Dynamic shared memory: a PanelShared.
+template <class Config>
+__global__ void __launch_bounds__(Config::warps * 32, Config::blocks_per_processor)
     panel_qr_kernel(double* __restrict__ gram, int order, int column, double* __restrict__ v, double* __restrict__ t) {
   extern __shared__ __align__(16) double shared_memory[];
-  Panel<Warps, Long> panel;
-  panel.shared = reinterpret_cast<Shared<Warps>*>(shared_memory);
+  PanelRows<Config> panel;
+  panel.shared = reinterpret_cast<PanelShared<Config>*>(shared_memory);
   panel.matrix = gram + static_cast<int64_t>(blockIdx.y) * order * order;
   panel.order = order;
   panel.column = column;
@@ -236,10 +274,11 @@ __global__ void __launch_bounds__(Warps * 32, Warps == 8 ? 2 : 1)
   const int lane = static_cast<int>(threadIdx.x) % 32;
   panel.at = {lane, lane / 4, lane % 4};
 
-  for (int i = threadIdx.x; i < kWideBand * kWideBand; i += Warps * 32) {
+  for (int i = threadIdx.x; i < kWideBand * kWideBand; i += Config::warps * 32) {
     panel.shared->products[i / kWideBand][i % kWideBand] = 0;
     if (i < kWideBand) panel.shared->tau[i] = 0;
-    const int first = column + kWideBand, above = first % kTile;  // rows of the first tile that are not the panel's
+    const int first = column + kWideBand,
+              above = first % kMatrixTile;  // rows of the first tile that are not the panel's
     if (panel.rank == 0 && above != 0) all_v[(first - above) * kWideBand + i] = 0;
   }
   if (threadIdx.x < 2) init_arrival(panel.shared->arrived[threadIdx.x]);
@@ -282,14 +321,15 @@ __global__ void __launch_bounds__(Warps * 32, Warps == 8 ? 2 : 1)
   if (panel.cluster > 1) cluster_sync();
 }
 
-template <int Warps, bool Long>
+template <class Config>
 void launch(double* gram, int batch, int order, int column, double* v, double* t, cudaStream_t stream) {
   const int64_t rows = padded_order(order) - column - kWideBand;
   unsigned cluster = 1;
-  while (cluster < kMaxCluster && static_cast<int64_t>(cluster) * Warps * 32 < rows) cluster *= 2;
-  const auto kernel = panel_qr_kernel<Warps, Long>;
-  const ClusterLaunch launch(kernel, dim3(cluster, static_cast<unsigned>(batch)), cluster, Warps * 32,
-                             sizeof(Shared<Warps>), stream);
+  while (cluster < hopper::kMaxClusterBlocks && static_cast<int64_t>(cluster) * kRowsOfBlock<Config> < rows)
+    cluster *= 2;
+  const auto kernel = panel_qr_kernel<Config>;
+  const ClusterLaunch launch(kernel, dim3(cluster, static_cast<unsigned>(batch)), cluster, Config::warps * 32,
+                             sizeof(PanelShared<Config>), stream);
   FARMS_CUDA_CHECK(cudaLaunchKernelEx(&launch.config, kernel, gram, order, column, v, t));
 }
 
@@ -297,12 +337,12 @@ void launch(double* gram, int batch, int order, int column, double* v, double* t
 
 void panel_qr(double* gram, int batch, int order, int column, double* v, double* t, cudaStream_t stream) {
   const int64_t rows = padded_order(order) - column - kWideBand;
-  if (rows <= kMaxCluster * 256)
-    launch<8, false>(gram, batch, order, column, v, t, stream);
-  else if (rows <= kMaxCluster * 512)
-    launch<16, false>(gram, batch, order, column, v, t, stream);
+  if (rows <= kRowsOfCluster<ShortPanel>)
+    launch<ShortPanel>(gram, batch, order, column, v, t, stream);
+  else if (rows <= kRowsOfCluster<TallPanel>)
+    launch<TallPanel>(gram, batch, order, column, v, t, stream);
   else
-    launch<16, true>(gram, batch, order, column, v, t, stream);
+    launch<EndlessPanel>(gram, batch, order, column, v, t, stream);
 }
 
 }  // namespace farms_fast

@@ -10,7 +10,7 @@
 namespace farms_fast {
 namespace one_stage {
 
-struct Problem {
+struct OneStageProblem {
   const WindowView* windows;  // null for Gram matrices
   const void* gram;
   DType type;  // of the windows or the Gram matrices
@@ -18,8 +18,8 @@ struct Problem {
   int stride;  // 2 where each eigenvalue is there twice
   int64_t gram_bytes;
   void* evals;
-  bool single;  // float32 eigenvalues
-  bool clip;    // negative ones become 0
+  bool to_float32;  // float32 eigenvalues
+  bool clip;        // negative ones become 0
 
   // The matrix of that number into `matrix`, a tile of the kernel's kind.
   template <typename Matrix>
@@ -33,7 +33,7 @@ struct Problem {
   __device__ __forceinline__ void store(int64_t which, int i, double value) const {
     if (clip && value < 0.0) value = 0.0;
     const int64_t at = which * (order / stride) + i;
-    if (single)
+    if (to_float32)
       static_cast<float*>(evals)[at] = static_cast<float>(value);
     else
       static_cast<double*>(evals)[at] = value;

@@ -4,45 +4,46 @@
 #include <cmath>
 
 #include "csrc/cuda/check.h"
+#include "csrc/cuda/warp.cuh"
 
 namespace farms_fast {
 namespace {
 
-constexpr int kNotFinite = INT_MAX;
-constexpr int kThreads = 512;
+constexpr int kNonfiniteScale = INT_MAX;
+constexpr int kScaleThreads = 512;
 
 // Magnitudes within 2^±128 (2^±32 in float32) are left alone: squares and products of them are far from either end.
 template <typename Real>
 constexpr int kNeutralExponent = sizeof(Real) == 8 ? 128 : 32;
 
-// grid: one block a matrix. Complex matrices are read as twice as many reals.
+// grid: (matrices). Shapes as in scale.h; complex matrices are read as twice as many reals.
 template <typename Real>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kScaleThreads)
     scale_gram_kernel(Real* __restrict__ gram, int64_t reals_per_matrix, int* __restrict__ exponents) {
-  __shared__ Real block_largest[kThreads / 32];
+  __shared__ Real block_largest[kScaleThreads / 32];
   __shared__ int exponent;
   Real* matrix = gram + blockIdx.x * reals_per_matrix;
   Real largest = 0;
   bool finite = true;
-  for (int64_t i = threadIdx.x; i < reals_per_matrix; i += kThreads) {
+  for (int64_t i = threadIdx.x; i < reals_per_matrix; i += kScaleThreads) {
     const Real magnitude = fabs(matrix[i]);
     finite = finite && isfinite(magnitude);
     largest = fmax(largest, magnitude);
   }
-  for (int offset = 16; offset > 0; offset /= 2) largest = fmax(largest, __shfl_xor_sync(~0u, largest, offset));
+  largest = warp_max(largest);
   if (threadIdx.x % 32 == 0) block_largest[threadIdx.x / 32] = largest;
   const bool all_finite = __syncthreads_and(finite);
   if (threadIdx.x == 0) {
-    for (int warp = 1; warp < kThreads / 32; ++warp) largest = fmax(largest, block_largest[warp]);
+    for (int warp = 1; warp < kScaleThreads / 32; ++warp) largest = fmax(largest, block_largest[warp]);
     int e = largest > 0 ? ilogb(largest) : 0;
     if (abs(e) <= kNeutralExponent<Real>) e = 0;
-    exponent = all_finite ? e : kNotFinite;
+    exponent = all_finite ? e : kNonfiniteScale;
     exponents[blockIdx.x] = exponent;
   }
   __syncthreads();
   if (exponent == 0) return;
-  for (int64_t i = threadIdx.x; i < reals_per_matrix; i += kThreads)
-    matrix[i] = exponent == kNotFinite ? Real(0) : scalbn(matrix[i], -exponent);
+  for (int64_t i = threadIdx.x; i < reals_per_matrix; i += kScaleThreads)
+    matrix[i] = exponent == kNonfiniteScale ? Real(0) : scalbn(matrix[i], -exponent);
 }
 
 template <typename Real>
@@ -51,9 +52,9 @@ __global__ void unscale_kernel(Real* __restrict__ evals, int64_t batch, int64_t 
   const int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
   if (i >= batch * order) return;
   const int exponent = exponents[i / order];
-  Real value = scalbn(evals[i], exponent == kNotFinite ? 0 : exponent);
+  Real value = scalbn(evals[i], exponent == kNonfiniteScale ? 0 : exponent);
   if (clip && value < 0) value = 0;
-  if (exponent == kNotFinite || failed[i / order] != 0) value = nan("");
+  if (exponent == kNonfiniteScale || failed[i / order] != 0) value = nan("");
   evals[i] = value;
 }
 
@@ -63,9 +64,9 @@ void scale_gram(void* gram, int64_t batch, int64_t order, DType dtype, int* expo
   const int64_t reals = order * order * (is_complex(dtype) ? 2 : 1);
   const unsigned grid = static_cast<unsigned>(batch);
   if (is_double(dtype))
-    scale_gram_kernel<<<grid, kThreads, 0, stream>>>(static_cast<double*>(gram), reals, exponents);
+    scale_gram_kernel<<<grid, kScaleThreads, 0, stream>>>(static_cast<double*>(gram), reals, exponents);
   else
-    scale_gram_kernel<<<grid, kThreads, 0, stream>>>(static_cast<float*>(gram), reals, exponents);
+    scale_gram_kernel<<<grid, kScaleThreads, 0, stream>>>(static_cast<float*>(gram), reals, exponents);
   FARMS_LAUNCH_CHECK();
 }
 

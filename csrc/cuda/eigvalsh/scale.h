@@ -11,7 +11,7 @@
 namespace farms_fast {
 
 // gram: (batch, order, order), scaled in place; a matrix with a value that is not finite becomes 0.
-// exponents: (batch,), log2 of the scale taken out, kNotFinite for such a matrix.
+// exponents: (batch,), log2 of the scale taken out, kNonfiniteScale for such a matrix.
 void scale_gram(void* gram, int64_t batch, int64_t order, DType dtype, int* exponents, cudaStream_t stream);
 
 // evals: (batch, order), multiplied back; NaN where exponents says so or failed is non-zero. clip: negative values

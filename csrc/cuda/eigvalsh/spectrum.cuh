@@ -1,19 +1,20 @@
 // Eigenvalues of a tridiagonal matrix that a block holds in its shared memory, two neighbouring lanes each.
 #pragma once
 
+#include "csrc/cuda/eigvalsh/matrix_config.cuh"
 #include "csrc/cuda/eigvalsh/sturm.cuh"
+#include "csrc/cuda/warp.cuh"
 
 namespace farms_fast {
 namespace one_stage {
 
-// Rows: the most, a multiple of 16.
-template <int Threads, int Rows>
+template <class Config>
 class Spectrum {
  public:
-  // Finds the eigenvalues with numbers [first, end), at most Threads / 2 of them, and calls store(number, value) from
-  // one thread each. stride 2 leaves out every second of a complex matrix's doubled eigenvalues. Sections: how often
-  // the block narrows the interval for all of them before each search goes on by itself. Returns log2 of what the
-  // values are to be multiplied with. By every thread of the block; no barrier at the end.
+  // Finds the eigenvalues with numbers [first, end), at most half as many as threads, of them, and calls store(number,
+  // value) from one thread each. stride 2 leaves out every second of a complex matrix's doubled eigenvalues. Sections:
+  // how often the block narrows the interval for all of them before each search goes on by itself. Returns log2 of what
+  // the values are to be multiplied with. By every thread of the block; no barrier at the end.
   template <int Sections, typename Store>
   __device__ __forceinline__ int find(const double* diagonal, const double* off, int order, int stride, int first,
                                       int end, const Store& store) {
@@ -48,7 +49,7 @@ class Spectrum {
 
     if (first + static_cast<int>(threadIdx.x & ~31u) / 2 >= end) return scaled.exponent;
     sturm::Search search(number * stride, low, high);
-    while (__any_sync(~0u, !search.done())) {
+    while (__any_sync(kAllLanes, !search.done())) {
       const sturm::Point point = evaluate(search.next());
       if (!search.done()) search.update(point);
     }
@@ -57,7 +58,8 @@ class Spectrum {
   }
 
  private:
-  static constexpr int kPairs = Threads / 2;
+  static constexpr int kThreads = MatrixShape<Config>::threads, kRows = MatrixShape<Config>::all_rows;
+  static constexpr int kPairs = kThreads / 2;
 
   // Every warp for itself.
   static __device__ __forceinline__ sturm::Range range(const double* diagonal, const double* off, int order) {
@@ -68,8 +70,8 @@ class Spectrum {
       high = fmax(high, diagonal[i] + radius);
     }
     for (int offset = 16; offset > 0; offset /= 2) {
-      low = fmin(low, __shfl_xor_sync(~0u, low, offset));
-      high = fmax(high, __shfl_xor_sync(~0u, high, offset));
+      low = fmin(low, __shfl_xor_sync(kAllLanes, low, offset));
+      high = fmax(high, __shfl_xor_sync(kAllLanes, high, offset));
     }
     return sturm::scaled_range(low, high, true);
   }
@@ -82,7 +84,7 @@ class Spectrum {
       const bool alone = coupled <= 0 || coupled >= order;
       return sturm::make_row(diagonal[row] * scale, alone ? 0.0 : off[coupled - 1] * scale, alone);
     };
-    for (int i = threadIdx.x; i < half; i += Threads) {
+    for (int i = threadIdx.x; i < half; i += kThreads) {
       rows_[i] = make(i, i);
       const int from_end = 2 * half - 1 - i;
       rows_[half + 1 + i] = make(from_end, from_end + 1);
@@ -90,7 +92,7 @@ class Spectrum {
     if (threadIdx.x == 0) rows_[half] = make(half, half);
   }
 
-  sturm::Row rows_[Rows + 1];
+  sturm::Row rows_[kRows + 1];
   sturm::Point points_[kPairs + 2];
 };
 

@@ -10,6 +10,8 @@
 
 #include <cstdint>
 
+#include "csrc/cuda/warp.cuh"
+
 namespace farms_fast {
 namespace sturm {
 
@@ -71,9 +73,9 @@ struct Minors {
   // the halves. Both get the same point: with T's first half eliminated from above and the rest from below, the rows
   // next to each other at the end leave the pivot det / (last of above * before of below).
   __device__ __forceinline__ Point joined(double x, double square) const {
-    const double other_last = __shfl_xor_sync(~0u, last, 1), other_before = __shfl_xor_sync(~0u, before, 1);
-    const int exponents = exponent + __shfl_xor_sync(~0u, exponent, 1);
-    const int counts = count + __shfl_xor_sync(~0u, count, 1);
+    const double other_last = __shfl_xor_sync(kAllLanes, last, 1), other_before = __shfl_xor_sync(kAllLanes, before, 1);
+    const int exponents = exponent + __shfl_xor_sync(kAllLanes, exponent, 1);
+    const int counts = count + __shfl_xor_sync(kAllLanes, count, 1);
     const double determinant = last * other_last - square * (before * other_before);
     const bool below = threadIdx.x & 1;
     const int above_last = __double2hiint(below ? other_last : last);

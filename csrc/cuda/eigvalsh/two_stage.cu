@@ -2,6 +2,7 @@
 
 #include "csrc/cuda/check.h"
 #include "csrc/cuda/eigvalsh/tridiagonal.h"
+#include "csrc/cuda/hopper.h"
 
 namespace farms_fast {
 namespace {
@@ -39,7 +40,7 @@ Layout lay_out(void* workspace, int64_t batch, int64_t order, DType dtype) {
   }
   layout.panels.product = take(panel);
   layout.panels.t = take(square);
-  layout.panels.partial = take(padded / kTile * kMostShares * square);
+  layout.panels.partial = take(padded / kMatrixTile * kMostShares * square);
   layout.panels.middle = take(kMostShares * square);
   layout.panels.done = reinterpret_cast<unsigned*>(take(1));
   layout.band = take(wide_count(order));
@@ -56,7 +57,8 @@ __global__ void widen_kernel(const float* __restrict__ in, int64_t count, double
   if (i < count) out[i] = in[i];
 }
 
-// grid: (columns by 256, rows, matrices), of the real matrix.
+// grid: (columns by 256, rows, matrices), of the real matrix. complex_matrices: (batch, order, order, 2). out: (batch,
+// 2 order, 2 order).
 template <typename Real>
 __global__ void expand_kernel(const Real* __restrict__ complex_matrices, int order, double* __restrict__ out) {
   const int column = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x), row = static_cast<int>(blockIdx.y);
@@ -86,12 +88,11 @@ void widen(const void* gram, int64_t batch, int order, DType dtype, double* out,
 
 // Devices with thread-block clusters, and with the shared memory that the narrow bands take.
 bool takes_device() {
-  constexpr int least_shared_bytes = 227 * 1024;
   int device = 0, major = 0, shared_bytes = 0;
   FARMS_CUDA_CHECK(cudaGetDevice(&device));
   FARMS_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
   FARMS_CUDA_CHECK(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  return major >= 9 && shared_bytes >= least_shared_bytes;
+  return major >= 9 && shared_bytes >= hopper::kBlockSharedBytes;
 }
 
 int64_t max_order(DType dtype) { return takes_device() ? 16384 / reals(dtype) : 0; }

@@ -2,7 +2,8 @@
 // bisection. Reduced in float64 whatever the type; complex Hermitian matrices as real symmetric ones of twice the
 // order.
 //
-// Only the lower triangles are kept up to date, in tiles of kTile x kTile; tiles on the diagonal are kept whole.
+// Only the lower triangles are kept up to date, in tiles of kMatrixTile x kMatrixTile; tiles on the diagonal are kept
+// whole.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -15,13 +16,15 @@ namespace farms_fast {
 
 constexpr int kWideBand = 32;   // half-width of the band after the first reduction, and width of its panels
 constexpr int kNarrowBand = 4;  // half-width after the second
-constexpr int kTile = 64;
+constexpr int kMatrixTile = 64;
 
 // Doubles that a stored column of a band takes: from its diagonal element down, bulges included.
 constexpr int kWideColumn = 2 * kWideBand;
 constexpr int kNarrowColumn = 2 * kNarrowBand;
 
-__host__ __device__ constexpr int64_t padded_order(int64_t order) { return (order + kTile - 1) / kTile * kTile; }
+__host__ __device__ constexpr int64_t padded_order(int64_t order) {
+  return (order + kMatrixTile - 1) / kMatrixTile * kMatrixTile;
+}
 
 // One panel of every matrix: columns [column, column + kWideBand), rows from column + kWideBand on, become an upper
 // triangle (written back) and Householder vectors, I - V T V^T.
@@ -31,8 +34,8 @@ void panel_qr(double* gram, int batch, int order, int column, double* v, double*
 
 // Whether there is a panel to reduce at this column, and whether it is the second one of its column of tiles.
 constexpr bool has_panel(int order, int column) { return order - column - kWideBand >= 2; }
-constexpr bool is_second_panel(int column) { return column % kTile != 0; }
-static_assert(kTile == 2 * kWideBand);
+constexpr bool is_second_panel(int column) { return column % kMatrixTile != 0; }
+static_assert(kMatrixTile == 2 * kWideBand);
 
 constexpr int kMostShares = 3;
 struct BandWorkspace {
@@ -40,7 +43,8 @@ struct BandWorkspace {
   double* w[2];     // likewise
   double* product;  // (batch, padded_order, kWideBand): A V
   double* t;        // (batch, kWideBand, kWideBand)
-  double* partial;  // (batch, padded_order / kTile, kMostShares, kWideBand, kWideBand): of small products, tile by tile
+  double* partial;  // (batch, padded_order / kMatrixTile, kMostShares, kWideBand, kWideBand): of small products, tile
+                    // by tile
   double* middle;   // (batch, kMostShares, kWideBand, kWideBand): T^T V^T A V T / 2; W^T V T and V^T V T, W and V on
                     // the left of the first panel
   unsigned* done;   // (batch,), zero

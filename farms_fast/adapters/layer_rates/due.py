@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 from farms_fast.adapters.layer_rates.rate_table import RateTable
 from farms_fast.adapters.layer_rates.rates import LayerRates
-from farms_fast.core.arguments import natural
+from farms_fast.core.arguments import check_int
 
 __all__ = ["Clock"]
 
@@ -50,6 +50,6 @@ class Clock:
         """Goes on from there; raises as `LayerRates.load_state_dict`, and then changes nothing."""
         if not isinstance(state, dict) or not {"seen", "rates"} <= state.keys():
             raise TypeError("state: expected what state_dict() gave")
-        seen = natural("state: 'seen'", state["seen"])
+        seen = check_int("state: 'seen'", state["seen"])
         self.rates.load_state_dict(state["rates"])
         self.seen = seen

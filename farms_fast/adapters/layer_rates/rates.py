@@ -41,10 +41,11 @@ from farms_fast.adapters.layer_rates.tuned_layers import (
     plain_model,
     tuned_layers,
 )
-from farms_fast.core.arguments import check_module, natural
+from farms_fast.core.arguments import check_int, check_module
 from farms_fast.live import LayerAlpha, LiveAnalysis
 from farms_fast.spectra.windows import FixedAspectSampling, Sampling
-from farms_fast.weights.layers import Change, layers_from_module
+from farms_fast.weights.layers import layers_from_module
+from farms_fast.weights.stacks import WeightTransform
 
 __all__ = ["LayerRates", "RateWarning"]
 
@@ -143,12 +144,12 @@ class LayerRates(ABC):
         memory: int | None = None,
         process_group: ProcessGroup = "default",
         log: Logs = None,
-        change: Change | None = None,
+        change: WeightTransform | None = None,
     ) -> None:
         check_module("model", model)
         self.model = plain_model(model)
         self._watch = ModelWatch(self.model)
-        self.every = natural("every", every, least=1)
+        self.every = check_int("every", every, least=1)
         if unit not in ("epoch", "step"):
             raise ValueError(f"unit: expected 'epoch' or 'step', got {unit!r}")
         self.unit = unit
@@ -382,9 +383,9 @@ class LayerRates(ABC):
         rows = decide(self.layers, self.blocks, alphas, left_alone, self.factors, before)
         known = set() if self.last is None else {row.name for row in self.last.failed}
         self.last = RateTable(self.calls, 0.0, tuple(rows))
-        leads = ranks_of(self.process_group).is_main
+        is_main = ranks_of(self.process_group).is_main
         for row in self.last.failed:
-            if leads and row.name not in known:
+            if is_main and row.name not in known:
                 warnings.warn(
                     f"{row.name} keeps the base rate: {row.message}", RateWarning, stacklevel=3
                 )

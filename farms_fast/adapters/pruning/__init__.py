@@ -1,10 +1,14 @@
-"""Pruning of language models with layer-wise sparsities."""
+"""Prunes language models with layer-wise sparsities."""
 
-from farms_fast.adapters.pruning.allocation import allocate_sparsity, uniform_sparsity
+from farms_fast.adapters.pruning.allocation import (
+    EPSILON_PRESETS,
+    allocate_sparsity,
+    epsilon_preset,
+    uniform_sparsity,
+)
 from farms_fast.adapters.pruning.blocks import find_blocks
 from farms_fast.adapters.pruning.evaluation import SEVEN_TASKS, perplexity, zero_shot
 from farms_fast.adapters.pruning.owl import outlier_ratio, owl_sparsity
-from farms_fast.adapters.pruning.presets import EPSILON_PRESETS, epsilon_preset
 from farms_fast.adapters.pruning.pruners import PRUNERS, pruner
 from farms_fast.adapters.pruning.recipe import to_recipe
 from farms_fast.adapters.pruning.saving import save_pruned
@@ -16,7 +20,7 @@ from farms_fast.adapters.pruning.sequential import (
 )
 from farms_fast.adapters.pruning.sparsities import Allocation
 from farms_fast.adapters.pruning.statistics import InputStatistics
-from farms_fast.adapters.pruning.texts import calibration_tokens, text_tokens
+from farms_fast.adapters.pruning.tokens import calibration_tokens, text_tokens
 
 __all__ = [
     "EPSILON_PRESETS",

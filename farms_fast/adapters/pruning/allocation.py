@@ -1,6 +1,6 @@
-"""How much of each layer is pruned so that the whole model has a given sparsity.
+"""Distributes a model's sparsity over its layers, by their alphas or uniformly.
 
-A layer (or block) whose alpha is large is less well trained and loses more:
+A layer (or block) with a large alpha is less well trained and loses more:
 
 `r = (alpha - alpha_min) / (alpha_max - alpha_min) * 2 epsilon + 1 - epsilon`,
 `sparsity = r * eta` with `eta = S * sum(d) / sum(d * r)`
@@ -11,29 +11,48 @@ over the layers' numbers of parameters d (AlphaPruning, arXiv 2410.10912; FARMS,
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from farms_fast.adapters.pruning.block_names import group_by_block
 from farms_fast.adapters.pruning.sparsities import (
     Allocation,
     as_number,
     check_sparsity,
-    is_number,
-    shared_to_total,
+    scale_to_total,
     weight_counts,
 )
-from farms_fast.core.arguments import natural
+from farms_fast.core.arguments import check_int, is_real
 from farms_fast.results.analysis import Analysis
 from farms_fast.spectra.windows import FixedAspectSampling
 
-__all__ = ["allocate_sparsity", "uniform_sparsity"]
+__all__ = [
+    "EPSILON_PRESETS",
+    "allocate_sparsity",
+    "epsilon_preset",
+    "group_by_block",
+    "uniform_sparsity",
+]
 
 Array = npt.NDArray[np.float64]
 Counts = int | Sequence[int] | Mapping[str, int]
+
+#: Epsilon of FARMS by model, method and sparsity, for alphas of 2000 x 2000 windows (Q = 1) under
+#: the peak rule, from the tables of arXiv 2506.06280.
+EPSILON_PRESETS: dict[str, dict[str, dict[float, float]]] = {
+    "llama-7b": {
+        "magnitude": {0.7: 0.6, 0.75: 0.4, 0.8: 0.3, 0.85: 0.2},
+        "wanda": {0.7: 0.3, 0.75: 0.3, 0.8: 0.3, 0.85: 0.15},
+        "sparsegpt": {0.7: 0.2, 0.75: 0.2, 0.8: 0.2, 0.85: 0.2},
+    },
+    "llama-13b": {
+        "magnitude": {0.7: 0.6, 0.75: 0.5, 0.8: 0.4, 0.85: 0.1},
+        "wanda": {0.7: 0.3, 0.75: 0.3, 0.8: 0.3, 0.85: 0.25},
+        "sparsegpt": {0.7: 0.3, 0.75: 0.3, 0.8: 0.3, 0.85: 0.25},
+    },
+}
 
 
 def allocate_sparsity(
@@ -45,39 +64,35 @@ def allocate_sparsity(
     block_size: int | None = None,
     compat: str | None = None,
 ) -> Allocation:
-    """Shares a model's sparsity out over its layers by their alphas.
+    """Distributes a model's sparsity over its layers by their alphas.
 
-    Where r·eta is above 1, the layer gets 1 and the excess is shared out over the others in
-    proportion to their r, so that the total is the sparsity exactly. Equal alphas (or epsilon 0)
-    give every layer the same.
+    A layer with r·eta above 1 gets 1, and the excess goes to the others in proportion to their r,
+    so that the total is exact. Equal alphas (or epsilon 0) give every layer the same ratio.
 
-    A layer without alpha (NaN, a fit that failed) does not count in its block's mean. A block
-    without any alpha, or such a layer at level "layer", gets r = 1, the middle of the range; the
-    result lists these layers in `unfitted`.
+    A layer without alpha (NaN, a failed fit) does not count in its block's mean. A block without
+    any alpha, or such a layer at level "layer", gets r = 1, the middle of the range; the result
+    lists these layers in `unfitted`.
 
     Args:
-        analysis_or_alphas: an Analysis: its layers in repeated blocks take part (those whose names
-            say so, `group_by_block`), others are
-            listed in `left_out`. Or bare alphas in the model's order, or by layer name; of
-            names, those in repeated blocks take part in the same way at level "block" without a
-            `block_size`, and all of them otherwise.
+        analysis_or_alphas: an Analysis, or alphas in the model's order or by layer name. Of an
+            Analysis, and of names at level "block" without a `block_size`, the layers in repeated
+            blocks (`group_by_block`) take part, and `left_out` lists the others.
         sparsity: share of the weights to prune in total, within (0, 1).
         epsilon: half the width of the range of r, 0 to 1: r goes from 1 - epsilon to 1 + epsilon.
-        level: "block" gives the layers of a block the ratio of the mean of their alphas, "layer"
-            every layer its own.
+        level: "block" gives all layers of a block one ratio, by the mean of their alphas; "layer"
+            gives every layer its own.
         params: with bare alphas, the number of weights of each layer, or one number for all.
-        block_size: with bare alphas at level "block", how many that follow each other are a block.
+        block_size: with bare alphas at level "block", how many consecutive ones form a block.
         compat: "farms" does what the published code does: layers above 1 get 0.998, or 0.99999 when
-            the sparsity is 0.7, and nothing is shared out, so that the total is less than asked.
+            the sparsity is 0.7, and nothing is redistributed, so that the total is too low.
 
     Returns:
-        The ratios by layer, with everything that they were made of; `settings["allocation"]` is
-        "farms" for an Analysis of windows of one aspect ratio, else "alpha". Bare alphas in a
-        sequence have the names "0", "1", ..., or "0.0", "0.1", ... of block and place in it at
-        level "block".
+        The ratios by layer. `settings["allocation"]` is "farms" for an Analysis of windows of one
+        aspect ratio, else "alpha". Bare alphas in a sequence have the names "0", "1", ..., or
+        "0.0", "0.1", ... (block, layer in the block) at level "block".
 
     Raises:
-        TypeError: arguments of another kind.
+        TypeError: an argument of another type.
         ValueError: a sparsity or epsilon out of range, an unknown level or compat, no repeated
             blocks, alphas that are infinite or not positive, no alpha at all, counts that do not
             fit the alphas, a block_size at level "layer", or a total that cannot be reached because
@@ -91,7 +106,7 @@ def allocate_sparsity(
         (0.5, 0.5)
     """
     check_sparsity(sparsity)
-    if not is_number(epsilon) or not 0 <= epsilon <= 1:
+    if not is_real(epsilon) or not 0 <= epsilon <= 1:
         raise ValueError(
             "epsilon: expected a number from 0 to 1 (above 1 a layer's ratio is negative), "
             f"got {epsilon!r}"
@@ -111,7 +126,7 @@ def allocate_sparsity(
     means = np.array([_mean([fitted[name] for name in unit if name in fitted]) for unit in units])
     relative = _relative(means, float(epsilon))
     weights = np.array([sum(counts[name] for name in unit) for unit in units], np.float64)
-    scale, ratios = shared_to_total(relative, weights, float(sparsity), clip=compat == "farms")
+    scale, ratios = scale_to_total(relative, weights, float(sparsity), clip=compat == "farms")
     return Allocation(
         ratios=_spread(units, ratios),
         params={name: counts[name] for name in members},
@@ -133,16 +148,16 @@ def allocate_sparsity(
 
 
 def uniform_sparsity(params: Mapping[str, int], sparsity: float) -> Allocation:
-    """The same ratio for every layer.
+    """Gives every layer the same ratio.
 
     Args:
-        params: number of weights by layer name; layers in no repeated block are blocks of their
-            own.
-        sparsity: within (0, 1).
+        params: number of weights by layer name; a layer outside of repeated blocks is its own
+            block.
+        sparsity: the ratio, within (0, 1).
 
     Raises:
-        TypeError: no mapping, or a number of weights that is no integer.
-        ValueError: a sparsity out of range, or no layers.
+        TypeError: params are no mapping, or a number of weights is no integer.
+        ValueError: the sparsity is out of range, or there are no layers.
 
     Example:
         >>> uniform_sparsity({"layers.0.q": 10, "layers.1.q": 10}, 0.5).ratios
@@ -167,8 +182,93 @@ def uniform_sparsity(params: Mapping[str, int], sparsity: float) -> Allocation:
     )
 
 
+def epsilon_preset(model: str, method: str, sparsity: float) -> float:
+    """The paper's epsilon for a model, a pruner and a sparsity.
+
+    The paper chose it by the perplexity of these models; another model may need another one.
+
+    Args:
+        model: "llama-7b" or "llama-13b", in any case.
+        method: "magnitude", "wanda" or "sparsegpt".
+        sparsity: 0.7, 0.75, 0.8 or 0.85.
+
+    Raises:
+        ValueError: the paper has none for these; the message lists what it has.
+
+    Example:
+        >>> epsilon_preset("LLaMA-7B", "sparsegpt", 0.8)
+        0.2
+    """
+    methods = EPSILON_PRESETS.get(str(model).lower())
+    if methods is None:
+        raise ValueError(f"model: expected one of {', '.join(EPSILON_PRESETS)}, got {model!r}")
+    if not isinstance(method, str) or method not in methods:
+        raise ValueError(f"method: expected one of {', '.join(methods)}, got {method!r}")
+    for known, epsilon in methods[method].items():
+        if is_real(sparsity) and abs(known - sparsity) < 1e-9:
+            return epsilon
+    known_ones = ", ".join(f"{known:g}" for known in methods[method])
+    raise ValueError(f"sparsity: expected one of {known_ones}, got {sparsity!r}")
+
+
+def group_by_block(names: Iterable[str]) -> dict[str, list[str]]:
+    """Groups layers by the repeated blocks in which their names place them.
+
+    A number in a name marks a block: `model.layers.3` in `model.layers.3.mlp.up_proj`. The numbers
+    of a list are repeated blocks if at least two of them hold a layer of the same name
+    (`mlp.up_proj`). Of nested lists the outermost counts, so that experts belong to their block.
+
+    Args:
+        names: names of layers, in the model's order.
+
+    Returns:
+        Names of layers by name of block, both in the given order, without layers outside of blocks.
+
+    Raises:
+        TypeError: names are not strings.
+        ValueError: there are no repeated blocks.
+
+    Example:
+        >>> group_by_block(["layers.0.q", "layers.0.up", "layers.1.q", "layers.1.up", "lm_head"])
+        {'layers.0': ['layers.0.q', 'layers.0.up'], 'layers.1': ['layers.1.q', 'layers.1.up']}
+    """
+    if isinstance(names, (str, bytes)) or not isinstance(names, Iterable):
+        raise TypeError(f"names: expected names of layers, got {type(names).__name__}")
+    every = list(names)
+    for name in every:
+        if not isinstance(name, str):
+            raise TypeError(f"names: expected names of layers, got {name!r} for one")
+    # By list and by name inside of a block: the numbers of the blocks that have this name.
+    numbers: dict[tuple[str, str], set[str]] = {}
+    for name in every:
+        for parent, number, inner in _numbered(name):
+            numbers.setdefault((parent, inner), set()).add(number)
+    repeated = {parent for (parent, _), having in numbers.items() if len(having) > 1}
+    blocks: dict[str, list[str]] = {}
+    for name in every:
+        for parent, number, _ in _numbered(name):
+            if parent in repeated:
+                blocks.setdefault(f"{parent}.{number}" if parent else number, []).append(name)
+                break
+    if not blocks:
+        shown = ", ".join(map(repr, every[:3])) + (", ..." if len(every) > 3 else "")
+        raise ValueError(
+            "layers: expected repeated blocks (names such as 'layers.0.q' and 'layers.1.q'), found "
+            f"none in {len(every)} names ({shown or 'no layers'})"
+        )
+    return blocks
+
+
+def _numbered(name: str) -> Iterator[tuple[str, str, str]]:
+    """List, number and rest of the name, for every number that is followed by a rest."""
+    parts = name.split(".")
+    for index, part in enumerate(parts[:-1]):
+        if part.isdecimal():
+            yield ".".join(parts[:index]), part, ".".join(parts[index + 1 :])
+
+
 def _kind(given: object) -> str:
-    """What alphas are made of."""
+    """The allocation's name: "farms" for windows of one aspect ratio."""
     sampling = given.settings.get("sampling", "") if isinstance(given, Analysis) else ""
     return "farms" if str(sampling).startswith(FixedAspectSampling.__name__) else "alpha"
 
@@ -179,7 +279,7 @@ def _layers(
     params: Counts | None,
     block_size: int | None,
 ) -> tuple[dict[str, float], dict[str, int], dict[str, list[str]]]:
-    """Alpha and number of weights by layer, and the layers that take part by block."""
+    """Alpha and number of weights by layer, and by block the layers that take part."""
     if isinstance(given, Analysis):
         for argument, value in (("params", params), ("block_size", block_size)):
             if value is not None:
@@ -191,7 +291,7 @@ def _layers(
         given = _as_list(given)
     if params is None:
         raise ValueError("params: bare alphas need the number of weights of each layer, got None")
-    size = None if block_size is None else natural("block_size", block_size, least=1)
+    size = None if block_size is None else check_int("block_size", block_size, least=1)
     if size is not None and level == "layer":
         raise ValueError(f"block_size: level 'layer' has no blocks, expected None, got {size}")
     if isinstance(given, Mapping):
@@ -211,17 +311,14 @@ def _layers(
     names = list(checked)
     if len(names) % size:
         raise ValueError(f"block_size: {size} layers a block do not divide {len(names)} alphas")
-    return (
-        checked,
-        counts,
-        {str(at // size): names[at : at + size] for at in range(0, len(names), size)},
-    )
+    blocks = {str(at // size): names[at : at + size] for at in range(0, len(names), size)}
+    return checked, counts, blocks
 
 
 def _names(number: int, size: int | None) -> list[str]:
     if size is None:
-        return [str(place) for place in range(number)]
-    return [f"{place // size}.{place % size}" for place in range(number)]
+        return [str(index) for index in range(number)]
+    return [f"{index // size}.{index % size}" for index in range(number)]
 
 
 def _as_list(alphas: object) -> list[float]:
@@ -234,18 +331,16 @@ def _as_list(alphas: object) -> list[float]:
 
 
 def _checked(alphas: Mapping[str, float]) -> dict[str, float]:
-    found = {}
-    for name, alpha in alphas.items():
-        value = as_number("alphas", alpha, name)
+    if not alphas:
+        raise ValueError("alphas: expected at least one, got none")
+    values = {name: as_number("alphas", alpha, name) for name, alpha in alphas.items()}
+    for name, value in values.items():
         if math.isinf(value) or value <= 0:
             raise ValueError(
                 f"alphas: expected positive finite numbers, or NaN where a fit failed, got {value} "
                 f"for {name!r}"
             )
-        found[name] = value
-    if not found:
-        raise ValueError("alphas: expected at least one, got none")
-    return found
+    return values
 
 
 def _counts(names: list[str], params: Counts) -> dict[str, int]:
@@ -253,13 +348,13 @@ def _counts(names: list[str], params: Counts) -> dict[str, int]:
         missing = [name for name in names if name not in params]
         if missing:
             raise ValueError(f"params: expected the number of weights of {missing[0]!r} too")
-        return {name: natural(f"params[{name!r}]", params[name], least=1) for name in names}
+        return {name: check_int(f"params[{name!r}]", params[name], least=1) for name in names}
     if not isinstance(params, int) and hasattr(params, "__len__"):
         if len(params) != len(names):
             raise ValueError(f"params: expected {len(names)}, as many as alphas, got {len(params)}")
-        values = [natural("params", value, least=1) for value in params]
+        values = [check_int("params", value, least=1) for value in params]
         return dict(zip(names, values, strict=True))
-    return dict.fromkeys(names, natural("params", params, least=1))
+    return dict.fromkeys(names, check_int("params", params, least=1))
 
 
 def _mean(values: list[float]) -> float:
@@ -267,7 +362,7 @@ def _mean(values: list[float]) -> float:
 
 
 def _relative(alphas: Array, epsilon: float) -> Array:
-    """The r of every alpha; 1 where there is none or where all are equal."""
+    """The r of every alpha; 1 for NaN, and where all alphas are equal."""
     lowest, highest = np.nanmin(alphas), np.nanmax(alphas)
     if highest == lowest:
         return np.ones_like(alphas)

@@ -1,4 +1,4 @@
-"""The repeated blocks of a model, found by its structure, and the layers in them to prune."""
+"""Finds the repeated blocks of a model by its structure, and the linear layers in them."""
 
 from __future__ import annotations
 
@@ -19,13 +19,7 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass(frozen=True)
 class PrunableLayer:
-    """A linear map in a block.
-
-    Attributes:
-        name: of its module in the model.
-        module: an `nn.Linear`, or Hugging Face's Conv1D.
-        transposed: whether the weight is stored (in, out), as Conv1D does.
-    """
+    """A linear layer of a block: an `nn.Linear`, or a Conv1D with its weight stored (in, out)."""
 
     name: str
     module: nn.Module
@@ -47,13 +41,7 @@ class PrunableLayer:
 
 @dataclass(frozen=True)
 class Block:
-    """One of the repeated blocks.
-
-    Attributes:
-        name: of its module in the model.
-        module: what is run.
-        layers: the layers to prune, in the module's order.
-    """
+    """One of the repeated blocks, with its layers in the module's order."""
 
     name: str
     module: nn.Module
@@ -62,11 +50,11 @@ class Block:
 
 @dataclass(frozen=True)
 class Blocks:
-    """The blocks of a model, and what lies outside of them.
+    """The blocks of a model, and what is not pruned.
 
     Attributes:
         container: name of the module that holds the blocks.
-        blocks: in the order in which the model runs them.
+        blocks: the blocks in the model's order.
         skipped: every matrix of the model that is not pruned, with the reason.
 
     Example:
@@ -99,9 +87,9 @@ def find_blocks(model: nn.Module) -> Blocks:
     """Finds the repeated blocks of a model and the linear layers in them.
 
     Blocks are two or more neighbouring modules of one class in an `nn.ModuleList` or
-    `nn.Sequential` that hold more than half of the weights of linear layers inside such lists.
-    Where several lists do, the longest is taken, and the outermost of equally long ones. No name
-    of a model or of a layer is looked at.
+    `nn.Sequential` that hold more than half of the weights of linear layers inside such lists. If
+    several lists do, the longest counts, and the outermost of equally long ones. Names play no
+    part.
 
     Linear layers are `nn.Linear` and Hugging Face's Conv1D. Everything else of two or more
     dimensions (embeddings, the output layer, convolutions, experts in one tensor) is listed in
@@ -151,7 +139,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _never_called(block: nn.Module, name: str) -> bool:
-    """Whether it is the output layer of torch's own attention, which uses its weight alone."""
+    """Whether it is the output layer of torch's attention, which reads the weight directly."""
     parent, _, leaf = name.rpartition(".")
     return leaf == "out_proj" and isinstance(block.get_submodule(parent), nn.MultiheadAttention)
 
@@ -168,23 +156,23 @@ def _linear_weights(module: nn.Module) -> int:
 
 def _choose(model: nn.Module) -> _Candidate:
     candidates = list(_candidates(model))
-    # What lies in a list within a list counts once.
-    inside = {
+    # By identity: a layer in nested lists counts once.
+    weights = {
         id(layer): _linear_weights(layer)
         for candidate in candidates
         for _, child in candidate.children
         for layer in child.modules()
         if _is_linear(layer)
     }
-    total = sum(inside.values())
+    total = sum(weights.values())
     large = [candidate for candidate in candidates if 2 * candidate.weights > total]
     if large:
         return max(large, key=lambda candidate: len(candidate.children))
     if candidates:
-        found = ", ".join(f"{c.container or 'the model'} ({c.weights} weights)" for c in candidates)
+        lists = ", ".join(f"{c.container or 'the model'} ({c.weights} weights)" for c in candidates)
         raise ValueError(
             "model: expected one list of blocks with most of the linear layers, "
-            f"got several with less than half each: {found}"
+            f"got several with less than half each: {lists}"
         )
     raise ValueError(
         "model: expected repeated blocks (two or more neighbouring modules of one class with "
@@ -197,7 +185,7 @@ def _candidates(model: nn.Module) -> Iterator[_Candidate]:
         if not isinstance(container, (nn.ModuleList, nn.Sequential)):
             continue
         run: list[tuple[str, nn.Module]] = []
-        # `_modules` and not `named_children`, which leaves out a module's second appearance.
+        # Not `named_children`, which leaves out the second appearance of a module.
         for leaf, child in [*container._modules.items(), ("", None)]:
             if child is not None and run and type(child) is type(run[-1][1]):
                 run.append((f"{name}.{leaf}" if name else leaf, child))
@@ -210,18 +198,17 @@ def _candidates(model: nn.Module) -> Iterator[_Candidate]:
 
 
 def _quantised(module: nn.Module) -> str | None:
-    """How a module's weight is stored if not as floating point, else None."""
+    """The quantised form of a module's weight; None if it is a plain floating-point tensor."""
     weight = getattr(module, "weight", None) if _is_linear(module) else None
     if isinstance(weight, torch.Tensor):
         if weight.dtype not in _FLOATS:
             return f"dtype {str(weight.dtype).removeprefix('torch.')}"
-        # Quantised formats of libraries pose as floating-point tensors through a class of their
-        # own.
+        # Libraries' quantised tensors are subclasses that report a floating-point dtype.
         if type(weight.data) not in (torch.Tensor, nn.Parameter):
             return f"a {type(weight.data).__name__}"
     elif weight is not None:
         return f"a {type(module).__name__}"
-    # Those of torch.ao, which are no nn.Linear and have no weight but a method of that name.
+    # Layers of torch.ao are no nn.Linear, and their `weight` is a method.
     if hasattr(module, "_packed_params"):
         return f"a {type(module).__name__} of {type(module).__module__}"
     own = {*module._parameters, *module._buffers} & (QUANTISED_BUFFERS - {"weight"})

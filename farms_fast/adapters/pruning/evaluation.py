@@ -1,4 +1,4 @@
-"""What a pruned model is worth: perplexity over a text, and accuracies without examples."""
+"""Evaluates a language model: perplexity of a text, and zero-shot accuracies."""
 
 from __future__ import annotations
 
@@ -12,18 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from farms_fast.adapters.pruning.likelihood import TokenLosses, check_order, with_another_end
-from farms_fast.adapters.pruning.module_state import evaluating
-from farms_fast.adapters.pruning.placement import input_embeddings
+from farms_fast.adapters.pruning.modules import evaluating, input_embeddings
 from farms_fast.adapters.pruning.tokens import check_positions, longest_sequence, token_ids
-from farms_fast.core.arguments import natural
+from farms_fast.core.arguments import check_int
 from farms_fast.core.optional import optional_import
 
 __all__ = ["SEVEN_TASKS", "check_causal", "perplexity", "zero_shot"]
 
-# Tokens that it takes to see whether a model is causal.
-_TRIED = 16
-#: The zero-shot tasks that the literature on pruning reports, by their names in lm_eval: BoolQ,
-#: RTE, HellaSwag, WinoGrande, ARC easy and challenge, OpenBookQA.
+# Tokens of the window that tests whether a model is causal.
+_CAUSAL_TEST_TOKENS = 16
+#: The zero-shot tasks that the literature on pruning reports, by their names in lm_eval.
 SEVEN_TASKS = (
     "boolq",
     "rte",
@@ -47,39 +45,37 @@ def perplexity(
 ) -> float:
     """Exponential of the mean negative log likelihood of a text's tokens, over windows of the text.
 
-    Windows of `seqlen` tokens start every `stride` tokens; the last one ends with the text and
-    is shorter. A window scores those of its tokens that no window before it has scored; the
-    rest are context. Without a stride windows lie side by side, as in the literature, and the first
-    token of each, which has no context, is not scored. With a smaller stride every token but the
-    text's first is scored once, with at least `seqlen - stride` tokens before it.
+    Windows of `seqlen` tokens start every `stride` tokens; the last one ends with the text and is
+    shorter. Each scores the tokens that no earlier window has scored; the rest are context. Without
+    a stride windows do not overlap, as in the literature, and the first token of each, which has no
+    context, is not scored. With a smaller stride every token but the text's first is scored once,
+    with at least `seqlen - stride` tokens before it.
 
-    The model has to be causal: a token's likelihood may depend on the tokens before it alone. That
-    is tried out on the first window, whose second half is replaced to see whether the likelihoods
-    in its first half change.
+    The model has to be causal: a token's likelihood may depend on earlier tokens only. To test
+    this, the second half of the first window is replaced; the likelihoods in its first half must
+    not change.
 
     Args:
         model: called with token ids (n, seqlen); returns logits (n, seqlen, vocabulary), or an
-            output with `logits`, or a tuple with them first. It runs in evaluation mode.
+            output with `logits`, or a tuple that starts with them. It runs in evaluation mode.
         tokens: int64 (n,) or (1, n), a text.
         seqlen: tokens of a window.
-        stride: tokens from a window's start to that of the next, at most seqlen; None is seqlen.
-        batch_size: windows at a time to begin with; None is about 4096 tokens. Where the device's
-            memory ends, half of them, and so on down to one.
-        device: where the model's repeated blocks run, one at a time, what is around them running
-            where it is; None runs the model where it is, as does the device that it is on.
-        memory: with a device where the model is not: as
-            `farms_fast.adapters.pruning.sequential.prune_model` takes it. A model that is on its
-            device takes what `batch_size` windows take.
+        stride: tokens from one window's start to the next, at most seqlen; None is seqlen.
+        batch_size: windows at a time to begin with; None is about 4096 tokens. It is halved, down
+            to one, when the device runs out of memory.
+        device: device of the model's repeated blocks, which run there one at a time; the rest runs
+            where it is. None, or the model's own device, runs the model as a whole.
+        memory: as `prune_model` takes it, for a device other than the model's.
 
     Returns:
-        The perplexity; infinity where it is beyond the range of a float. Log likelihoods are summed
-        in float64, each computed in float32 or the model's wider dtype.
+        The perplexity; infinity beyond the range of a float. Log likelihoods are computed in
+        float32, or the model's wider dtype, and summed in float64.
 
     Raises:
-        TypeError: an argument of another kind.
+        TypeError: an argument of another type.
         ValueError: fewer than two tokens, a seqlen below 2 or beyond the model's positions, a
             stride out of range, an unknown token, logits that are NaN, a model that is not causal,
-            or no memory for one window at a time.
+            or no memory for one window.
 
     Example:
         >>> import torch
@@ -88,8 +84,8 @@ def perplexity(
         >>> round(perplexity(model, torch.arange(10), seqlen=4), 6)
         10.0
     """
-    length = natural("seqlen", seqlen, least=2)
-    step = length if stride is None else natural("stride", stride, least=1)
+    length = check_int("seqlen", seqlen, least=2)
+    step = length if stride is None else check_int("stride", stride, least=1)
     if step > length:
         raise ValueError(f"stride: expected at most the seqlen of {length}, got {step}")
     if isinstance(tokens, Tensor) and (tokens.dim() > 2 or tokens.shape[:-1] not in ((), (1,))):
@@ -105,11 +101,11 @@ def perplexity(
         if start == 0:
             first = torch.cat(list(losses(with_another_end(windows[0]), targets.expand(2, -1))))
             check_order(model, first)
-            found: Iterator[Tensor] = iter([first[:1]])
+            batches: Iterator[Tensor] = iter([first[:1]])
         else:
-            found = losses(windows, targets)
+            batches = losses(windows, targets)
         done = 0
-        for batch in found:
+        for batch in batches:
             loss = float(batch.sum())
             if math.isnan(loss):
                 raise ValueError(
@@ -129,39 +125,31 @@ def check_causal(
     device: str | torch.device | None = None,
     memory: int | None = None,
 ) -> None:
-    """Raises unless a model's likelihood of a token depends on the tokens before it alone.
+    """Raises ValueError unless a model is causal, TypeError if it returns no logits.
 
-    Args:
-        model: as `perplexity` takes it. Of a model that does not tell its vocabulary, as those of
-            transformers do, nothing is known here.
-        device: as `perplexity` takes it.
-        memory: as `perplexity` takes it.
-
-    Raises:
-        TypeError: the model returns no logits.
-        ValueError: it is not causal.
+    Arguments are as of `perplexity`. A model without `get_input_embeddings` is not tested.
 
     Example:
         >>> check_causal(torch.nn.Sequential(torch.nn.Embedding(10, 10)))
     """
-    losses = TokenLosses(model, batch_size=None, device=device, memory=memory)
+    losses = TokenLosses(model, device=device, memory=memory)
     vocabulary = getattr(input_embeddings(model), "num_embeddings", None)
-    length = min(_TRIED, longest_sequence(model) or _TRIED)
+    length = min(_CAUSAL_TEST_TOKENS, longest_sequence(model) or _CAUSAL_TEST_TOKENS)
     if not isinstance(vocabulary, int) or length < 2:
         return
-    # From the middle of the vocabulary: its ends often have a meaning of their own.
+    # From the middle of the vocabulary: tokens at its ends are often special.
     ids = (torch.arange(length) + vocabulary // 2) % vocabulary
     pair = losses(with_another_end(ids), ids[1:].expand(2, -1))
     check_order(model, torch.cat(list(pair)))
 
 
 def _windows(text: Tensor, length: int, step: int) -> Iterator[tuple[int, Tensor, int]]:
-    """Windows of equal length: the first one's start, (n, length), and tokens that each scores."""
+    """Groups of equal windows: start of the first, windows (n, length), tokens each one scores."""
     count = len(text)
     starts = [0]
     while starts[-1] + length < count:
         starts.append(starts[-1] + step)
-    # The first token of a window has nothing before it.
+    # The first token of a window has no context.
     first = text[None, :length]
     yield 0, first, first.shape[1] - 1
     full = [start for start in starts[1:] if start + length <= count]
@@ -183,7 +171,7 @@ def zero_shot(
 ) -> dict[str, float]:
     """Accuracies on tasks of the lm-evaluation-harness, without examples in the prompt.
 
-    Data sets come from a hub, unless they have been fetched before.
+    The harness downloads data sets that are not cached.
 
     Args:
         model: a causal language model of transformers.
@@ -193,34 +181,34 @@ def zero_shot(
         limit: examples of each task; None is all of them.
 
     Returns:
-        Accuracy ("acc" of lm_eval, not length-normalised, as papers on pruning report it) by task.
+        Accuracy by task ("acc" of lm_eval, not length-normalised, as papers on pruning report it).
 
     Raises:
         ImportError: lm_eval is not installed.
-        TypeError: the model is none, or returns no logits.
-        ValueError: no task, one that has no accuracy, or a model that is not causal.
+        TypeError: model is no module, or returns no logits.
+        ValueError: no task, a task without an accuracy, or a model that is not causal.
     """
     named = isinstance(tasks, Sequence) and all(isinstance(task, str) for task in tasks)
     if isinstance(tasks, str) or not named or not tasks:
         raise ValueError(f"tasks: expected a sequence of names of tasks, got {tasks!r}")
     if limit is not None:
-        natural("limit", limit, least=1)
+        check_int("limit", limit, least=1)
     with optional_import("lm_eval", extra="lm-eval", needed_for="zero_shot"):
         import lm_eval
         from lm_eval.models.huggingface import HFLM
     check_causal(model)
     numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002
     try:
-        # It seeds every generator for itself.
+        # The harness seeds every generator.
         with torch.random.fork_rng(), evaluating(model):
             wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-            found = lm_eval.simple_evaluate(
+            evaluated = lm_eval.simple_evaluate(
                 model=wrapped, tasks=list(tasks), num_fewshot=0, limit=limit
             )
     finally:
         np.random.set_state(numpy_state)  # noqa: NPY002
         random.setstate(python_state)
-    results = {task: found["results"].get(task, {}) for task in tasks}
+    results = {task: evaluated["results"].get(task, {}) for task in tasks}
     without = [task for task, result in results.items() if "acc,none" not in result]
     if without:
         raise ValueError(f"tasks: expected tasks with an accuracy, got {', '.join(without)}")

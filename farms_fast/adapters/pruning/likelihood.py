@@ -1,6 +1,6 @@
-"""Negative log likelihoods of tokens under a model, as many windows at a time as there is room for.
+"""Negative log likelihoods of tokens under a model, in batches that fit into the memory.
 
-A model that attends in both directions has logits too, but sees the token that it is to predict.
+A model that attends in both directions returns logits too, but sees the token that it predicts.
 """
 
 from __future__ import annotations
@@ -15,97 +15,90 @@ from torch.nn import functional
 from farms_fast.adapters.pruning.blocks import find_blocks
 from farms_fast.adapters.pruning.calibration import BlockRunner
 from farms_fast.adapters.pruning.memory_use import usual_batch
-from farms_fast.adapters.pruning.module_state import evaluating
-from farms_fast.adapters.pruning.placement import block_device, input_device
-from farms_fast.adapters.pruning.shortage import is_out_of_memory, no_room, release
-from farms_fast.core.arguments import check_module, natural
+from farms_fast.adapters.pruning.modules import block_device, evaluating, input_device
+from farms_fast.adapters.pruning.oom import out_of_memory_error, retry_with_less
+from farms_fast.core.arguments import check_int, check_module
 
 __all__ = ["TokenLosses", "check_order", "with_another_end"]
 
 _HALF = (torch.float16, torch.bfloat16)
-# How many tokens before the exchanged ones are looked at: with local attention only those see them.
+# Tokens before the replaced ones to compare: with local attention only those see the replaced ones.
 _NEAREST = 16
+_NOT_CAUSAL = (
+    "model: expected a causal language model, got {}: {}, so that it has no perplexity (a model of "
+    "an encoder's architecture may need is_decoder=True in its config)"
+)
 
 
 class TokenLosses:
-    """Negative log likelihoods of the last tokens of windows.
-
-    Args:
-        model: called with token ids (n, length); returns logits (n, length, vocabulary), or an
-            output with `logits`, or a tuple with them first.
-        batch_size: windows at a time to begin with; None is about 4096 tokens. Where the device's
-            memory ends, half of them.
-        device: where the model's repeated blocks run, one at a time; None is where the model is.
-        memory: bytes on that device, unless the model is there.
-    """
+    """Negative log likelihoods of the last tokens of windows; arguments as of `perplexity`."""
 
     def __init__(
         self,
         model: nn.Module,
         *,
-        batch_size: int | None,
-        device: str | torch.device | None,
-        memory: int | None,
+        batch_size: int | None = None,
+        device: str | torch.device | None = None,
+        memory: int | None = None,
     ) -> None:
         check_module("model", model)
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             raise ValueError(_NOT_CAUSAL.format(type(model).__name__, "it has an encoder"))
         self._model = model
-        self._size = batch_size if batch_size is None else natural("batch_size", batch_size, 1)
-        self._memory = None if memory is None else natural("memory", memory, least=1)
-        self._place = input_device(model)
-        self._device = self._place if device is None else block_device(device, self._place)
+        self._size = batch_size if batch_size is None else check_int("batch_size", batch_size, 1)
+        self._memory = None if memory is None else check_int("memory", memory, least=1)
+        self._model_device = input_device(model)
+        self._device = (
+            self._model_device if device is None else block_device(device, self._model_device)
+        )
 
     def __call__(self, windows: Tensor, targets: Tensor) -> Iterator[Tensor]:
-        """Runs the model in evaluation mode.
+        """Yields float64 (windows, scored) on the CPU for every batch, in evaluation mode.
 
         Args:
             windows: int64 (n, length).
-            targets: int64 (n, scored), what comes after the last tokens but one.
-
-        Yields:
-            For every batch, float64 (windows, scored) on the CPU.
+            targets: int64 (n, scored): for each of the last tokens but one, the next token.
 
         Raises:
             TypeError: the model returns no logits.
-            ValueError: there is no memory for one window at a time.
+            ValueError: one window does not fit into the memory.
         """
 
         def losses(output: Any, first: int) -> Tensor:
             logits = _logits(output, windows.shape[1], targets)
             wanted = targets[first : first + len(logits)].to(logits.device)
-            # Window by window: copies of all logits in float32 would take more than the model.
+            # Window by window: a float32 copy of all logits can exceed the model.
             parts = [_losses(*window) for window in zip(logits, wanted, strict=True)]
             return torch.stack(parts).cpu()
 
-        run = self._whole if self._device == self._place else self._by_blocks
+        run = self._by_batch if self._device == self._model_device else self._by_block
         return run(windows, losses)
 
-    def _whole(self, windows: Tensor, make: Callable[[Any, int], Tensor]) -> Iterator[Tensor]:
-        size = min(self._size or usual_batch(windows.shape[1]), len(windows))
+    def _by_batch(self, windows: Tensor, make: Callable[[Any, int], Tensor]) -> Iterator[Tensor]:
+        """Runs the whole model on its own device."""
+        count, length = windows.shape
+        size = min(self._size or usual_batch(length), count)
         done = 0
-        while done < len(windows):
-            batch = windows[done : done + size]
-            failure = None
-            try:
-                # Not around the yield: outside of the call the model is as it was.
-                with torch.no_grad(), evaluating(self._model):
-                    made = make(self._model(batch.to(self._place)), done)
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                failure = str(error)
-            if failure is None:
-                done += len(batch)
-                yield made
-                continue
-            # Beyond the handler, where the failed call's tensors are no longer held by its frames.
-            release()
+
+        def attempt() -> Tensor:
+            batch = windows[done : done + size].to(self._model_device)
+            with torch.no_grad(), evaluating(self._model):
+                return make(self._model(batch), done)
+
+        def halve(failure: str) -> None:
+            nonlocal size
             if size == 1:
-                raise no_room(self._place, f"one window of {windows.shape[1]} tokens", failure)
+                what = f"one window of {length} tokens"
+                raise out_of_memory_error(self._model_device, what, failure)
             size //= 2
 
-    def _by_blocks(self, windows: Tensor, make: Callable[[Any, int], Tensor]) -> Iterator[Tensor]:
+        while done < count:
+            losses = retry_with_less(attempt, halve)
+            done += len(losses)
+            yield losses
+
+    def _by_block(self, windows: Tensor, make: Callable[[Any, int], Tensor]) -> Iterator[Tensor]:
+        """Runs one block after the other on the device."""
         blocks = find_blocks(self._model)
         runner = BlockRunner(
             self._model,
@@ -119,49 +112,40 @@ class TokenLosses:
             for _ in blocks.blocks:
                 with runner.on_device():
                     runner.run(keep=True)
-            # All at once: until the end the model is not as it was.
-            found = list(runner.outputs(make))
-        yield from found
+            # A list: the caller must not see the model as it is inside of the runner.
+            losses = list(runner.outputs(make))
+        yield from losses
 
 
 def _logits(output: Any, length: int, targets: Tensor) -> Tensor:
     """(n, scored, vocabulary), those that predict the targets."""
-    found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    if found is None and isinstance(output, Sequence) and output:
-        found = output[0]
-    if not isinstance(found, Tensor):
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if logits is None and isinstance(output, Sequence) and output:
+        logits = output[0]
+    if not isinstance(logits, Tensor):
         raise TypeError(
             "model: expected logits (n, seqlen, vocabulary) or an output that has them, "
             f"got {type(output).__name__}"
         )
     largest = int(targets.max())
-    if found.dim() != 3 or found.shape[1] != length or found.shape[2] <= largest:
+    if logits.dim() != 3 or logits.shape[1] != length or logits.shape[2] <= largest:
         raise TypeError(
             f"model: expected logits (n, {length}, vocabulary) with a vocabulary of more than "
-            f"{largest}, got shape {tuple(found.shape)}"
+            f"{largest}, got shape {tuple(logits.shape)}"
         )
-    return found[:, -targets.shape[1] - 1 : -1]
+    return logits[:, -targets.shape[1] - 1 : -1]
 
 
 def _losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Negative log likelihoods of a window's tokens, float64 (scored,)."""
     if logits.dtype in _HALF:
         logits = logits.float()
     return functional.cross_entropy(logits, targets, reduction="none").double()
 
 
-# ------------------------------------------------------------------------------- order of tokens
-
-_NOT_CAUSAL = (
-    "model: expected a causal language model, got {}: {}, so that it has no perplexity (a model of "
-    "an encoder's architecture may need is_decoder=True in its config)"
-)
-
-
 def with_another_end(window: Tensor) -> Tensor:
-    """A window (length,), and the same with other tokens in its second half: (2, length).
+    """A window (length,), and a copy with other tokens in its second half: (2, length).
 
-    Where there are no other tokens that are known to be in the vocabulary, they are alike.
+    The copy is equal where the window shows no other token of the vocabulary.
 
     Example:
         >>> with_another_end(torch.tensor([5, 6, 5, 7])).tolist()
@@ -177,17 +161,17 @@ def with_another_end(window: Tensor) -> Tensor:
 
 
 def check_order(model: nn.Module, losses: Tensor) -> None:
-    """Raises ValueError where likelihoods in a window depend on the tokens that come after.
+    """Raises ValueError if the likelihoods of a window depend on later tokens.
 
     Args:
-        model: whose they are.
-        losses: (2, length - 1) of what `with_another_end` gives, with the window's own targets.
+        model: the model of these losses.
+        losses: (2, length - 1), of `with_another_end` of a window with that window's targets.
     """
     half = (losses.shape[1] + 2) // 2
     changes = (losses[0] - losses[1]).abs()[max(0, half - _NEAREST) : half]
-    # Of a causal model they are the same to the bit, but where the size of a product, and with it
-    # its kernel, depends on the other tokens, as with mixtures of experts. In few digits that
-    # changes all tokens a little, and those a lot that are then given to other experts.
+    # A causal model changes nothing, unless other tokens change the size of a product and so its
+    # kernel, as in mixtures of experts. In low precision that changes all tokens a little, and
+    # those a lot that move to another expert.
     coarse = any(parameter.dtype in _HALF for parameter in model.parameters()) or (
         torch.backends.cuda.matmul.fp32_precision == "tf32"
     )

@@ -1,7 +1,7 @@
-"""Which weights go: exact numbers of lowest scores, over a matrix, a row or groups of N:M.
+"""Masks of the lowest scores, in exact numbers, over a matrix, a row or groups of N:M.
 
 A threshold alone prunes too many where scores are equal, as they often are in bfloat16. Among equal
-scores the earlier place goes first, so that a mask is the same on every device and in every run.
+scores the first one goes first, so that a mask is the same on every device and in every run.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from collections.abc import Iterable
 
 import torch
 
-from farms_fast.adapters.pruning.sparsities import is_number
-from farms_fast.core.arguments import natural
+from farms_fast.core.arguments import check_int, is_real
 
 __all__ = [
     "check_pattern",
@@ -20,19 +19,12 @@ __all__ = [
     "lowest",
     "lowest_in_groups",
     "lowest_in_rows",
-    "share_out",
+    "split_in_proportion",
 ]
 
 
 def lowest(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """Marks exactly `count` of the lowest scores.
-
-    Args:
-        scores: (rows, cols), floating, without NaN.
-        count: 0 to rows * cols.
-
-    Returns:
-        bool (rows, cols).
+    """Marks exactly `count` of the lowest scores, which have no NaN: bool (rows, cols).
 
     Example:
         >>> lowest(torch.tensor([[1.0, 1.0], [1.0, 0.0]]), 2).tolist()
@@ -42,14 +34,7 @@ def lowest(scores: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def lowest_in_rows(scores: torch.Tensor, ratio: float) -> torch.Tensor:
-    """Marks a share of the lowest scores of every row, the same number to within one.
-
-    Args:
-        scores: (rows, cols), floating, without NaN.
-        ratio: share of all scores to mark: round(ratio * (rows * cols)) in total.
-
-    Returns:
-        bool (rows, cols).
+    """Marks round(ratio * (rows * cols)) of the lowest scores, as many in every row to within one.
 
     Example:
         >>> scores = torch.arange(6.0).reshape(2, 3)
@@ -67,15 +52,7 @@ def lowest_in_rows(scores: torch.Tensor, ratio: float) -> torch.Tensor:
 
 
 def lowest_in_groups(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
-    """Marks all but the `n` highest of every `m` scores that stand side by side in a row.
-
-    Args:
-        scores: (rows, cols), floating, without NaN; cols a multiple of m.
-        n: scores of a group that stay unmarked.
-        m: scores of a group.
-
-    Returns:
-        bool (rows, cols).
+    """Marks all but the `n` highest of every `m` consecutive scores of a row.
 
     Example:
         >>> lowest_in_groups(torch.tensor([[3.0, 1.0, 2.0, 4.0]]), 2, 4).tolist()
@@ -87,26 +64,22 @@ def lowest_in_groups(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
     return mask.scatter_(-1, order[..., : m - n], True).reshape(scores.shape)
 
 
-def share_out(total: int, room: list[int]) -> list[int]:
-    """Divides a number over places in proportion to their room, none over its room.
-
-    Args:
-        total: 0 to sum(room).
-        room: how many each place can take.
+def split_in_proportion(total: int, capacities: list[int]) -> list[int]:
+    """Splits a number of at most sum(capacities) in proportion to them, and exceeds none.
 
     Example:
-        >>> share_out(5, [4, 4, 2])
+        >>> split_in_proportion(5, [4, 4, 2])
         [2, 2, 1]
     """
-    whole = sum(room)
-    shares, before, filled = [], 0, 0
-    for size in room:
+    capacity = sum(capacities)
+    parts, given, filled = [], 0, 0
+    for size in capacities:
         filled += size
-        # Integers: a float would lose exactness past 2^53, and could exceed a place's room.
-        upto = (2 * total * filled + whole) // (2 * whole) if whole else 0
-        shares.append(upto - before)
-        before = upto
-    return shares
+        # Integers: a float is inexact beyond 2^53, and a part could exceed its capacity.
+        upto = (2 * total * filled + capacity) // (2 * capacity) if capacity else 0
+        parts.append(upto - given)
+        given = upto
+    return parts
 
 
 def check_weight(weight: torch.Tensor, layer: str = "") -> None:
@@ -126,12 +99,12 @@ def check_weight(weight: torch.Tensor, layer: str = "") -> None:
 def check_target(
     weight: torch.Tensor, ratio: float | None, n_m: tuple[int, int] | None, layer: str = ""
 ) -> None:
-    """Raises unless there is one target, a ratio in [0, 1] or an N:M that divides the columns."""
+    """Raises unless there is one target: a ratio in [0, 1], or an N:M that divides the columns."""
     of = f" of layer {layer!r}" if layer else ""
     if (ratio is None) == (n_m is None):
         raise ValueError(f"ratio, n_m: expected one of the two, got ratio={ratio}, n_m={n_m}")
     if n_m is None:
-        if not is_number(ratio) or not 0 <= ratio <= 1:
+        if not is_real(ratio) or not 0 <= ratio <= 1:
             raise ValueError(f"ratio{of}: expected a number from 0 to 1, got {ratio!r}")
         return
     _, m = check_pattern(n_m, layer)
@@ -142,12 +115,12 @@ def check_target(
 
 
 def check_pattern(n_m: object, layer: str = "") -> tuple[int, int]:
-    """The n and m of n kept of every m; ValueError or TypeError unless they are that."""
+    """Checks an N:M pattern and returns its n and m."""
     of = f" of layer {layer!r}" if layer else ""
     pair = list(n_m) if isinstance(n_m, Iterable) else []
     if len(pair) != 2:
         raise ValueError(f"n_m{of}: expected (n, m), n kept of every m, got {n_m!r}")
-    n, m = natural(f"n_m[0]{of}", pair[0]), natural(f"n_m[1]{of}", pair[1], least=1)
+    n, m = check_int(f"n_m[0]{of}", pair[0]), check_int(f"n_m[1]{of}", pair[1], least=1)
     if n > m:
         raise ValueError(f"n_m{of}: expected n <= m, n kept of every m, got {n}:{m}")
     return n, m
@@ -156,9 +129,9 @@ def check_pattern(n_m: object, layer: str = "") -> tuple[int, int]:
 def _lowest_in_each_row(scores: torch.Tensor, count: int) -> torch.Tensor:
     if count in (0, scores.shape[1]):
         return torch.full(scores.shape, bool(count), device=scores.device)
-    last = _kth_lowest(scores, count)
-    mask = scores < last
-    equal = scores == last
+    threshold = _kth_lowest(scores, count)
+    mask = scores < threshold
+    equal = scores == threshold
     missing = count - mask.sum(dim=1, keepdim=True)
     return mask | (equal & (equal.cumsum(dim=1, dtype=torch.int32) <= missing))
 

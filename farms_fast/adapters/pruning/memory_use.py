@@ -1,4 +1,4 @@
-"""What a calibration takes on a device, and how many samples at a time fit into a budget."""
+"""The memory that calibration takes on a device, and the batch that fits into a budget."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from farms_fast.adapters.pruning.blocks import Block
-from farms_fast.adapters.pruning.placement import device_of
-from farms_fast.core.arguments import natural
+from farms_fast.adapters.pruning.modules import device_of
+from farms_fast.core.arguments import check_int
 
 __all__ = ["MemoryUse", "plan_memory", "usual_batch"]
 
@@ -19,16 +19,16 @@ _BATCH_TOKENS = 4096
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """Bytes that a calibration takes, beside what the model takes where it is.
+    """Bytes that calibration takes besides the model itself.
 
     Attributes:
         kept: the hidden states between two blocks: samples · seqlen · hidden size · bytes of a
             value (and whatever else a block returns).
         block: the largest block's weights, if they are not on the device already.
-        statistics: of one block's layers, as the method says.
-        batch: what one batch takes inside a block: batch · seqlen · (2 · hidden size + the inputs
-            and outputs of its layers) · bytes of a value, and a float32 copy of the widest input.
-            Attention is taken to keep no matrix of scores.
+        statistics: the statistics of one block's layers.
+        batch: one batch inside a block: batch · seqlen · (2 · hidden size + the inputs and outputs
+            of its layers) · bytes of a value, and a float32 copy of the widest input, for attention
+            that keeps no matrix of scores.
         on_device: whether `kept` is on the device; else it is in the host's memory.
     """
 
@@ -40,12 +40,12 @@ class MemoryUse:
 
     @property
     def device(self) -> int:
-        """Bytes on the device at most."""
+        """The most bytes on the device."""
         return self.block + self.statistics + self.batch + (self.kept if self.on_device else 0)
 
 
 def usual_batch(seqlen: int) -> int:
-    """Samples at a time where nobody says: about 4096 tokens."""
+    """The default batch size in samples: about 4096 tokens."""
     return max(1, _BATCH_TOKENS // seqlen)
 
 
@@ -58,23 +58,23 @@ def plan_memory(
     batch_size: int | None,
     statistics: Callable[[Block], int],
 ) -> tuple[int, MemoryUse]:
-    """The samples at a time that a budget has room for, and what they take.
+    """The batch size that fits into a budget of bytes, and the memory that it takes.
 
     Args:
-        blocks: that are run one after the other.
-        hidden: the hidden states of one sample, (1, seqlen, hidden size) or as the model has them.
-        tokens: (samples, seqlen), all of them.
-        device: where the blocks run.
+        blocks: the blocks that run one after the other.
+        hidden: the hidden states of one sample, (1, seqlen, hidden size) or another layout.
+        tokens: all tokens, (samples, seqlen).
+        device: the device of the running block.
         budget: bytes.
-        batch_size: samples at a time, or None for about 4096 tokens, fewer where they do not fit.
-        statistics: bytes of what is collected of a block.
+        batch_size: a fixed batch size; None halves about 4096 tokens until they fit.
+        statistics: bytes of a block's statistics.
 
     Raises:
-        ValueError: the budget is not enough for as many, or for one at a time.
+        ValueError: the budget is too small for this batch size, or for one sample.
     """
     samples, seqlen = tokens.shape
     wanted = usual_batch(seqlen) if batch_size is None else batch_size
-    size = min(samples, natural("batch_size", wanted, least=1))
+    size = min(samples, check_int("batch_size", wanted, least=1))
     while True:
         use = _use(blocks, hidden, samples, size, device, budget, statistics)
         if use.device <= budget:

@@ -1,4 +1,4 @@
-"""Outlier-weighed layer-wise sparsity (OWL, arXiv 2310.05175): the baseline without spectra."""
+"""Outlier-weighed layer-wise sparsity (OWL, arXiv 2310.05175), a baseline without spectra."""
 
 from __future__ import annotations
 
@@ -12,30 +12,26 @@ from farms_fast.adapters.pruning.sparsities import (
     Allocation,
     as_number,
     check_sparsity,
-    is_number,
-    shared_to_total,
+    scale_to_total,
     weight_counts,
 )
+from farms_fast.core.arguments import is_real
 
 __all__ = ["check_threshold", "outlier_ratio", "owl_sparsity"]
 
 
 def check_threshold(threshold: object) -> None:
     """Raises ValueError unless it is a number above 0."""
-    if not is_number(threshold) or not threshold > 0:
+    if not is_real(threshold) or not threshold > 0:
         raise ValueError(f"threshold: expected a number above 0, got {threshold!r}")
 
 
 def outlier_ratio(scores: Iterable[torch.Tensor], threshold: float = 5.0) -> float:
-    """How many scores of a block stand out: D of OWL.
+    """OWL's D: the percentage of a block's scores that exceed M times their mean.
 
     Args:
-        scores: |W|·‖x‖ of every layer of a block
-            (`wanda_scores`), any shapes.
-        threshold: M, above how many times the mean over the block a score stands out.
-
-    Returns:
-        Percentage of the scores that are above threshold times their mean.
+        scores: |W|·‖x‖ of every layer of a block (`wanda_scores`), any shapes.
+        threshold: M.
 
     Raises:
         TypeError: scores that are no tensors.
@@ -67,18 +63,18 @@ def owl_sparsity(
     *,
     layers: Mapping[str, Mapping[str, int]] | None = None,
 ) -> Allocation:
-    """Shares a model's sparsity out over its blocks by their outliers.
+    """Distributes a model's sparsity over its blocks by their outliers.
 
     `density = 2 lam (D - D_min) / (D_max - D_min) - mean + 1 - S`, where the mean is that of the
-    first term over all weights, so that the total is S exactly. Where a sparsity is above 1 the
-    block gets 1 and the excess is shared out over the others.
+    first term over all weights, so that the total is exactly S. A block with a sparsity above 1
+    gets 1, and the excess goes to the others.
 
     Args:
         outliers: D (`outlier_ratio`) by block name, or in order.
         sparsity: S, share of the weights to prune in total, within (0, 1).
         lam: half the width of the range of densities, at least 0.
-        layers: number of weights by layer name, by block name; None takes every block for one layer
-            of its own, all equally large.
+        layers: number of weights by layer name, by block name; None makes every block one layer,
+            all equally large.
 
     Returns:
         The ratios by layer.
@@ -94,31 +90,31 @@ def owl_sparsity(
         [0.78, 0.62, 0.7]
     """
     check_sparsity(sparsity)
-    if not is_number(lam) or not 0 <= lam < math.inf:
+    if not is_real(lam) or not 0 <= lam < math.inf:
         raise ValueError(f"lam: expected a number of at least 0, got {lam!r}")
     by_block = _by_block(outliers)
     values = np.array(list(by_block.values()), dtype=np.float64)
     if not len(values) or not np.isfinite(values).all():
         raise ValueError(f"outliers: expected finite numbers by block, got {by_block}")
-    inside = {block: {block: 1} for block in by_block} if layers is None else layers
-    if not isinstance(inside, Mapping) or set(inside) != set(by_block):
-        got = f"{len(inside)} blocks" if isinstance(inside, Mapping) else type(inside).__name__
+    sizes = {block: {block: 1} for block in by_block} if layers is None else layers
+    if not isinstance(sizes, Mapping) or set(sizes) != set(by_block):
+        got = f"{len(sizes)} blocks" if isinstance(sizes, Mapping) else type(sizes).__name__
         raise ValueError(
             f"layers: expected those of the {len(by_block)} blocks of outliers, got {got}"
         )
-    counts = {block: weight_counts(f"layers[{block!r}]", inside[block]) for block in by_block}
+    counts = {block: weight_counts(f"layers[{block!r}]", sizes[block]) for block in by_block}
     params = {name: count for block in counts.values() for name, count in block.items()}
     weights = np.array([float(sum(block.values())) for block in counts.values()])
     spread = np.ptp(values)
-    above = 2 * lam * (values - values.min()) / spread if spread else np.zeros_like(values)
-    relative = sparsity - above + (weights * above).sum() / weights.sum()
+    density = 2 * lam * (values - values.min()) / spread if spread else np.zeros_like(values)
+    relative = sparsity - density + (weights * density).sum() / weights.sum()
     if (relative < 0).any():
         worst = list(by_block)[int(relative.argmin())]
         raise ValueError(
             f"lam: {lam:g} makes the sparsity of block {worst!r} negative ({relative.min():.4f}) "
             f"at a total of {sparsity:g}"
         )
-    scale, ratios = shared_to_total(relative, weights, float(sparsity))
+    scale, ratios = scale_to_total(relative, weights, float(sparsity))
     block_of = {name: at for at, block in enumerate(counts.values()) for name in block}
     return Allocation(
         ratios={name: float(ratios[block_of[name]]) for name in params},

@@ -1,4 +1,8 @@
-"""The pruners by name, and what each has to know of a layer's inputs."""
+"""The pruners by name, with magnitude pruning and Wanda (arXiv 2306.11695).
+
+Each prunes one matrix in place. Magnitude compares |W| over the matrix; Wanda compares
+|W|·√(mean x²) within a row; SparseGPT has a module of its own.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +11,29 @@ from typing import Protocol
 
 import torch
 
-from farms_fast.adapters.pruning.magnitude import magnitude_prune_
+from farms_fast.adapters.pruning.masks import (
+    check_target,
+    check_weight,
+    lowest,
+    lowest_in_groups,
+    lowest_in_rows,
+)
 from farms_fast.adapters.pruning.sparsegpt import sparsegpt_prune_
-from farms_fast.adapters.pruning.statistics import InputStatistics
-from farms_fast.adapters.pruning.wanda import wanda_prune_
+from farms_fast.adapters.pruning.statistics import InputStatistics, check_statistics
 
-__all__ = ["PRUNERS", "PruneFunction", "Pruner", "pruner"]
+__all__ = [
+    "PRUNERS",
+    "PruneFunction",
+    "Pruner",
+    "magnitude_prune_",
+    "pruner",
+    "wanda_prune_",
+    "wanda_scores",
+]
 
 
 class PruneFunction(Protocol):
-    """How every pruner is called."""
+    """The signature of every pruner."""
 
     def __call__(
         self,
@@ -27,8 +44,111 @@ class PruneFunction(Protocol):
         n_m: tuple[int, int] | None = None,
         layer: str = "",
     ) -> torch.Tensor:
-        """Prunes `weight` (out, in) in place and returns the mask, true where it is zero."""
+        """Prunes a matrix in place.
+
+        Args:
+            weight: floating (out, in), any strides.
+            ratio: share of all weights that are zero afterwards, exactly round(ratio * (out * in)),
+                existing zeros included; None with `n_m`.
+            statistics: those of the layer's inputs; magnitude needs none.
+            n_m: (n, m) instead of a ratio: keeps n of every m consecutive weights of a row.
+            layer: the layer's name for messages.
+
+        Returns:
+            bool (out, in), true where the weight is zero now.
+
+        Raises:
+            TypeError: weight is no tensor, or statistics are missing.
+            ValueError: weight is no finite floating matrix, both or none of ratio and n_m are
+                given, one of them is out of range, groups do not divide the columns, or the
+                statistics are empty, not finite or of another number of inputs.
+        """
         ...
+
+
+@torch.no_grad()
+def magnitude_prune_(
+    weight: torch.Tensor,
+    ratio: float | None,
+    statistics: InputStatistics | None = None,
+    *,
+    n_m: tuple[int, int] | None = None,
+    layer: str = "",
+) -> torch.Tensor:
+    """Sets the weights of least |W| in the whole matrix to zero; called as `PruneFunction`.
+
+    A matrix with more zeros than asked for does not change.
+
+    Example:
+        >>> weight = torch.tensor([[3.0, -1.0], [0.5, 2.0]])
+        >>> _ = magnitude_prune_(weight, 0.5)
+        >>> weight.tolist()
+        [[3.0, 0.0], [0.0, 2.0]]
+    """
+    check_weight(weight, layer)
+    check_target(weight, ratio, n_m, layer)
+    scores = weight.abs()
+    if n_m is not None:
+        mask = lowest_in_groups(scores, *n_m)
+    else:
+        mask = lowest(scores, round((ratio or 0.0) * weight.numel()))
+    mask |= weight == 0
+    weight.masked_fill_(mask, 0)
+    return mask
+
+
+def wanda_scores(weight: torch.Tensor, statistics: InputStatistics) -> torch.Tensor:
+    """|W|·√(mean x²), Wanda's score of every weight: (out, in) in the dtype of the statistics.
+
+    Example:
+        >>> statistics = InputStatistics(2)
+        >>> statistics.add(torch.tensor([[3.0, 1.0]]))
+        >>> wanda_scores(torch.tensor([[1.0, -2.0]]), statistics).tolist()
+        [[3.0, 2.0]]
+    """
+    check_weight(weight, statistics.layer if isinstance(statistics, InputStatistics) else "")
+    return _scores(weight, check_statistics(statistics, weight))
+
+
+def _scores(weight: torch.Tensor, statistics: InputStatistics) -> torch.Tensor:
+    norms = statistics.norms.to(weight.device)
+    return weight.abs().to(norms.dtype) * norms
+
+
+@torch.no_grad()
+def wanda_prune_(
+    weight: torch.Tensor,
+    ratio: float | None,
+    statistics: InputStatistics | None = None,
+    *,
+    n_m: tuple[int, int] | None = None,
+    layer: str = "",
+) -> torch.Tensor:
+    """Sets the weights of least |W|·√(mean x²) of each row to zero; called as `PruneFunction`.
+
+    Every row gets the same number of zeros to within one. A row with more zeros does not change, so
+    that the total can exceed the ratio.
+
+    Example:
+        >>> statistics = InputStatistics(2)
+        >>> statistics.add(torch.tensor([[3.0, 1.0]]))
+        >>> weight = torch.tensor([[1.0, 2.0]])
+        >>> wanda_prune_(weight, 0.5, statistics).tolist()
+        [[False, True]]
+    """
+    check_weight(weight, layer)
+    check_target(weight, ratio, n_m, layer)
+    scores = _scores(weight, check_statistics(statistics, weight, layer))
+    zero = weight == 0
+    # Inputs that are always zero give scores of zero too; zero weights go before them.
+    scores.masked_fill_(zero, -1)
+    if n_m is not None:
+        mask = lowest_in_groups(scores, *n_m)
+    else:
+        mask = lowest_in_rows(scores, ratio or 0.0)
+    mask |= zero
+    weight.masked_fill_(mask, 0)
+    return mask
 
 
 @dataclass(frozen=True)
@@ -38,7 +158,7 @@ class Pruner:
     Attributes:
         name: "magnitude", "wanda" or "sparsegpt".
         needs_inputs: whether it needs `InputStatistics`, and so calibration.
-        needs_hessian: whether these have to be made with `hessian=True`.
+        needs_hessian: whether it needs them with `hessian=True`.
         prune_: the function.
     """
 
@@ -50,7 +170,7 @@ class Pruner:
     def statistics(
         self, columns: int, *, device: str | torch.device | None = None, layer: str = ""
     ) -> InputStatistics | None:
-        """Empty statistics of a layer with that many inputs, None where none are needed.
+        """Empty statistics for a layer with that many inputs; None if the pruner needs none.
 
         Example:
             >>> pruner("sparsegpt").statistics(64).has_hessian, pruner("magnitude").statistics(64)
@@ -70,10 +190,7 @@ PRUNERS = {
 
 
 def pruner(name: str) -> Pruner:
-    """The pruner of that name.
-
-    Raises:
-        ValueError: there is none.
+    """The pruner of that name; ValueError where there is none.
 
     Example:
         >>> pruner("wanda").needs_hessian

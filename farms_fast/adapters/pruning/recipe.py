@@ -1,4 +1,4 @@
-"""Ratios as a recipe for llm-compressor, so that it prunes the same layers by as much."""
+"""Writes ratios as a recipe for llm-compressor."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from farms_fast.adapters.pruning.masks import check_pattern
 from farms_fast.adapters.pruning.pruners import pruner
 from farms_fast.adapters.pruning.sparsegpt import check_damping
-from farms_fast.adapters.pruning.sparsities import Allocation, is_number
-from farms_fast.core.arguments import natural
+from farms_fast.adapters.pruning.sparsities import Allocation
+from farms_fast.core.arguments import check_int, is_real
 
 __all__ = ["to_recipe"]
 
-# llm-compressor takes the score at place int(number * sparsity), which a sparsity of 1 is past.
+# llm-compressor takes the score at index int(number * sparsity), which is past the end at 1.
 _LARGEST = 0.99999
 
 
@@ -28,37 +28,32 @@ def to_recipe(
 ) -> str:
     """The YAML text of a recipe for llm-compressor.
 
-    Layers of one ratio get a modifier together, with the names of their modules as its targets, so
-    that nothing depends on the order in which llm-compressor goes over a model. Run it with
-    `llmcompressor.oneshot(model=..., recipe="recipe.yaml", dataset=...)`. Checked with 0.14
-    (`python -m tests.recipe_in_llmcompressor`).
+    Layers of one ratio share a modifier that lists their modules as targets. Run the recipe with
+    `llmcompressor.oneshot(model=..., recipe="recipe.yaml", dataset=...)`; it was checked with 0.14
+    (`python -m tests.support.recipe_in_llmcompressor`).
 
-    What it does differs in details from what is done here: its SparseGPT prunes one weight more in
-    every block of columns, and all that tie with it; its Wanda rounds the number of every row down;
-    it knows `nn.Linear` but not Hugging Face's Conv1D (GPT-2). Magnitude becomes a
-    `MagnitudePruningModifier`, which acts while llm-compressor trains and not in a one-shot run.
+    Its results differ in details from those of `prune_model`: its SparseGPT prunes one weight more
+    in every block of columns, and all weights that tie with it; its Wanda rounds the number of
+    every row down; it knows `nn.Linear` but not Hugging Face's Conv1D (GPT-2). Magnitude becomes a
+    `MagnitudePruningModifier`, which acts in training and not in a one-shot run.
 
     Args:
         method: "magnitude", "wanda" or "sparsegpt".
-        ratios: an Allocation over modules (see
-            `Allocation.for_modules`), or ratios by
-            module name.
-        n_m: (n, m), n kept of every m, by module name, in the place of the ratios. In a recipe the
-            first number is that of the weights that go: (3, 8) becomes "5:8".
+        ratios: an Allocation over modules (see `Allocation.for_modules`), or ratios by module name.
+        n_m: (n, m), n kept of every m, by module name, instead of the ratios. The first number in
+            a recipe counts the weights that go: (3, 8) becomes "5:8".
         block: columns that SparseGPT prunes together; with n_m rounded down to a multiple of m,
             but not to 0.
-        damping: that of SparseGPT.
+        damping: SparseGPT's damping.
 
     Returns:
-        The text. Layers that stay as they are, of a ratio of 0 or n = m, are not in it. A ratio of
-        1 is 0.99999 for SparseGPT, by which llm-compressor prunes everything, while it stops at 1
-        with an error.
+        The text, without layers that do not change (a ratio of 0, or n = m). For SparseGPT a ratio
+        of 1 is 0.99999, which prunes everything; llm-compressor fails at 1.
 
     Raises:
         TypeError: ratios or n_m are no mapping, or block is no integer.
         ValueError: an unknown method, no layers to prune, a ratio outside of [0, 1], layers of n_m
-            that are not those of the ratios, or n_m with the magnitude method, for which
-            llm-compressor has no such thing.
+            that are not those of the ratios, or n_m with magnitude, which llm-compressor lacks.
 
     Example:
         >>> print(to_recipe("wanda", {"layers.0.q": 0.5, "layers.1.q": 0.7}))
@@ -78,7 +73,7 @@ def to_recipe(
         <BLANKLINE>
     """
     pruner(method)
-    natural("block", block, least=1)
+    check_int("block", block, least=1)
     check_damping(damping)
     given = ratios.ratios if isinstance(ratios, Allocation) else ratios
     for argument, value in (("ratios", given), ("n_m", {} if n_m is None else n_m)):
@@ -90,7 +85,7 @@ def to_recipe(
     if not by_layer:
         raise ValueError("ratios: expected at least one layer, got none")
     for name, ratio in by_layer.items():
-        if not is_number(ratio) or not 0 <= ratio <= 1:
+        if not is_real(ratio) or not 0 <= ratio <= 1:
             raise ValueError(f"ratios: expected numbers from 0 to 1, got {ratio!r} for {name!r}")
     if n_m is not None:
         if method == "magnitude":
@@ -124,7 +119,7 @@ def to_recipe(
 def _settings(
     method: str, ratio: float, pattern: tuple[int, int] | None, block: int, damping: float
 ) -> list[str]:
-    """A modifier and its settings down to the targets, which follow."""
+    """The lines of a modifier up to its list of targets."""
     if pattern is not None:
         n, m = pattern
         ratio, block = 1 - n / m, max(m, block - block % m)
@@ -152,7 +147,7 @@ def _settings(
 def _group_name(
     names: Sequence[str], ratios: Allocation | Mapping[str, float], used: set[str]
 ) -> str:
-    """The block's name where the layers are one, else that of the first layer; as a YAML key."""
+    """A unique YAML key: the name of the block of these layers, else of the first layer."""
     label = names[0]
     if isinstance(ratios, Allocation):
         label = next(
@@ -170,6 +165,6 @@ def _group_name(
 
 
 def _decimal(value: float) -> str:
-    """A number that every YAML parser takes for one, which it may not do for 1e-05."""
+    """A number without an exponent, which some YAML parsers take for text."""
     text = repr(float(value))
     return text if "e" not in text else f"{value:.20f}"

@@ -1,4 +1,4 @@
-"""Writes a pruned model with what was done to it, whole or not at all."""
+"""Saves a pruned model and its report in a folder that appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from farms_fast.core.jsonable import plain
 
 __all__ = ["SETTINGS_FILE", "check_output", "new_folder", "report_as_dict", "save_pruned"]
 
-#: Beside the model: what was done to it.
+#: The report's file name in the folder of the model.
 SETTINGS_FILE = "farms_fast_pruning.json"
 
 
 def check_output(path: str | os.PathLike[str]) -> Path:
-    """The path of a folder to make, absolute.
+    """The absolute path of a folder to create.
 
     Raises:
         TypeError: it is no path.
         FileExistsError: it is a file, or a folder that is not empty.
-        FileNotFoundError: the folder that it is to be in does not exist.
+        FileNotFoundError: its parent folder does not exist.
     """
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"out: expected the path of a folder, got {type(path).__name__}")
@@ -47,20 +47,11 @@ def check_output(path: str | os.PathLike[str]) -> Path:
 
 @contextlib.contextmanager
 def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A folder beside the target that takes its place at the end.
+    """Yields a folder beside the target that takes the target's name at the end.
 
-    After an error there is nothing under the target's name, and the folder is gone. A process that
-    is killed leaves it, under a name that begins with a point and ends in `.partial`.
-
-    Args:
-        path: a folder that does not exist yet, or is empty.
-
-    Yields:
-        The folder to write to.
-
-    Raises:
-        FileExistsError: as `check_output`.
-        FileNotFoundError: as `check_output`.
+    After an error the folder is deleted, and nothing has the target's name. A killed process leaves
+    it under a name that begins with a point and ends in `.partial`. Errors are those of
+    `check_output`.
 
     Example:
         >>> import tempfile
@@ -75,7 +66,7 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
-        # Fails if something has come to be there meanwhile, and takes the place of an empty folder.
+        # Replaces an empty folder, and fails if something else was created there meanwhile.
         partial.replace(target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -85,10 +76,7 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 def report_as_dict(
     report: PruningReport, settings: Mapping[str, object] | None = None
 ) -> dict[str, Any]:
-    """What `SETTINGS_FILE` has: settings, results, and a line for each layer and skipped tensor.
-
-    Raises:
-        TypeError: no `PruningReport`, or settings that are no mapping.
+    """The content of `SETTINGS_FILE`: settings, totals, and every layer and skipped tensor.
 
     Example:
         >>> report = PruningReport("magnitude", (), (), 0.0, 0)
@@ -124,8 +112,8 @@ def report_as_dict(
         "layers": layers,
         "skipped": [vars(tensor) for tensor in report.skipped],
     }
-    found: dict[str, Any] = plain(document)
-    return found
+    values: dict[str, Any] = plain(document)
+    return values
 
 
 def save_pruned(
@@ -139,23 +127,22 @@ def save_pruned(
 ) -> None:
     """Saves a pruned model so that `from_pretrained` loads it.
 
-    Beside the model's own files there are `SETTINGS_FILE` with the ratios, what was reached, and
-    the settings, and with `recipe` the file `recipe.yaml`. The folder appears whole or not at
-    all.
+    The folder also gets `farms_fast_pruning.json` with ratios, results and settings, and
+    `recipe.yaml` if there is a recipe. It appears complete or not at all.
 
     Args:
-        model: with a `save_pretrained`, as models of transformers have it.
+        model: any with a `save_pretrained`, as models of transformers have.
         out: a folder that does not exist yet, or is empty.
-        report: of `prune_model`.
+        report: result of `prune_model`.
         tokenizer: saved too, if given.
-        settings: how the ratios were made, in values that JSON has a form for.
+        settings: how the ratios were made, in values that JSON can hold.
         recipe: the text of a recipe for llm-compressor.
 
     Raises:
-        TypeError: the model or the tokenizer has no `save_pretrained`, or an argument of another
-            kind; nothing is written then.
-        FileExistsError: the folder is there and not empty.
-        FileNotFoundError: the folder that it is to be in does not exist.
+        TypeError: the model or the tokenizer has no `save_pretrained`, or an argument has another
+            type; nothing is written then.
+        FileExistsError: the folder exists and is not empty.
+        FileNotFoundError: its parent folder does not exist.
         OSError: it cannot be written.
     """
     for argument, saved in (("model", model), ("tokenizer", tokenizer)):

@@ -1,4 +1,4 @@
-"""Prunes a model block by block, each block on the outputs of the pruned ones before it."""
+"""Prunes a model block by block, each on the outputs of the pruned blocks before it."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ from torch import Tensor, nn
 
 from farms_fast.adapters.pruning.blocks import Block, Blocks, PrunableLayer, find_blocks
 from farms_fast.adapters.pruning.calibration import BlockRunner
-from farms_fast.adapters.pruning.collecting import collect
+from farms_fast.adapters.pruning.layer_inputs import collect_statistics
 from farms_fast.adapters.pruning.masks import check_target, check_weight
+from farms_fast.adapters.pruning.modules import block_device, device_of
+from farms_fast.adapters.pruning.oom import raise_oom_as_value_error
 from farms_fast.adapters.pruning.owl import check_threshold, outlier_ratio
-from farms_fast.adapters.pruning.placement import block_device, device_of
-from farms_fast.adapters.pruning.pruners import Pruner, pruner
-from farms_fast.adapters.pruning.shortage import whole
+from farms_fast.adapters.pruning.pruners import Pruner, pruner, wanda_scores
 from farms_fast.adapters.pruning.sparsities import Allocation
 from farms_fast.adapters.pruning.statistics import InputStatistics
 from farms_fast.adapters.pruning.tokens import check_tokens
-from farms_fast.adapters.pruning.wanda import wanda_scores
-from farms_fast.core.arguments import natural
+from farms_fast.core.arguments import check_int
 from farms_fast.core.progress import Progress, reporter
 from farms_fast.weights.layers import Skipped
 
@@ -36,17 +35,17 @@ Target = tuple[float | None, NM | None]
 
 @dataclass(frozen=True)
 class PrunedLayer:
-    """What became of one layer.
+    """The result of one layer.
 
     Attributes:
-        name: of its module.
+        name: name of its module.
         block: name of its block's module.
         shape: (out, in).
-        target: the ratio that was asked for; 1 − n/m with N:M.
+        target: the requested ratio; 1 − n/m with N:M.
         zeros: weights that are zero now.
         zeros_before: weights that were zero before.
         n_m: (n, m): n weights kept of every m, or None.
-        pruned_by: the method, or "" for a layer that was left as it is (ratio 0).
+        pruned_by: the method, or "" for a layer that did not change (ratio 0).
     """
 
     name: str
@@ -66,16 +65,16 @@ class PrunedLayer:
 
 @dataclass(frozen=True)
 class PruningReport:
-    """What was pruned.
+    """The result of `prune_model`.
 
     Attributes:
-        method: of all layers.
-        layers: in the model's order.
-        skipped: the matrices of the model that were not to be pruned, each with its reason.
-        seconds: what it took.
-        calibration_bytes: the most bytes taken on the device beside the model, as predicted
+        method: the pruner's name.
+        layers: the layers in the model's order.
+        skipped: the matrices that are not pruned, each with its reason.
+        seconds: elapsed time.
+        calibration_bytes: the predicted peak of bytes on the device besides the model
             (`farms_fast.adapters.pruning.memory_use.MemoryUse`); 0 without calibration.
-        batch_size: samples at a time in the end, after every halving for want of memory; 0 without
+        batch_size: the last batch size, after every halving for want of memory; 0 without
             calibration.
     """
 
@@ -88,7 +87,7 @@ class PruningReport:
 
     @property
     def sparsity(self) -> float:
-        """Share of all weights of these layers that are zero."""
+        """Share of zeros in all of these layers."""
         weights = sum(math.prod(layer.shape) for layer in self.layers)
         return sum(layer.zeros for layer in self.layers) / weights
 
@@ -107,41 +106,40 @@ def prune_model(
 ) -> PruningReport:
     """Prunes the linear layers of a model's repeated blocks in place, with a ratio for each.
 
-    Block by block: the calibration set runs through the block, which tells the pruner what its
-    layers get; the layers are pruned; the set runs through the pruned block, which gives the inputs
-    of the next one. Everything that can be checked is checked before the first weight changes.
-    After an error in a later block the blocks before it are pruned.
+    For every block, the calibration set runs through it and gives the pruner the statistics of its
+    layers' inputs; then its layers are pruned, and the set runs through the pruned block, whose
+    outputs are the inputs of the next one. All arguments and weights are checked before the first
+    weight changes. After an error in a later block the blocks before it are pruned.
 
     Args:
         model: a language model that is called with token ids (samples, seqlen), as those of
-            transformers are; see `find_blocks` for what is pruned. For `method="magnitude"`
-            any module with repeated blocks.
+            transformers are; `find_blocks` describes the layers that are pruned. For
+            `method="magnitude"` any module with repeated blocks.
         method: "magnitude", "wanda" or "sparsegpt".
-        ratios: share of zeros for every layer of the blocks by name, from 0 (the layer stays as it
-            is) to 1, those of an `Allocation`, or one for all. An Allocation over other layers,
-            such as the parts of a fused weight, is carried over by its `for_modules`. Not looked
-            at when `n_m` is given.
-        calibration: int64 (samples, seqlen), token ids; None for magnitude, which needs none.
-        n_m: (n, m): n weights are kept of every m consecutive inputs; one for all layers, or one
-            for each by name. n = m leaves a layer as it is.
-        device: where blocks run and are pruned, one at a time; None is where each of them is.
-        memory: bytes to take on the device at most, see
+        ratios: share of zeros, from 0 (no change) to 1, for every layer of the blocks by name, or
+            one for all, or an `Allocation`. `Allocation.for_modules` transfers one over other
+            layers, such as the parts of a fused weight. Ignored if `n_m` is given.
+        calibration: int64 (samples, seqlen), token ids; None for magnitude.
+        n_m: (n, m): keeps n of every m consecutive inputs; one for all layers, or one for each by
+            name. n = m leaves a layer as it is.
+        device: where blocks run and are pruned, one at a time; None leaves each where it is.
+        memory: the most bytes to take on the device, see
             `farms_fast.adapters.pruning.memory_use.MemoryUse`; None is half of the device's.
-        batch_size: samples at a time to begin with; None is about 4096 tokens. Where the device's
-            memory ends, half of them, and so on down to one.
+        batch_size: samples at a time to begin with; None is about 4096 tokens. It is halved, down
+            to one, when the device runs out of memory.
         progress: as `farms_fast.analyze` takes it; layers count.
 
     Returns:
-        A `PruningReport` with the exact sparsity of every layer. Zeros that were there before
-        count; a layer with more of them than asked for stays as it is.
+        A `PruningReport` with the exact sparsity of every layer. Existing zeros count; a layer with
+        more of them than asked for does not change.
 
     Raises:
-        TypeError: an argument of another kind.
+        TypeError: an argument of another type.
         ValueError: an unknown method or device, no repeated blocks, a layer that cannot be pruned
             (see `find_blocks`), ratios that are missing, unknown or out of range, calibration that
             is missing, empty, too long for the model or has unknown tokens, NaN or infinity in
             weights or activations (the message names the layer), or too little memory for one
-            sample at a time or for the pruning of one layer.
+            sample or for one layer.
 
     Example:
         >>> import torch
@@ -156,31 +154,39 @@ def prune_model(
         0.5
     """
     start = time.perf_counter()
-    how = pruner(method)
-    _check_room(memory, batch_size)
+    chosen = pruner(method)
+    for argument, value in (("memory", memory), ("batch_size", batch_size)):
+        if value is not None:
+            check_int(argument, value, least=1)
     blocks = find_blocks(model)
     targets = _targets(blocks, ratios, n_m)
     for layer in blocks.layers:
         check_weight(layer.matrix, layer.name)
-        ratio, groups = targets[layer.name]
-        check_target(layer.matrix, ratio, groups, layer.name)
+        check_target(layer.matrix, *targets[layer.name], layer.name)
     tokens = None
     if calibration is not None:
         tokens = check_tokens(model, calibration)
-    elif how.needs_inputs:
+    elif chosen.needs_inputs:
         raise TypeError(f"calibration: {method} needs token ids (samples, seqlen), got None")
-    done: list[PrunedLayer] = []
+    pruned: list[PrunedLayer] = []
     used = size = 0
-    place = None if device is None else block_device(device, torch.device("cpu"))
     weights = {layer.name: math.prod(layer.shape) for layer in blocks.layers}
     count = len(weights)
     with reporter(progress, count, sum(weights.values()), "weights") as report, torch.no_grad():
-        if tokens is None or not how.needs_inputs:
+
+        def prune_block(
+            block: Block, statistics: dict[str, InputStatistics], device: torch.device | None = None
+        ) -> None:
+            for layer in block.layers:
+                # Popped, so that a layer's statistics end with it.
+                inputs, target = statistics.pop(layer.name, None), targets[layer.name]
+                pruned.append(_prune_layer(layer, block, chosen, inputs, target, device))
+                report(layer.name, weights[layer.name], True)
+
+        if tokens is None or not chosen.needs_inputs:
+            where = None if device is None else block_device(device, torch.device("cpu"))
             for block in blocks.blocks:
-                for layer in block.layers:
-                    target = targets[layer.name]
-                    done.append(_prune_layer(layer, block, how, None, target, place))
-                    report(layer.name, weights[layer.name], True)
+                prune_block(block, {}, where)
         else:
             runner = BlockRunner(
                 model,
@@ -189,23 +195,19 @@ def prune_model(
                 device=device,
                 memory=memory,
                 batch_size=batch_size,
-                statistics=lambda block: _statistics_bytes(block, how),
+                statistics=lambda block: _statistics_bytes(block, chosen),
             )
             used = runner.use.device
             with runner:
-                for number, block in enumerate(blocks.blocks):
+                for block in blocks.blocks:
                     with runner.on_device():
-                        wanted = [x for x in block.layers if not _stays(targets[x.name])]
-                        found = collect(runner, wanted, how)
-                        for layer in block.layers:
-                            target, seen = targets[layer.name], found.pop(layer.name, None)
-                            done.append(_prune_layer(layer, block, how, seen, target))
-                            report(layer.name, weights[layer.name], True)
-                        if number + 1 < len(blocks.blocks):
+                        changing = [x for x in block.layers if not _unchanged(targets[x.name])]
+                        prune_block(block, collect_statistics(runner, changing, chosen))
+                        if block is not blocks.blocks[-1]:
                             runner.run(keep=True)
             size = runner.batch_size
     seconds = time.perf_counter() - start
-    return PruningReport(method, tuple(done), blocks.skipped, seconds, used, size)
+    return PruningReport(method, tuple(pruned), blocks.skipped, seconds, used, size)
 
 
 def owl_statistics(
@@ -218,23 +220,22 @@ def owl_statistics(
     batch_size: int | None = None,
     progress: bool | Progress = True,
 ) -> dict[str, float]:
-    """How many outliers every block of the dense model has (OWL, arXiv 2310.05175).
+    """Counts the outliers of every block of the dense model (OWL, arXiv 2310.05175).
 
-    D_b is the percentage of a block's scores |W|·√(mean x²), over all of its layers together, that
-    are above M times their mean.
+    D of a block is the percentage of the scores |W|·√(mean x²) of all its layers that exceed M
+    times their mean.
 
     Args:
-        model: as in `prune_model`; it is not changed.
+        model: as in `prune_model`; it does not change.
         calibration: int64 (samples, seqlen), token ids.
-        threshold: M.
+        threshold: M, above 0.
         device: as in `prune_model`.
         memory: as in `prune_model`.
         batch_size: as in `prune_model`.
         progress: as in `prune_model`; blocks count.
 
     Returns:
-        D_b by the name of the block, in the model's order, as
-        `farms_fast.adapters.pruning.owl.owl_sparsity` takes it.
+        D by block name in the model's order, as `owl_sparsity` takes it.
 
     Raises:
         TypeError: as `prune_model`.
@@ -252,7 +253,6 @@ def owl_statistics(
     check_threshold(threshold)
     blocks = find_blocks(model)
     tokens = check_tokens(model, calibration)
-    how = pruner("wanda")
     runner = BlockRunner(
         model,
         blocks,
@@ -262,23 +262,18 @@ def owl_statistics(
         batch_size=batch_size,
         statistics=lambda block: 12 * sum(math.prod(layer.shape) for layer in block.layers),
     )
-    found: dict[str, float] = {}
+    outliers: dict[str, float] = {}
     count = len(blocks.blocks)
     with reporter(progress, count, count, "blocks") as report, runner:
         for block in blocks.blocks:
             with runner.on_device():
-                statistics = collect(runner, block.layers, how, keep=True)
-                with whole(device_of(block.module), f"the scores of block {block.name!r}"):
+                statistics = collect_statistics(runner, block.layers, pruner("wanda"), keep=True)
+                what = f"the scores of block {block.name!r}"
+                with raise_oom_as_value_error(device_of(block.module), what):
                     scores = [wanda_scores(x.matrix, statistics[x.name]) for x in block.layers]
-                    found[block.name] = outlier_ratio(scores, threshold)
+                    outliers[block.name] = outlier_ratio(scores, threshold)
             report(block.name, 1, True)
-    return found
-
-
-def _check_room(memory: int | None, batch_size: int | None) -> None:
-    for argument, value in (("memory", memory), ("batch_size", batch_size)):
-        if value is not None:
-            natural(argument, value, least=1)
+    return outliers
 
 
 def _targets(
@@ -297,7 +292,7 @@ def _targets(
 
 
 def _for_all(argument: str, given: object, names: list[str]) -> dict[str, Any]:
-    """A value for each layer, from one for all or from a mapping that has exactly these names."""
+    """A value for each layer, from one for all or from a mapping with exactly these names."""
     if not isinstance(given, Mapping):
         return dict.fromkeys(names, given)
     missing = [name for name in names if name not in given]
@@ -312,16 +307,16 @@ def _for_all(argument: str, given: object, names: list[str]) -> dict[str, Any]:
     return {name: given[name] for name in names}
 
 
-def _stays(target: Target) -> bool:
+def _unchanged(target: Target) -> bool:
     ratio, groups = target
     return ratio == 0 if groups is None else groups[0] == groups[1]
 
 
-def _statistics_bytes(block: Block, how: Pruner) -> int:
-    """Of the sums of all layers, and of what the pruner makes of the largest one's."""
+def _statistics_bytes(block: Block, chosen: Pruner) -> int:
+    """Bytes of all layers' statistics, and of the pruner's work on the largest layer."""
     columns = [layer.shape[1] for layer in block.layers]
     weights = max((math.prod(layer.shape) for layer in block.layers), default=0)
-    if not how.needs_hessian:
+    if not chosen.needs_hessian:
         # Scores, their order, and masks.
         return 4 * sum(columns) + 16 * weights
     return 4 * sum(c * c for c in columns) + 16 * max(columns, default=0) ** 2 + 16 * weights
@@ -330,20 +325,21 @@ def _statistics_bytes(block: Block, how: Pruner) -> int:
 def _prune_layer(
     layer: PrunableLayer,
     block: Block,
-    how: Pruner,
+    chosen: Pruner,
     statistics: InputStatistics | None,
     target: Target,
     device: torch.device | None = None,
 ) -> PrunedLayer:
-    """Prunes one layer in place, on the device if there is one."""
+    """Prunes one layer in place, on a device if one is given."""
     ratio, groups = target
     matrix = layer.matrix
-    place = device or matrix.device
-    with whole(place, f"pruning layer {layer.name!r} of {layer.shape} by {how.name}"):
+    device = device or matrix.device
+    what = f"pruning layer {layer.name!r} of {layer.shape} by {chosen.name}"
+    with raise_oom_as_value_error(device, what):
         before = int((matrix == 0).sum())
-        if not _stays(target):
-            work = matrix.to(place)
-            how.prune_(work, None if groups else ratio, statistics, n_m=groups, layer=layer.name)
+        if not _unchanged(target):
+            work = matrix.to(device)
+            chosen.prune_(work, None if groups else ratio, statistics, n_m=groups, layer=layer.name)
             if work is not matrix:
                 matrix.copy_(work)
     return PrunedLayer(
@@ -354,5 +350,5 @@ def _prune_layer(
         int((matrix == 0).sum()),
         before,
         groups,
-        "" if _stays(target) else how.name,
+        "" if _unchanged(target) else chosen.name,
     )

@@ -1,9 +1,9 @@
-"""SparseGPT (arXiv 2301.00774): prune column by column, and let later columns make up for it.
+"""SparseGPT (arXiv 2301.00774): prunes column by column, and later columns compensate.
 
-With H = U⁻¹U⁻ᵀ the damped Hessian of a layer's inputs, U upper triangular (the Cholesky factor of
-H⁻¹ = UᵀU), column j of a row w leaves the error e_j = w_j / U_jj if it is pruned, and 0 if not, and
-every later column changes by −e_j U_j,: . Columns go in blocks; a block chooses its mask by
-w² / U_jj² when its first column is reached, in N:M a group of M when its first column is.
+Let H be the damped Hessian of a layer's inputs and U the upper Cholesky factor of H⁻¹ = UᵀU.
+Pruning column j of a row w leaves the error e_j = w_j / U_jj (0 if w_j is kept), and every later
+column changes by −e_j U_j,: . A block of columns chooses its mask by w² / U_jj² when its first
+column is reached; with N:M a group of M does.
 """
 
 from __future__ import annotations
@@ -15,15 +15,14 @@ from farms_fast.adapters.pruning.masks import (
     check_weight,
     lowest,
     lowest_in_groups,
-    share_out,
+    split_in_proportion,
 )
-from farms_fast.adapters.pruning.sparsities import is_number
 from farms_fast.adapters.pruning.statistics import (
     InputStatistics,
     check_statistics,
     full_float32,
 )
-from farms_fast.core.arguments import natural
+from farms_fast.core.arguments import check_int, is_real
 
 __all__ = ["check_damping", "inverse_factor", "sparsegpt_prune_"]
 
@@ -32,7 +31,7 @@ _MOST_DAMPING = 100.0
 
 def check_damping(damping: object) -> None:
     """Raises ValueError unless it is a number above 0."""
-    if not is_number(damping) or not damping > 0:
+    if not is_real(damping) or not damping > 0:
         raise ValueError(f"damping: expected a number above 0, got {damping!r}")
 
 
@@ -41,9 +40,9 @@ def inverse_factor(
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
     """The upper Cholesky factor of a damped Hessian's inverse.
 
-    `damping` times the mean of the diagonal is added to the diagonal. Where a Cholesky
-    factorisation fails all the same, ten times as much, and so on. A dead column (an input that was
-    always zero) has a zero on the diagonal; it gets the mean of the others.
+    `damping` times the mean of the diagonal is added to the diagonal. Each time the Cholesky
+    factorisation fails, the damping grows tenfold. A dead column (an input that was always zero)
+    has a zero on the diagonal and gets the mean of the others.
 
     Args:
         hessian: float32 or float64 (n, n), symmetric; not written.
@@ -52,12 +51,12 @@ def inverse_factor(
 
     Returns:
         The factor U (n, n) with UᵀU = (H + damping·mean·I)⁻¹, the dead columns bool (n,), and the
-        damping that was enough.
+        damping that sufficed.
 
     Raises:
         TypeError: hessian is no tensor.
         ValueError: hessian is not square, damping is not positive, or 100 times the mean diagonal
-            was not enough, as for a matrix that is no Hessian.
+            does not suffice, as for a matrix that is no Hessian.
 
     Example:
         >>> factor, dead, damping = inverse_factor(torch.eye(2) * 2, 1.0)
@@ -108,30 +107,22 @@ def sparsegpt_prune_(
     damping: float = 0.01,
     layer: str = "",
 ) -> torch.Tensor:
-    """Prunes a matrix and changes what is kept so that the layer's outputs change little.
+    """Prunes a matrix and adjusts the kept weights so that the layer's outputs change little.
+
+    Other arguments and errors are those of `farms_fast.adapters.pruning.pruners.PruneFunction`. The
+    zeros are evenly distributed over the blocks of columns. Existing zeros stay zero; a matrix with
+    more of them than asked for does not change. Weights of inputs that were always zero go first,
+    by magnitude. The mask that is returned marks the weights set to zero; a kept weight can round
+    to zero in float16.
 
     Args:
-        weight: floating (out, in), any strides; written in place.
-        ratio: share of all weights that are zero afterwards, exactly round(ratio * (out * in)),
-            shared out evenly over the blocks of columns. Zeros that were there before count and
-            stay zero; a matrix with more of them than that stays as it is. Of inputs that were
-            always zero, weights go first, those of least magnitude before others. None with
-            `n_m`.
-        statistics: of the layer's inputs, made with `hessian=True`.
-        n_m: (n, m): n weights are kept of every m consecutive ones of a row, instead of a ratio.
-            Zeros that were there before stay zero.
+        weight: floating (out, in); written in place.
+        ratio: share of zeros.
+        statistics: those of the layer's inputs, made with `hessian=True`.
+        n_m: (n, m) instead of a ratio.
         block: columns that choose their mask together; with n_m rounded up to a multiple of m.
         damping: as `inverse_factor` takes it.
         layer: the layer's name for messages.
-
-    Returns:
-        bool (out, in), true where the weight was set to zero. (A kept weight can still round to
-        zero in float16.)
-
-    Raises:
-        TypeError: weight is no tensor, or statistics are missing.
-        ValueError: as `magnitude_prune_`,
-            `inverse_factor` and the statistics.
 
     Example:
         >>> statistics = InputStatistics(2, hessian=True)
@@ -147,7 +138,7 @@ def sparsegpt_prune_(
     hessian = check_statistics(statistics, weight, layer).hessian
     check_damping(damping)
     cols = weight.shape[1]
-    width = natural("block", block, least=1)
+    width = check_int("block", block, least=1)
     if n_m is not None:
         width = -(-width // n_m[1]) * n_m[1]
     hessian = hessian.to(weight.device, torch.promote_types(hessian.dtype, weight.dtype))
@@ -159,11 +150,11 @@ def sparsegpt_prune_(
         if wanted <= 0:
             return zero
         free = [int((~zero[:, start : start + width]).sum()) for start in starts]
-        quotas = share_out(wanted, free)
+        quotas = split_in_proportion(wanted, free)
 
     with full_float32():
         factor, dead, _ = inverse_factor(hessian, damping, layer=layer)
-        # Rows side by side whatever the weight's strides, so that they do not change the rounding.
+        # Contiguous, so that the weight's strides do not change the rounding.
         work = weight.to(hessian.dtype, copy=True, memory_format=torch.contiguous_format)
         mask = torch.empty_like(zero)
         for number, start in enumerate(starts):
@@ -193,8 +184,8 @@ def _prune_block(
 ) -> torch.Tensor:
     """Prunes a block in place, fills in its mask, and returns its errors (columns, rows).
 
-    `quota` is the number of weights to prune beside the zeros. The errors are transposed, so that
-    those of one column lie side by side.
+    `quota` is the number of weights to prune besides the zeros. The errors are transposed, so that
+    those of one column are contiguous.
     """
     rows, width = work.shape
     group = width if n_m is None else n_m[1]
@@ -202,7 +193,7 @@ def _prune_block(
     errors = torch.zeros((width, rows), dtype=work.dtype, device=work.device)
     for first in range(0, width, group):
         part = slice(first, first + group)
-        # What the columns before the group have made of it.
+        # Apply the errors of the block's earlier columns.
         work[:, part].addmm_(errors[:first].T, factor[:first, part], alpha=-1)
         scores = (work[:, part] / diagonal[part]).square_()
         idle = -1 / (1 + work[:, part].abs())

@@ -1,54 +1,53 @@
-"""An allocation of sparsity: a ratio for each layer, and what it was made of."""
+"""A sparsity for each layer: the `Allocation`, its exact total, and its rounding to N:M."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, TypeGuard
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from farms_fast.adapters.pruning.patterns import kept_of_groups
-from farms_fast.core.arguments import natural
+from farms_fast.core.arguments import check_int, is_real
+from farms_fast.core.jsonable import plain
 from farms_fast.core.text import printable
 
 __all__ = [
     "Allocation",
     "as_number",
     "check_sparsity",
-    "is_number",
-    "shared_to_total",
+    "kept_of_groups",
+    "scale_to_total",
     "weight_counts",
 ]
 
 Array = npt.NDArray[np.float64]
 
-#: What the published code puts in the place of a ratio above 1: for S = 0.7, and otherwise.
+# The published code replaces a ratio above 1 by these: at S = 0.7, and otherwise.
 _CLIP_AT_70, _CLIP = 0.99999, 0.998
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """Ratios by layer, the share of each layer's weights that is to be zero.
+    """The share of each layer's weights that pruning sets to zero.
 
     Attributes:
-        ratios: by layer name, in order, each within [0, 1].
+        ratios: the share by layer name, in order, each within [0, 1].
         params: number of weights by layer name.
-        relative: what the ratios are in proportion to, before any limit: r of
-            `allocate_sparsity`, the ratio itself for
-            OWL, 1 when uniform.
-        blocks: names of the layers by block; a layer by itself where there are no blocks.
-        scale: eta, the ratio at r = 1 before what exceeds 1 is shared out.
-        settings: how it was made; the wanted total is `settings["sparsity"]`.
-        alphas: by layer name, NaN where a fit failed; empty where alphas were not looked at. Of
-            a module that was analysed in parts, the mean of the parts weighted by their parameters.
-        block_alphas: by block, the alpha that its r was made of, NaN where none was fitted; empty
-            where every layer has its own ratio, or alphas were not looked at.
+        relative: the weighting r by layer name, to which the ratios are proportional before any
+            limit: that of `allocate_sparsity`, the ratio itself for OWL, 1 when uniform.
+        blocks: names of the layers by block; a layer outside of blocks is its own block.
+        scale: eta, the ratio at r = 1 before the excess over 1 is redistributed.
+        settings: how the allocation was made; `settings["sparsity"]` is the requested total.
+        alphas: alpha by layer name, NaN where a fit failed; empty without alphas. A module that was
+            analysed in parts has the mean of its parts, weighted by their parameters.
+        block_alphas: the alpha behind each block's r, NaN where no fit succeeded; empty where every
+            layer has its own ratio, or without alphas.
         outliers: OWL's percentage by block; empty otherwise.
         unfitted: layers without an alpha.
-        left_out: layers that are in no repeated block and so have no ratio.
+        left_out: layers that lie in no repeated block and so have no ratio.
 
     Example:
         >>> allocation = Allocation({"fc": 0.5}, {"fc": 8}, {"fc": 1.0}, {"fc": ("fc",)}, 0.5,
@@ -77,7 +76,7 @@ class Allocation:
 
     @property
     def block_ratios(self) -> dict[str, float]:
-        """Sparsity of every block."""
+        """Sparsity by block."""
         return {
             block: math.fsum(self.ratios[name] * self.params[name] for name in names)
             / sum(self.params[name] for name in names)
@@ -85,9 +84,9 @@ class Allocation:
         }
 
     def shown_alpha(self, block: str) -> float:
-        """The alpha that a block's ratio was made of; the mean of its layers' at level "layer".
+        """The alpha behind a block's ratio, NaN where there is none.
 
-        NaN where there is none.
+        At level "layer" it is the mean over the block's layers.
         """
         if block in self.block_alphas:
             return self.block_alphas[block]
@@ -97,7 +96,7 @@ class Allocation:
 
     @property
     def limited(self) -> tuple[str, ...]:
-        """Layers whose share was above 1, at once or when they took a part of others' excess."""
+        """Layers that reached a ratio of 1, at once or with a part of the others' excess."""
         return tuple(
             name
             for name, r in self.relative.items()
@@ -105,24 +104,20 @@ class Allocation:
         )
 
     def for_modules(self, modules: Mapping[str, int]) -> Allocation:
-        """The same allocation over the modules that a pruner works on.
+        """Transfers the allocation to the modules that a pruner works on.
 
-        An analysis may have a fused weight in parts (`attn.c_attn.q`), or lack a layer that was
-        too small to analyse, or have layers that nobody prunes. A module gets the r of the layer of
-        its name, or the mean of its parts' (weighted by parameters), or that of the block that it
-        lies in; then the ratios are scaled anew to the total over these modules. The alphas of
-        blocks stay those that the ratios were made of. With the layers of the allocation itself as
-        modules the ratios stay as they are.
+        An analysis may split a fused weight into parts (`attn.c_attn.q`), skip a layer that is too
+        small, or include layers that nobody prunes. A module gets the r of the layer of its name,
+        else the mean r of its parts weighted by parameters, else that of its block. The ratios are
+        then scaled to the total over these modules. If the modules are the allocation's own layers,
+        the ratios do not change.
 
         Args:
             modules: number of weights by module name.
 
-        Returns:
-            An Allocation with these names.
-
         Raises:
-            TypeError: no mapping, or a number of weights that is no integer.
-            ValueError: no modules, or one that neither has an r nor lies in a block.
+            TypeError: modules are no mapping, or a number of weights is no integer.
+            ValueError: there are no modules, or one has no r and lies in no block.
 
         Example:
             >>> from farms_fast.adapters.pruning.allocation import allocate_sparsity
@@ -133,39 +128,39 @@ class Allocation:
             {'h.0.qkv': 0.4, 'h.1.qkv': 0.6}
         """
         counts = weight_counts("modules", modules)
-        found = {name: self._relative_of(name) for name in counts}
+        relative = {name: self._relative_of(name) for name in counts}
+        alphas = {name: self._alpha_of(name) for name in counts} if self.alphas else {}
         blocks: dict[str, list[str]] = {}
         for name in counts:
             blocks.setdefault(self._block_of(name) or name, []).append(name)
         scale, ratios = self.scale, {name: self.ratios.get(name, math.nan) for name in counts}
-        if found != self.relative or counts != self.params:
-            scale, scaled = shared_to_total(
-                np.array(list(found.values())),
+        if relative != self.relative or counts != self.params:
+            scale, scaled = scale_to_total(
+                np.array(list(relative.values())),
                 np.array(list(counts.values()), np.float64),
                 float(str(self.settings["sparsity"])),
                 clip=self.settings.get("compat") == "farms",
             )
             ratios = dict(zip(counts, scaled.tolist(), strict=True))
-        return Allocation(
+        return replace(
+            self,
             ratios=ratios,
             params=counts,
-            relative=found,
+            relative=relative,
             blocks={block: tuple(names) for block, names in blocks.items()},
             scale=scale,
-            settings=dict(self.settings),
-            alphas={name: self._alpha_of(name) for name in counts} if self.alphas else {},
-            outliers=dict(self.outliers),
-            block_alphas=dict(self.block_alphas),
-            unfitted=tuple(n for n in counts if self.alphas and math.isnan(self._alpha_of(n))),
+            alphas=alphas,
+            unfitted=tuple(name for name, alpha in alphas.items() if math.isnan(alpha)),
+            left_out=(),
         )
 
     def n_m(self, m: int) -> dict[str, tuple[int, int]]:
-        """The ratios as N:M patterns: how many of every m weights each block keeps.
+        """Rounds the ratios to N:M: how many of every m weights each block keeps.
 
-        All layers of a block get the same N (at level "layer" every layer its own). Every N is the
-        wanted number rounded down, and those with the largest remainders get one more, as many as
-        bring the total nearest to the wanted one. Only a ratio of 1 gives N = 0: where less than 1
-        is wanted it is 1, and the excess is taken from those with the smallest remainders.
+        All layers of a block get the same N; at level "layer" every layer has its own. N is rounded
+        down, then those with the largest remainders get one more until the total is nearest to the
+        requested one. Only a ratio of 1 gives N = 0: elsewhere N is at least 1, and the excess is
+        taken from those with the smallest remainders.
 
         Args:
             m: weights of a group, 4 or 8 for example.
@@ -183,16 +178,16 @@ class Allocation:
             >>> allocation.n_m(8)
             {'0.0': (5, 8), '1.0': (4, 8), '2.0': (3, 8)}
         """
-        size = natural("m", m, least=1)
+        size = check_int("m", m, least=1)
         units = self._units()
         counts = [sum(self.params[name] for name in unit) for unit in units]
         kept = kept_of_groups([self.ratios[unit[0]] for unit in units], counts, size)
         return {name: (n, size) for unit, n in zip(units, kept, strict=True) for name in unit}
 
     def to_dict(self) -> dict[str, object]:
-        """Everything in values that JSON has a form for; NaN as None."""
-        return {
-            "settings": dict(self.settings),
+        """The allocation in values that JSON can hold, with None for NaN."""
+        document = {
+            "settings": self.settings,
             "total": self.total,
             "scale": self.scale,
             "layers": [
@@ -202,21 +197,23 @@ class Allocation:
                     "params": self.params[name],
                     "ratio": self.ratios[name],
                     "relative": self.relative[name],
-                    "alpha": _or_none(self.alphas.get(name, math.nan)),
+                    "alpha": self.alphas.get(name),
                 }
                 for block, names in self.blocks.items()
                 for name in names
             ],
             "blocks": self.block_ratios,
-            "block_alphas": {block: _or_none(x) for block, x in self.block_alphas.items()},
-            "outliers": dict(self.outliers),
-            "unfitted": list(self.unfitted),
-            "limited": list(self.limited),
-            "left_out": list(self.left_out),
+            "block_alphas": self.block_alphas,
+            "outliers": self.outliers,
+            "unfitted": self.unfitted,
+            "limited": self.limited,
+            "left_out": self.left_out,
         }
+        values: dict[str, object] = plain(document)
+        return values
 
     def __str__(self) -> str:
-        """A line with the settings and the total, then one line per block."""
+        """One line with the settings and the total, then one line per block."""
         settings = ", ".join(f"{k} {v}" for k, v in self.settings.items() if v is not None)
         lines = [f"Allocation({settings}; {len(self.ratios)} layers, total {self.total:.6f})"]
         for block, ratio in self.block_ratios.items():
@@ -230,7 +227,7 @@ class Allocation:
         return "\n".join(lines)
 
     def _units(self) -> list[list[str]]:
-        """Layers that have one ratio together: those of a block where they are all alike."""
+        """Layers grouped by common ratio: a whole block where its layers are alike."""
         units: list[list[str]] = []
         for names in self.blocks.values():
             alike = len({self.relative[name] for name in names}) == 1
@@ -263,21 +260,16 @@ class Allocation:
         return self._mean(self.alphas, parts) if parts else math.nan
 
     def _mean(self, values: Mapping[str, float], names: list[str]) -> float:
-        """Weighted by parameters."""
-        alike = {values[name] for name in names}
-        if len(alike) == 1:  # for a weighted mean of equal numbers is not always that number
-            return alike.pop()
+        """The mean weighted by parameters."""
+        distinct = {values[name] for name in names}
+        if len(distinct) == 1:  # rounding may move a weighted mean of equal numbers
+            return distinct.pop()
         weight = sum(self.params[name] for name in names)
         return math.fsum(values[name] * self.params[name] for name in names) / weight
 
 
-def is_number(value: object) -> TypeGuard[float]:
-    """Whether it is a number of Python or a floating one of NumPy, and no bool."""
-    return isinstance(value, (int, float, np.floating)) and not isinstance(value, bool)
-
-
 def as_number(argument: str, value: Any, of: str) -> float:
-    """One of several numbers as a float; TypeError for what is none, a text with digits too."""
+    """One of several numbers as a float; TypeError for anything else, text with digits included."""
     try:
         if not isinstance(value, (str, bytes)):
             return float(value)
@@ -287,16 +279,7 @@ def as_number(argument: str, value: Any, of: str) -> float:
 
 
 def weight_counts(argument: str, given: object) -> dict[str, int]:
-    """Numbers of weights by name.
-
-    Raises:
-        TypeError: they are no mapping from names to integers.
-        ValueError: there are none, or one is less than 1.
-
-    Example:
-        >>> weight_counts("modules", {"up": 64})
-        {'up': 64}
-    """
+    """Checks that there are positive numbers of weights by name, and returns them."""
     if not isinstance(given, Mapping):
         raise TypeError(
             f"{argument}: expected numbers of weights by name, got {type(given).__name__}"
@@ -306,26 +289,26 @@ def weight_counts(argument: str, given: object) -> dict[str, int]:
     wrong = [name for name in given if not isinstance(name, str)]
     if wrong:
         raise TypeError(f"{argument}: expected names, got {wrong[0]!r} for one")
-    return {name: natural(f"{argument}[{name!r}]", n, least=1) for name, n in given.items()}
+    return {name: check_int(f"{argument}[{name!r}]", n, least=1) for name, n in given.items()}
 
 
 def check_sparsity(sparsity: object) -> None:
     """Raises ValueError unless it is a number within (0, 1)."""
-    if not is_number(sparsity) or not 0 < sparsity < 1:
+    if not is_real(sparsity) or not 0 < sparsity < 1:
         raise ValueError(f"sparsity: expected a number between 0 and 1, got {sparsity!r}")
 
 
-def shared_to_total(
+def scale_to_total(
     relative: Array, weights: Array, sparsity: float, *, clip: bool = False
 ) -> tuple[float, Array]:
     """Ratios in proportion to `relative`, none above 1, that prune a share of all weights.
 
     Args:
         relative: float64 (n,), at least 0.
-        weights: float64 (n,), how much each counts.
+        weights: float64 (n,), number of weights of each.
         sparsity: the share, within (0, 1).
-        clip: put 0.998 (0.99999 for a share of 0.7) in the place of ratios above 1 instead of
-            sharing their excess out.
+        clip: replaces ratios above 1 by 0.998 (0.99999 for a share of 0.7), as the published code
+            does, instead of redistributing their excess.
 
     Returns:
         The first factor of `relative`, and the ratios float64 (n,).
@@ -334,8 +317,7 @@ def shared_to_total(
         ValueError: too many are zero for the others to make up the share.
 
     Example:
-        >>> import numpy as np
-        >>> scale, ratios = shared_to_total(np.array([1.0, 3.0]), np.ones(2), 0.75)
+        >>> scale, ratios = scale_to_total(np.array([1.0, 3.0]), np.ones(2), 0.75)
         >>> scale, ratios.tolist()
         (0.375, [0.5, 1.0])
     """
@@ -359,5 +341,42 @@ def shared_to_total(
     return scale, ratios
 
 
-def _or_none(value: float) -> float | None:
-    return None if math.isnan(value) else value
+def kept_of_groups(ratios: Sequence[float], counts: Sequence[int], size: int) -> list[int]:
+    """How many of `size` weights each layer (or block) keeps, by the rule of `Allocation.n_m`.
+
+    Example:
+        >>> kept_of_groups([0.9, 0.5, 0.7], [8, 8, 8], 4)
+        [1, 2, 1]
+    """
+    wanted = [(1 - ratio) * size for ratio in ratios]
+    minimum = [0 if ratio == 1 else 1 for ratio in ratios]
+    # A ratio such as 0.7 is inexact: 2.9999999999999996 means 3.
+    down = [math.floor(value + 1e-9) for value in wanted]
+    kept = [max(pair) for pair in zip(down, minimum, strict=True)]
+
+    def missing() -> float:
+        return math.fsum(
+            (value - n) * count for value, n, count in zip(wanted, kept, counts, strict=True)
+        )
+
+    lacking = missing()
+    while lacking < 0:
+        reducible = [u for u, n in enumerate(kept) if n > minimum[u] and -2 * lacking > counts[u]]
+        if not reducible:
+            break
+        kept[min(reducible, key=lambda unit: (wanted[unit] - kept[unit], unit))] -= 1
+        lacking = missing()
+    for unit in sorted(range(len(kept)), key=lambda unit: (down[unit] - wanted[unit], unit)):
+        growable = down[unit] >= minimum[unit] > 0 and kept[unit] < size
+        if growable and lacking * 2 >= counts[unit]:
+            kept[unit] += 1
+            lacking -= counts[unit]
+    steps = [count for count, few in zip(counts, minimum, strict=True) if few]
+    if kept == minimum and steps and -2 * lacking > min(steps) * (1 + 1e-9):
+        reached = 1 - sum(n * c for n, c in zip(kept, counts, strict=True)) / size / sum(counts)
+        total = math.fsum(r * c for r, c in zip(ratios, counts, strict=True)) / sum(counts)
+        raise ValueError(
+            f"m: with 1 of {size} kept at least, no more than {reached:.4f} of the weights can go, "
+            f"and the ratios make it {total:.4f}: expected a larger m"
+        )
+    return kept

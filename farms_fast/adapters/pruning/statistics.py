@@ -1,4 +1,4 @@
-"""What a pruner has to know of a layer's inputs: mean squares, or all second moments."""
+"""Statistics of a layer's inputs for a pruner: mean squares, or all second moments."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from contextlib import contextmanager
 
 import torch
 
-from farms_fast.core.arguments import check_dtype, natural, resolve_device
+from farms_fast.core.arguments import check_dtype, check_int, resolve_device
 
 __all__ = ["InputStatistics", "check_statistics", "full_float32"]
 
 
 class InputStatistics:
-    """Running means over the tokens that a layer is given.
+    """Running means over the input tokens of a layer.
 
     With tokens x_t, t = 1..T, the mean squares are Σ x_t² / T per column, and the Hessian is
-    Σ x_t x_tᵀ / T: that of ½‖(W − Ŵ)X‖²/T in a row of Ŵ, the loss that SparseGPT goes by. Published
-    code divides by sequences instead of tokens and may have a factor 2: no mask and no pruned
-    weight depends on the Hessian's scale.
+    Σ x_t x_tᵀ / T: that of ½‖(W − Ŵ)X‖²/T, SparseGPT's loss, in a row of Ŵ. Published code divides
+    by sequences instead of tokens and may have a factor 2; neither masks nor pruned weights depend
+    on the Hessian's scale.
 
-    The sums are float32 whatever the activations are, at full precision (`full_float32`).
-    It takes 4·columns bytes, with the Hessian 4·columns² bytes, on its device.
+    The sums are float32 at full precision (`full_float32`) for any activations. They take
+    4·columns bytes, with the Hessian 4·columns² bytes.
 
     Args:
-        columns: inputs of the layer.
+        columns: number of inputs of the layer.
         hessian: whether to keep the second moments of all pairs of columns.
-        device: where the sums are; None is that of the first activations.
+        device: device of the sums; None is that of the first activations.
         dtype: of the sums, torch.float32 or torch.float64.
         layer: the layer's name for messages.
 
     Attributes:
-        tokens: how many tokens were added.
+        tokens: number of tokens so far.
 
     Raises:
         TypeError: columns is no integer.
@@ -56,7 +56,7 @@ class InputStatistics:
         layer: str = "",
     ) -> None:
         check_dtype(dtype)
-        self.columns = natural("columns", columns, least=1)
+        self.columns = check_int("columns", columns, least=1)
         self.has_hessian = hessian
         self.device = (
             None if device is None else resolve_device(device, default=torch.device("cpu"))
@@ -68,13 +68,13 @@ class InputStatistics:
 
     @torch.no_grad()
     def add(self, activations: torch.Tensor) -> None:
-        """Adds the inputs of one call of the layer; nothing waits for the device.
+        """Adds the inputs of one call of the layer, without waiting for the device.
 
         Args:
-            activations: floating (..., columns), any leading dimensions, each place a token.
+            activations: floating (..., columns), a token at each leading index.
 
         Raises:
-            TypeError: they are no tensor.
+            TypeError: activations are no tensor.
             ValueError: the last dimension is not the layer's number of inputs.
         """
         if not isinstance(activations, torch.Tensor):
@@ -103,35 +103,26 @@ class InputStatistics:
         else:
             sums = torch.linalg.vector_norm(rows, dim=0).square_()
             self._moments.mul_(kept).add_(sums, alpha=1 / tokens)
-        # Last: where there is no memory for the above, nothing was added.
+        # Last: if the lines above run out of memory, the tokens do not count.
         self.tokens = tokens
 
     @property
     def mean_squares(self) -> torch.Tensor:
-        """Mean of x² over the tokens, (columns,).
-
-        Raises:
-            ValueError: there were no tokens, or some were not finite (NaN, infinity, or squares
-                beyond the range of the sums).
-        """
+        """Mean of x² over the tokens, (columns,); ValueError without tokens or if not finite."""
         moments = self._checked()
         return moments.diagonal() if self.has_hessian else moments
 
     @property
     def norms(self) -> torch.Tensor:
-        """Root of the mean squares, (columns,).
-
-        Raises:
-            ValueError: as `mean_squares`.
-        """
+        """Root of the mean squares, (columns,)."""
         return self.mean_squares.sqrt()
 
     @property
     def hessian(self) -> torch.Tensor:
-        """Mean of x xᵀ over the tokens, (columns, columns); the statistics' own tensor.
+        """Mean of x xᵀ over the tokens, (columns, columns), not a copy.
 
         Raises:
-            ValueError: as `mean_squares`, or they were made without `hessian=True`.
+            ValueError: as `mean_squares`, or the statistics were made without `hessian=True`.
         """
         if not self.has_hessian:
             raise ValueError(
@@ -144,7 +135,7 @@ class InputStatistics:
             raise ValueError(
                 f"statistics of layer {self.layer!r}: no calibration activations reached it"
             )
-        # A NaN, an infinity or an overflow in any token is still there in the column's mean.
+        # A NaN, an infinity or an overflow in any token persists in its column's mean.
         squares = self._moments.diagonal() if self.has_hessian else self._moments
         wrong = int(torch.isfinite(squares).logical_not().sum())
         if wrong:
@@ -156,12 +147,7 @@ class InputStatistics:
 
 
 def check_statistics(statistics: object, weight: torch.Tensor, layer: str = "") -> InputStatistics:
-    """The statistics, if they are those of a weight's inputs.
-
-    Raises:
-        TypeError: they are missing, or something else.
-        ValueError: they are of another number of inputs.
-    """
+    """Raises unless the statistics fit a weight (out, in); returns them."""
     if not isinstance(statistics, InputStatistics):
         got = None if statistics is None else type(statistics).__name__
         raise TypeError(
@@ -177,10 +163,10 @@ def check_statistics(statistics: object, weight: torch.Tensor, layer: str = "") 
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Float32 products at full precision within, whatever the caller has chosen for his own.
+    """Computes float32 products at full precision inside, regardless of the caller's setting.
 
-    TF32 and bfloat16 products have errors of 1e-3, as large as what a damping of 0.01 leaves of a
-    Hessian's small eigenvalues.
+    TF32 and bfloat16 products have errors of 1e-3, as large as a Hessian's small eigenvalues after
+    a damping of 0.01.
 
     Example:
         >>> with full_float32():

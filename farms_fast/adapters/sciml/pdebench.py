@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from farms_fast.core.arguments import check_type, natural, path_of
+from farms_fast.core.arguments import check_int, check_type, path_of
 from farms_fast.core.optional import optional_import
 
 __all__ = ["FIELDS", "CompressibleFlow", "read_pdebench", "write_pdebench"]
@@ -94,9 +94,9 @@ def read_pdebench(
     """
     file_path = path_of("path", path)
     h5py = _h5py()
-    start = natural("first", first)
-    count = None if samples is None else natural("samples", samples, least=1)
-    space, time = natural("space_step", space_step, 1), natural("time_step", time_step, 1)
+    start = check_int("first", first)
+    count = None if samples is None else check_int("samples", samples, least=1)
+    space, time = check_int("space_step", space_step, 1), check_int("time_step", time_step, 1)
     if not file_path.is_file():
         raise FileNotFoundError(f"path: expected an HDF5 file, got {os.fspath(path)!r}")
     try:

@@ -8,7 +8,7 @@ from typing import Any
 from farms_fast.adapters.layer_rates import LayerRates
 from farms_fast.adapters.layer_rates.due import Clock
 from farms_fast.adapters.layer_rates.logs import scalars
-from farms_fast.core.arguments import check_type, natural
+from farms_fast.core.arguments import check_int, check_type
 from farms_fast.core.optional import optional_import
 
 with optional_import("lightning", extra="lightning", needed_for="LightningRates"):
@@ -69,7 +69,7 @@ class LightningRates(Callback):  # type: ignore[misc]
             )
         check_type("optimizer", optimizer, int, "an index of the trainer's optimizers")
         self._where = rates
-        self._optimizer = natural("optimizer", optimizer)
+        self._optimizer = check_int("optimizer", optimizer)
         self._log = log
         self._clock: Clock | None = None
         self._restored: dict[str, Any] | None = None

@@ -32,7 +32,7 @@ from farms_fast.compat.farms.spectra import (
     weights_of,
 )
 from farms_fast.compat.farms.tails import TailRule
-from farms_fast.core.arguments import check_module, natural
+from farms_fast.core.arguments import check_int, check_module
 
 __all__ = ["net_esd_estimator", "net_esd_estimator_farms", "results_of", "whole_layers"]
 
@@ -199,15 +199,15 @@ def net_esd_estimator_farms(
         [2.75, 2.83]
     """
     rule = TailRule.published(fix_fingers, xmin_pos, bins, EVALS_THRESH, filter_zeros)
-    min_evals = natural("eigs_num_thresh", eigs_num_thresh)
+    min_evals = check_int("eigs_num_thresh", eigs_num_thresh)
     if variant not in ("llm", "cv"):
         raise ValueError(f"variant: expected 'llm' or 'cv', got {variant!r}")
-    rows, q = natural("num_row_samples", num_row_samples, least=1), positive("Q_ratio", Q_ratio)
+    rows, q = check_int("num_row_samples", num_row_samples, least=1), positive("Q_ratio", Q_ratio)
     if sampling_ops_per_dim is None:
-        step = natural("step_size", step_size, least=1)
+        step = check_int("step_size", step_size, least=1)
         windows = partial(stepped_windows, window_rows=rows, q=q, step=step)
     else:
-        per_dim = natural("sampling_ops_per_dim", sampling_ops_per_dim, least=1)
+        per_dim = check_int("sampling_ops_per_dim", sampling_ops_per_dim, least=1)
         clamped = variant == "llm"
         windows = partial(sampled_windows, window_rows=rows, q=q, per_dim=per_dim, clamped=clamped)
     scale = positive("conv_norm", conv_norm)
@@ -253,7 +253,7 @@ def results_of(
         row: columns of one function alone, from the spectra of a layer. The others are means over
             the spectra, those of alpha and D over the spectra that have a fit.
     """
-    budget = 0 if memory is None else natural("memory", memory, least=1)
+    budget = 0 if memory is None else check_int("memory", memory, least=1)
     results: Results = {column: [] for column in columns}
     for layer, spectra in zip(layers, fitted_spectra(layers, rule, budget), strict=True):
         # The line that called the published function.

@@ -8,7 +8,7 @@ from numbers import Integral
 from typing import Any
 
 from farms_fast.compat.arguments import choice, finite
-from farms_fast.core.arguments import natural
+from farms_fast.core.arguments import check_int
 
 __all__ = ["LAYER_TYPES", "Options", "checked_options", "refuse_unsupported"]
 
@@ -107,10 +107,10 @@ def checked_options(given: Mapping[str, Any]) -> Options:
         if not isinstance(given[name], bool):
             raise TypeError(f"{name}: expected True or False, got {given[name]!r}")
     min_evals, max_evals = (
-        natural(name, 0 if given[name] is None else given[name])
+        check_int(name, 0 if given[name] is None else given[name])
         for name in ("min_evals", "max_evals")
     )
-    max_N = natural("max_N", given["max_N"], least=1)
+    max_N = check_int("max_N", given["max_N"], least=1)
     if min_evals and max_evals and min_evals >= max_evals:
         raise ValueError(f"min_evals: expected less than max_evals={max_evals}, got {min_evals}")
     if max_N < max(min_evals, max_evals):
@@ -133,7 +133,7 @@ def checked_options(given: Mapping[str, Any]) -> Options:
         min_evals=min_evals,
         max_evals=max_evals,
         max_N=max_N,
-        start_ids=natural("start_ids", given["start_ids"]),
+        start_ids=check_int("start_ids", given["start_ids"]),
         pool=given["pool"] and not given["ww2x"],
         conv2d_norm=given["conv2d_norm"],
         randomize=given["randomize"],
@@ -143,13 +143,13 @@ def checked_options(given: Mapping[str, Any]) -> Options:
         pl_package=package,
         fix_fingers="xmin_peak" if fit == "E_TPL" else fingers,
         xmin_max=None if xmin_max is None else finite("xmin_max", xmin_max),
-        max_fingers=None if max_fingers is None else natural("max_fingers", max_fingers, least=1),
+        max_fingers=None if max_fingers is None else check_int("max_fingers", max_fingers, least=1),
         finger_thresh=finite("finger_thresh", given["finger_thresh"]),
         clip=clip,
         force_xmax=force,
         tolerance=finite("tolerance", given["tolerance"] or _DEFAULT_TOLERANCE),
         peft=_peft(given["peft"]),
-        seed=natural("seed", given["seed"]),
+        seed=check_int("seed", given["seed"]),
     )
 
 

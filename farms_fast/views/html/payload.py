@@ -19,7 +19,7 @@ import numpy.typing as npt
 from farms_fast.core.progress import Progress, reporter
 from farms_fast.core.text import printable
 from farms_fast.views.curves import SpectrumCurves, spectrum_curves
-from farms_fast.views.positions import places
+from farms_fast.views.positions import layer_positions
 from farms_fast.views.values import DifferenceValues, LayerValues, Side
 
 __all__ = ["RECORD_FIELDS", "comparison_payload", "curves_of", "packed", "report_payload"]
@@ -133,9 +133,9 @@ def _page(
     mode: str, pairs: Sequence[_Pair], differences: Sequence[DifferenceValues] = ()
 ) -> dict[str, Any]:
     layers = [_either(pair) for pair in pairs]
-    found = places([layer.name for layer in layers], [layer.kind for layer in layers])
-    groups = list(dict.fromkeys(place.group for place in found))
-    blocks = dict(sorted((place.depth, place.block) for place in found))
+    positions = layer_positions([layer.name for layer in layers], [layer.kind for layer in layers])
+    groups = list(dict.fromkeys(position.group for position in positions))
+    blocks = dict(sorted((position.depth, position.block) for position in positions))
     return {
         "mode": mode,
         "fields": list(RECORD_FIELDS),
@@ -146,12 +146,14 @@ def _page(
             {
                 "name": printable(layer.name),
                 "kind": printable(layer.kind),
-                "group": groups.index(place.group),
-                "depth": place.depth,
+                "group": groups.index(position.group),
+                "depth": position.depth,
                 "sides": [_record(side) for side in pair],
                 **(_difference(difference) if difference else {}),
             }
-            for layer, pair, place, difference in zip_longest(layers, pairs, found, differences)
+            for layer, pair, position, difference in zip_longest(
+                layers, pairs, positions, differences
+            )
         ],
     }
 

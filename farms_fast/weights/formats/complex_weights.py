@@ -1,7 +1,4 @@
-"""Complex weights from what they are stored as: pairs of real numbers, and factors of a tensor.
-
-Frozen dataclasses for the reason that `farms_fast.weights.stacks` gives.
-"""
+"""Recipes of complex weights that are stored as real numbers or as factors of a tensor."""
 
 from __future__ import annotations
 
@@ -9,17 +6,31 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["ComplexPairs", "Reconstructed", "Unfolded"]
+from farms_fast.weights.recipes import Recipe
+
+__all__ = ["ComplexPairs", "FactorisedTensor", "RealAndImaginary", "TensorTrainCore"]
+
+
+def _not_half(weight: torch.Tensor) -> torch.Tensor:
+    """16-bit numbers as float32: torch has no complex type for them."""
+    return weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight
 
 
 @dataclass(frozen=True)
-class ComplexPairs:
+class RealAndImaginary(Recipe, name="real-and-imaginary/1"):
+    """`(2, S, R, C)` with real parts first to S complex matrices (always a copy)."""
+
+    def __call__(self, weight: torch.Tensor) -> torch.Tensor:
+        """`(S, R, C)`, complex."""
+        return torch.complex(*_not_half(weight))
+
+
+@dataclass(frozen=True)
+class ComplexPairs(Recipe, name="complex-pairs/1"):
     """`(..., 2)` of real and imaginary parts to a complex tensor: a view where that is possible.
 
-    16-bit parts become float32 first, for which torch has no complex type.
-
     Attributes:
-        joint: as in `Reconstructed`.
+        joint: as in `FactorisedTensor`.
 
     Example:
         >>> import torch
@@ -31,14 +42,12 @@ class ComplexPairs:
 
     def __call__(self, weight: torch.Tensor) -> torch.Tensor:
         """The complex tensor, of one dimension less."""
-        if weight.dtype in (torch.float16, torch.bfloat16):
-            weight = weight.float()
-        whole = torch.view_as_complex(weight.contiguous())
-        return whole.movedim(0, 2) if self.joint else whole
+        tensor = torch.view_as_complex(_not_half(weight).contiguous())
+        return tensor.movedim(0, 2) if self.joint else tensor
 
 
 @dataclass(frozen=True)
-class Reconstructed:
+class FactorisedTensor(Recipe, name="factorised-tensor/1"):
     """The factors of a decomposed tensor to the tensor itself, in the precision of the factors.
 
     With `i, j, ...` the tensor's dimensions and `a, b, ...` the ranks,
@@ -56,8 +65,8 @@ class Reconstructed:
 
     Example:
         >>> import torch
-        >>> whole = Reconstructed("cp", ((1,), (3, 1), (4, 1)))
-        >>> whole(torch.tensor([2.0]), torch.ones(3, 1), torch.ones(4, 1)).shape, whole.shape
+        >>> cp = FactorisedTensor("cp", ((1,), (3, 1), (4, 1)))
+        >>> cp(torch.tensor([2.0]), torch.ones(3, 1), torch.ones(4, 1)).shape, cp.shape
         (torch.Size([3, 4]), (3, 4))
     """
 
@@ -68,12 +77,11 @@ class Reconstructed:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the whole tensor."""
-        first, factors = self.shapes[0], self.shapes[1:]
+        """Of the tensor."""
         if self.kind == "tt":
-            sizes = (first[1], *(core[1] for core in factors))
+            sizes = tuple(core[1] for core in self.shapes)
         else:
-            sizes = tuple(factor[0] for factor in factors)
+            sizes = tuple(factor[0] for factor in self.shapes[1:])
         return (*sizes[1:3], sizes[0], *sizes[3:]) if self.joint else sizes
 
     def __call__(self, *tensors: torch.Tensor) -> torch.Tensor:
@@ -81,33 +89,34 @@ class Reconstructed:
         if self.pairs:
             tensors = tuple(ComplexPairs()(tensor) for tensor in tensors)
         if self.kind == "tt":
-            whole = tensors[0].squeeze(0)
+            result = tensors[0].squeeze(0)
             for core in tensors[1:]:
-                whole = torch.tensordot(whole, core, dims=1)
-            whole = whole.squeeze(-1)
+                result = torch.tensordot(result, core, dims=1)
+            result = result.squeeze(-1)
         elif self.kind == "cp":
             # The rank stays last until the end, where a product with the last factor sums over it.
-            whole = tensors[1] * tensors[0]
+            result = tensors[1] * tensors[0]
             for factor in tensors[2:-1]:
-                whole = whole.unsqueeze(-2) * factor
-            whole = whole @ tensors[-1].mT
+                result = result.unsqueeze(-2) * factor
+            result = result @ tensors[-1].mT
         else:
-            whole = tensors[0]
+            result = tensors[0]
             for factor in tensors[1:]:
                 # Each contracts the first dimension and appends its own: n times, and all is done.
-                whole = torch.tensordot(whole, factor, dims=([0], [1]))
-        return whole.movedim(0, 2) if self.joint else whole
+                result = torch.tensordot(result, factor, dims=([0], [1]))
+        return result.movedim(0, 2) if self.joint else result
 
 
 @dataclass(frozen=True)
-class Unfolded:
+class TensorTrainCore(Recipe, name="tensor-train-core/1"):
     """A core of a tensor train `(left, size, right)` to `(left · size, right)`.
 
     The last core, whose right rank is 1, becomes `(left, size)`.
 
     Example:
         >>> import torch
-        >>> Unfolded()(torch.zeros(2, 5, 3)).shape, Unfolded()(torch.zeros(3, 5, 1)).shape
+        >>> core = TensorTrainCore()
+        >>> core(torch.zeros(2, 5, 3)).shape, core(torch.zeros(3, 5, 1)).shape
         (torch.Size([10, 3]), torch.Size([3, 5]))
     """
 

@@ -1,7 +1,7 @@
-"""The values of quantised weights, float32, each as its format defines it.
+"""Recipes of quantised weights: float32 values as each format defines them.
 
-The callables take a weight's stored tensors and return a new one. Nothing is rounded but the
-product of number and scale.
+Each takes a weight's stored tensors and returns a new one. Only the product of number and scale is
+rounded.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from farms_fast.weights.recipes import Recipe
+
 __all__ = [
     "BitsAndBytesInt8",
     "GroupQuantised",
@@ -19,7 +21,6 @@ __all__ = [
     "Packed",
     "ScaleLayout",
     "Scaled",
-    "plain",
     "scale_layout",
 ]
 
@@ -29,17 +30,6 @@ _USUAL_BLOCK = 128
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 # AWQ: nibble i of a word holds column _AWQ_ORDER[i] of its eight.
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-
-
-def plain(tensor: torch.Tensor) -> torch.Tensor:
-    """The values of a tensor of a class that holds a quantised weight, such as torchao's.
-
-    Such a tensor shows the shape and dtype of its values. Any other tensor is returned as it is.
-    """
-    if type(tensor).dequantize is torch.Tensor.dequantize:
-        return tensor
-    values: torch.Tensor = tensor.dequantize()
-    return values
 
 
 @dataclass(frozen=True)
@@ -59,7 +49,7 @@ class ScaleLayout:
 
 
 @dataclass(frozen=True)
-class Scaled:
+class Scaled(Recipe, name="scaled/1"):
     """`(weight - zero_point) * scale`, or the weight alone where there is no scale."""
 
     layout: ScaleLayout | None = None
@@ -92,7 +82,8 @@ def scale_layout(
 ) -> ScaleLayout | None:
     """How a scale of one shape lies over a weight of another; None when it does not.
 
-    Blocks are as configured; where they are not, 128 as is usual, or what divides evenly.
+    Blocks have the configured sizes. Without any they have 128, as is usual, or what divides
+    evenly.
     """
     rank = len(shape)
     if math.prod(scale) == 1:
@@ -103,8 +94,8 @@ def scale_layout(
         return None
     blocks: list[int] = []
     for dim, (size, count) in enumerate(zip(shape, scale, strict=True)):
-        place = dim - (rank - len(configured))
-        usual = configured[place] if configured and place >= 0 else _USUAL_BLOCK
+        entry = dim - (rank - len(configured))
+        usual = configured[entry] if configured and entry >= 0 else _USUAL_BLOCK
         if count in (1, size):
             blocks.append(size if count == 1 else 1)
         elif -(-size // usual) == count:
@@ -117,7 +108,7 @@ def scale_layout(
 
 
 @dataclass(frozen=True)
-class BitsAndBytesInt8:
+class BitsAndBytesInt8(Recipe, name="bitsandbytes-int8/1"):
     """`weight * SCB / 127` by row (LLM.int8, arXiv 2208.07339)."""
 
     def __call__(
@@ -133,16 +124,15 @@ class BitsAndBytesInt8:
 
 
 def _unpacked(words: torch.Tensor, bits: int, dim: int, order: Sequence[int]) -> torch.Tensor:
-    """uint8; number i of a word, lowest bits first, is the order[i]th of its word's along dim."""
-    count = 32 // bits
-    numbers = words.new_empty((*words.shape, count), dtype=torch.uint8)
-    for number, place in enumerate(order):
-        numbers[..., place] = (words >> (bits * number)) & (2**bits - 1)
+    """uint8 numbers along `dim`: bits `bits * i` onwards of each word are its `order[i]`-th."""
+    numbers = words.new_empty((*words.shape, 32 // bits), dtype=torch.uint8)
+    for low, position in enumerate(order):
+        numbers[..., position] = (words >> (bits * low)) & (2**bits - 1)
     return numbers.movedim(-1, dim + 1).flatten(dim, dim + 1)
 
 
 @dataclass(frozen=True)
-class GroupQuantised:
+class GroupQuantised(Recipe, name="group-quantised/1"):
     """GPTQ and AWQ: `(q - zero) * scale`, each group of input channels with its own.
 
     Words are packed along the inputs (`awq` False) or, in another order, along the outputs.
@@ -163,7 +153,7 @@ class GroupQuantised:
     ) -> torch.Tensor:
         """float32 `(out, in)`; ValueError when `g_idx` names a group that is not there."""
         if g_idx is not None and g_idx.numel():
-            least, most = (int(found) for found in g_idx.aminmax())
+            least, most = (int(group) for group in g_idx.aminmax())
             if least < 0 or most >= len(scales):
                 raise ValueError(
                     f"GPTQ: expected g_idx within the {len(scales)} groups of scales, got "
@@ -186,7 +176,7 @@ class GroupQuantised:
 
 
 @dataclass(frozen=True)
-class Packed:
+class Packed(Recipe, name="packed/1"):
     """compressed-tensors' pack-quantized: signed numbers along the inputs, times their scale."""
 
     bits: int
@@ -207,7 +197,7 @@ class Packed:
 
 
 @dataclass(frozen=True)
-class Mxfp4:
+class Mxfp4(Recipe, name="mxfp4/1"):
     """Microscaling e2m1 numbers, 32 to a power of two (OCP MX specification 1.0)."""
 
     def __call__(self, blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

@@ -10,20 +10,22 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from farms_fast.weights.stacks import Found, TensorHeader
+from farms_fast.weights.recipes import Recipe
+from farms_fast.weights.stacks import TensorHeader, ToTensor, WeightCandidate
 
-__all__ = ["Adapter", "Update", "Updated", "is_transposed", "with_updates"]
+__all__ = ["Adapter", "ApplyLoraUpdates", "LoraUpdate"]
 
+UPDATED_PARAMETER = "parameter with a LoRA update, which is read of layers only"
 # Rows that are updated at once, in float64.
 _ROWS = 512
-# Ways to begin training that also change the base, in which the base of the config is not the one
-# that the adapter belongs to.
+# Ways to begin training that also change the base: the adapter belongs to another base than the
+# config's.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _PART = re.compile(
     r"(?P<target>.+)\.(?P<what>lora_A|lora_B|lora_embedding_A|lora_embedding_B"
@@ -33,7 +35,7 @@ _FOREIGN = re.compile(r"(?P<target>.+?)\.(?:lora_\w+|token_adapter|trainable_tok
 
 
 @dataclass(frozen=True)
-class Update:
+class LoraUpdate:
     """One update `scaling * B @ A`.
 
     Attributes:
@@ -48,15 +50,15 @@ class Update:
 
 
 @dataclass(frozen=True)
-class Updated:
+class ApplyLoraUpdates(Recipe, name="lora/1"):
     """A weight with its updates, each computed in float64 and rounded once.
 
     Takes the tensors of the base weight, then A, B and, for DoRA, the magnitudes of each update.
     """
 
-    base: Callable[..., torch.Tensor] | None
+    base: ToTensor | None
     base_tensors: int
-    updates: tuple[Update, ...]
+    updates: tuple[LoraUpdate, ...]
 
     def __call__(self, *tensors: torch.Tensor) -> torch.Tensor:
         """A new tensor of the weight's shape, in float32 at least."""
@@ -70,7 +72,7 @@ class Updated:
         transposed = self.updates[0].transposed
         before = _as_matrix(weight, transposed)
         after = _as_matrix(result, transposed)  # a view: `result` is contiguous
-        factors: list[tuple[Update, torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
+        factors: list[tuple[LoraUpdate, torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
         for update in self.updates:
             a, b = (rest.pop(0).to(weight.device, torch.float64).flatten(1) for _ in "AB")
             length = rest.pop(0).to(weight.device, torch.float64) if update.dora else None
@@ -93,32 +95,29 @@ def _as_matrix(weight: torch.Tensor, transposed: bool) -> torch.Tensor:
 
 def is_transposed(
     shape: Sequence[int], a: Sequence[int], b: Sequence[int], fan_in_fan_out: bool
-) -> bool | None:
-    """Whether the weight is stored (in, out); None when the update does not fit it at all."""
-    if len(a) < 2 or len(b) < 2 or a[0] != b[1] or math.prod(b[2:]) != 1 or len(shape) < 2:
-        return None
-    straight = tuple(shape) == (b[0], *a[1:])
-    exchanged = len(shape) == 2 and tuple(shape) == (math.prod(a[1:]), b[0])
+) -> bool | str:
+    """Whether the weight is stored (in, out), or why the update does not fit it."""
+    fits = len(a) > 1 and len(b) > 1 and a[0] == b[1] and math.prod(b[2:]) == 1 and len(shape) > 1
+    straight = fits and tuple(shape) == (b[0], *a[1:])
+    exchanged = fits and tuple(shape) == (math.prod(a[1:]), b[0])
     if not straight and not exchanged:
-        return None
+        return f"A {tuple(a)} and B {tuple(b)} do not make a {tuple(shape)}"
     return exchanged and (fan_in_fan_out or not straight)
 
 
+def not_applied(base: TensorHeader, problem: str) -> WeightCandidate:
+    """A weight that is not analysed, because its update is not understood."""
+    return WeightCandidate(base, f"weight whose LoRA update cannot be applied: {problem}")
+
+
 def with_updates(
-    base: TensorHeader, updates: Sequence[Update], tensors: Sequence[str]
-) -> TensorHeader:
+    base: TensorHeader, updates: Sequence[LoraUpdate], tensors: Sequence[str]
+) -> WeightCandidate:
     """The weight `base` with updates, whose tensors are `tensors` in their order."""
-    return TensorHeader(
-        base.name,
-        base.shape,
-        torch.promote_types(base.dtype, torch.float32),
-        None,
-        (*base.stored, *tensors),
-        Updated(base.combine, len(base.stored), tuple(updates)),
-    )
-
-
-# --- adapters as files ---
+    dtype = torch.promote_types(base.dtype, torch.float32)
+    recipe = ApplyLoraUpdates(base.combine, len(base.stored), tuple(updates))
+    stored = (*base.stored, *tensors)
+    return WeightCandidate(TensorHeader(base.name, base.shape, dtype, None, stored, recipe))
 
 
 @dataclass
@@ -180,39 +179,38 @@ class Adapter:
                 + ", ".join(sorted(adapters))
             )
 
-    def __call__(self, found: Sequence[Found]) -> list[Found]:
+    def __call__(self, weights: Sequence[WeightCandidate]) -> list[WeightCandidate]:
         """The weights of the base with the adapter's changes, in their order.
 
         A target that the base does not have, or that does not fit, is in the result with a reason.
 
         Raises:
-            ValueError: None of the targets is a weight of the base, or a rank is not the config's.
+            ValueError: none of the targets is a weight of the base, or a rank is not the config's.
         """
-        by_name = {item.header.name: number for number, item in enumerate(found)}
-        result, met = [self._unless_parameter(item) for item in found], 0
-        appended = [Found(header) for header in self._biases]
+        by_name = {weight.header.name: number for number, weight in enumerate(weights)}
+        result = [self._unless_parameter(weight) for weight in weights]
+        appended = [WeightCandidate(header) for header in self._biases]
         for name, header in self._replaced.items():
-            place = _place(name, by_name)
-            own_name = name if place is None else found[place].header.name
+            number = _number_of(name, by_name)
+            own_name = name if number is None else weights[number].header.name
             tensors = (self._prefix + header.name,)
             stored = TensorHeader(own_name, header.shape, header.dtype, header.identity, tensors)
-            if place is None:
-                appended.append(Found(stored))
+            if number is None:
+                appended.append(WeightCandidate(stored))
             else:
-                result[place] = Found(stored)
+                result[number] = WeightCandidate(stored)
+        missing = 0
         for target, entry in self._targets.items():
-            place = _place(f"{target}.weight", by_name)
-            if place is None:
+            number = _number_of(f"{target}.weight", by_name)
+            if number is None:
+                missing += 1
                 part = next(iter(entry.parts.values()))
-                missing = TensorHeader(f"{target}.weight", part.shape, part.dtype)
-                what = "LoRA update of a weight that the base does not have"
-                appended.append(Found(missing, what))
-                continue
-            met += 1
-            header, reason = result[place]
-            if not reason:
-                result[place] = self._applied(target, entry, header)
-        if self._targets and not met:
+                header = TensorHeader(f"{target}.weight", part.shape, part.dtype)
+                reason = "LoRA update of a weight that the base does not have"
+                appended.append(WeightCandidate(header, reason))
+            elif not result[number].reason:
+                result[number] = self._updated(target, entry, result[number].header)
+        if self._targets and missing == len(self._targets):
             first = next(iter(self._targets))
             raise ValueError(
                 f"{self._description}: expected updates of weights of the base, got none among"
@@ -221,38 +219,31 @@ class Adapter:
             )
         return result + appended
 
-    def _unless_parameter(self, item: Found) -> Found:
+    def _unless_parameter(self, weight: WeightCandidate) -> WeightCandidate:
         """The weight, unless the adapter changes it as a parameter and not as a layer's weight."""
         names = self._config.get("target_parameters")
-        for name in names if isinstance(names, (list, tuple)) else ():
-            if f".{item.header.name}".endswith(f".{name}"):
-                return Found(
-                    item.header, "parameter with a LoRA update, which is read of layers only"
-                )
-        return item
+        names = names if isinstance(names, (list, tuple)) else ()
+        if any(f".{weight.header.name}".endswith(f".{name}") for name in names):
+            return WeightCandidate(weight.header, UPDATED_PARAMETER)
+        return weight
 
-    def _applied(self, target: str, entry: _Target, base: TensorHeader) -> Found:
+    def _updated(self, target: str, entry: _Target, base: TensorHeader) -> WeightCandidate:
         a, b, length = (entry.parts.get(what) for what in ("A", "B", "magnitude_vector"))
-        problem = entry.problem
-        if not problem and (a is None or b is None):
-            problem = f"it has no lora_{'B' if b is None else 'A'}"
-        if problem or a is None or b is None:
-            return Found(base, f"weight whose LoRA update cannot be applied: {problem}")
-        transposed = is_transposed(
-            base.shape, a.shape, b.shape, self._config.get("fan_in_fan_out") is True
-        )
-        if transposed is None:
-            problem = f"A {a.shape} and B {b.shape} do not make a {base.shape}"
-        elif length is not None and "embedding" in a.name:
-            problem = "DoRA of an embedding"
-        elif length is not None and math.prod(length.shape) != b.shape[0]:
-            problem = f"a magnitude of shape {length.shape} for {b.shape[0]} rows"
-        if problem or transposed is None:
-            return Found(base, f"weight whose LoRA update cannot be applied: {problem}")
-        update = Update(self._scaling(target, a), transposed, length is not None)
+        if entry.problem:
+            return not_applied(base, entry.problem)
+        if a is None or b is None:
+            return not_applied(base, f"it has no lora_{'B' if b is None else 'A'}")
+        fan_in_fan_out = self._config.get("fan_in_fan_out") is True
+        transposed = is_transposed(base.shape, a.shape, b.shape, fan_in_fan_out)
+        if isinstance(transposed, str):
+            return not_applied(base, transposed)
+        if length is not None and "embedding" in a.name:
+            return not_applied(base, "DoRA of an embedding")
+        if length is not None and math.prod(length.shape) != b.shape[0]:
+            return not_applied(base, f"a magnitude of shape {length.shape} for {b.shape[0]} rows")
+        update = LoraUpdate(self._scaling(target, a), transposed, length is not None)
         parts = [a, b] if length is None else [a, b, length]
-        names = [self._prefix + part.name for part in parts]
-        return Found(with_updates(base, [update], names))
+        return with_updates(base, [update], [self._prefix + part.name for part in parts])
 
     def _scaling(self, target: str, a: TensorHeader) -> float:
         rank = a.shape[0]
@@ -303,12 +294,12 @@ class Adapter:
             raise ValueError(f"{self._description}: expected no layer_replication, got one")
 
 
-def _place(name: str, by_name: Mapping[str, int]) -> int | None:
-    """Where a weight is among the base's; one of the two names may have a prefix more."""
+def _number_of(name: str, by_name: Mapping[str, int]) -> int | None:
+    """The number of a weight among the base's; one of the two names may have a prefix more."""
     pieces = name.split(".")
     for first in range(len(pieces) - 1):
-        place = by_name.get(".".join(pieces[first:]))
-        if place is not None:
-            return place
-    longer = [place for other, place in by_name.items() if other.endswith(f".{name}")]
+        number = by_name.get(".".join(pieces[first:]))
+        if number is not None:
+            return number
+    longer = [number for other, number in by_name.items() if other.endswith(f".{name}")]
     return longer[0] if len(longer) == 1 else None

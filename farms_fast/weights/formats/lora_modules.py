@@ -13,8 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from farms_fast.weights.formats.lora import Update, is_transposed, with_updates
-from farms_fast.weights.stacks import Found, TensorHeader
+from farms_fast.weights.formats.lora import (
+    UPDATED_PARAMETER,
+    LoraUpdate,
+    is_transposed,
+    not_applied,
+    with_updates,
+)
+from farms_fast.weights.stacks import TensorHeader, WeightCandidate
 
 __all__ = ["Wrapper", "module_wrappers", "visible_name"]
 
@@ -25,7 +31,7 @@ class Wrapper:
 
     Attributes:
         path: its name.
-        module: it.
+        module: the wrapping module.
         children: the names of its submodules on the way to the module in use, such as
             `("base_layer",)` or `("modules_to_save", "default")`.
         adapters: active LoRA adapters, empty when they are merged already or switched off.
@@ -36,16 +42,15 @@ class Wrapper:
     children: tuple[str, ...]
     adapters: tuple[str, ...] = ()
 
-    def updated(self, base: TensorHeader) -> Found:
+    def updated(self, base: TensorHeader) -> WeightCandidate:
         """The wrapped module's weight with the updates of the active adapters."""
         owner: Any = self.module
         if hasattr(owner, "parameter_name"):
             changed = self.adapters and base.name.rpartition(".")[2] == owner.parameter_name
-            reason = "parameter with a LoRA update, which is read of layers only"
-            return Found(base, reason if changed else "")
+            return WeightCandidate(base, UPDATED_PARAMETER if changed else "")
         if not base.name.endswith("weight"):
-            return Found(base)
-        updates: list[Update] = []
+            return WeightCandidate(base)
+        updates: list[LoraUpdate] = []
         names: list[str] = []
         problem = ""
         for adapter in self.adapters:
@@ -57,33 +62,32 @@ class Wrapper:
             )
             dora = bool(getattr(owner, "use_dora", {}).get(adapter))
             a, b = (_parameter(owner, part) for part in parts)
-            transposed = is_transposed(
-                base.shape, a.shape, b.shape, getattr(owner, "fan_in_fan_out", False) is True
-            )
-            if transposed is None:
-                problem = f"A {tuple(a.shape)} and B {tuple(b.shape)} do not make a {base.shape}"
+            fan_in_fan_out = getattr(owner, "fan_in_fan_out", False) is True
+            transposed = is_transposed(base.shape, a.shape, b.shape, fan_in_fan_out)
+            if isinstance(transposed, str):
+                problem = transposed
             elif dora and embedding:
                 problem = "DoRA of an embedding"
             elif not dora and adapter in getattr(owner, "lora_variant", {}):
                 problem = f"{type(owner.lora_variant[adapter]).__name__} is not understood"
             else:
                 parts += [f"lora_magnitude_vector.{adapter}.weight"] if dora else []
-                updates.append(Update(float(owner.scaling[adapter]), transposed, dora))
+                updates.append(LoraUpdate(float(owner.scaling[adapter]), transposed, dora))
                 names += [f"{self.path}.{part}" if self.path else part for part in parts]
         if problem:
-            return Found(base, f"weight whose LoRA update cannot be applied: {problem}")
-        return Found(with_updates(base, updates, names) if updates else base)
+            return not_applied(base, problem)
+        return with_updates(base, updates, names) if updates else WeightCandidate(base)
 
 
 def _parameter(owner: nn.Module, name: str) -> torch.Tensor:
     path, _, leaf = name.rpartition(".")
-    found: torch.Tensor = getattr(owner.get_submodule(path), leaf)
-    return found
+    parameter: torch.Tensor = getattr(owner.get_submodule(path), leaf)
+    return parameter
 
 
 def module_wrappers(module: nn.Module) -> dict[str, Wrapper]:
     """The LoRA layers and retrained modules in a module as PEFT makes them, by name."""
-    found: dict[str, Wrapper] = {}
+    wrappers: dict[str, Wrapper] = {}
     for path, owner in module.named_modules(remove_duplicate=False):
         children = owner._modules
         if "base_layer" in children and "lora_A" in children and hasattr(owner, "scaling"):
@@ -91,13 +95,13 @@ def module_wrappers(module: nn.Module) -> dict[str, Wrapper]:
             merged = bool(getattr(owner, "merged", False))
             active = () if merged else _active(owner)
             own = tuple(name for name in active if any(name in table for table in tables))
-            found[path] = Wrapper(path, owner, ("base_layer",), own)
+            wrappers[path] = Wrapper(path, owner, ("base_layer",), own)
         elif "original_module" in children and "modules_to_save" in children:
             copies: Any = owner.modules_to_save
             used = next((name for name in _active(owner) if name in copies), None)
             way = ("original_module",) if used is None else ("modules_to_save", used)
-            found[path] = Wrapper(path, owner, way)
-    return found
+            wrappers[path] = Wrapper(path, owner, way)
+    return wrappers
 
 
 def _active(owner: nn.Module) -> tuple[str, ...]:
@@ -120,17 +124,16 @@ def visible_name(name: str, wrappers: Mapping[str, Wrapper]) -> tuple[str, str]:
     """
     if not wrappers:
         return name, ""
-    pieces, kept, place = name.split("."), [], 0
-    while place < len(pieces):
-        wrapper = wrappers.get(".".join(pieces[:place]))
+    pieces, visible, at = name.split("."), [], 0
+    while at < len(pieces):
+        wrapper = wrappers.get(".".join(pieces[:at]))
         if wrapper is None:
-            kept.append(pieces[place])
-            place += 1
+            visible.append(pieces[at])
+            at += 1
             continue
-        if tuple(pieces[place : place + len(wrapper.children)]) != wrapper.children:
-            whole = ".".join(kept)
+        if tuple(pieces[at : at + len(wrapper.children)]) != wrapper.children:
             if wrapper.children == ("base_layer",):
-                return name, f"part of the LoRA update of {whole}"
-            return name, f"not in use: {'.'.join([*kept, *wrapper.children])} is"
-        place += len(wrapper.children)  # the module that it leads to may be a wrapper again
-    return ".".join(kept), ""
+                return name, f"part of the LoRA update of {'.'.join(visible)}"
+            return name, f"not in use: {'.'.join([*visible, *wrapper.children])} is"
+        at += len(wrapper.children)  # the module that it leads to may be a wrapper again
+    return ".".join(visible), ""

@@ -1,14 +1,13 @@
-"""Quantised weights as common formats store them: which tensors belong together, and their values.
+"""Quantised weights as common formats store them: which tensors belong together.
 
-`restore` finds them by names, dtypes and shapes, and gives each the header of the weight that it
-stands for: float32, `(out, in)`. The values are computed when a layer is loaded, in the way that
-the format defines them, without a further rounding.
+`dequantised_headers` finds them by names, dtypes and shapes, and puts one header in the place of
+each group: float32, `(out, in)`. A recipe computes the values when a layer is loaded.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -21,37 +20,26 @@ from farms_fast.weights.formats.dequantise import (
     scale_layout,
 )
 from farms_fast.weights.model_config import ModelConfig
-from farms_fast.weights.stacks import Found, TensorHeader
+from farms_fast.weights.recipes import Recipe
+from farms_fast.weights.stacks import TensorHeader, WeightCandidate
 
-__all__ = ["QUANTISED_BUFFERS", "restore"]
+__all__ = ["QUANTISED_BUFFERS", "dequantised_headers"]
 
 _FLOAT8 = (
-    torch.float8_e4m3fn,
-    torch.float8_e5m2,
-    torch.float8_e4m3fnuz,
-    torch.float8_e5m2fnuz,
+    *(torch.float8_e4m3fn, torch.float8_e4m3fnuz),
+    *(torch.float8_e5m2, torch.float8_e5m2fnuz),
 )
 _PACKED = (torch.uint8, torch.int8, torch.int32)
 # Under these names modules hold parts of quantised weights as buffers.
-QUANTISED_BUFFERS = frozenset(
-    {
-        "qweight",
-        "qzeros",
-        "scales",
-        "g_idx",
-        "weight",
-        "weight_packed",
-        "weight_scale",
-        "weight_scale_inv",
-        "weight_zero_point",
-    }
-)
+QUANTISED_BUFFERS = {"qweight", "qzeros", "scales", "g_idx", "weight", "weight_packed"}
+QUANTISED_BUFFERS |= {"weight_scale", "weight_scale_inv", "weight_zero_point"}
 
 Headers = Mapping[str, TensorHeader]
-Combine = Callable[..., torch.Tensor]
 
 
-def restore(headers: Sequence[TensorHeader], config: ModelConfig | None = None) -> list[Found]:
+def dequantised_headers(
+    headers: Sequence[TensorHeader], config: ModelConfig | None = None
+) -> list[WeightCandidate]:
     """Puts the header of the weight in the place of those that a quantised one is stored as.
 
     Args:
@@ -59,37 +47,32 @@ def restore(headers: Sequence[TensorHeader], config: ModelConfig | None = None) 
         config: its config.json, for what headers do not tell: block sizes and bits.
 
     Returns:
-        One entry for each weight and for each tensor that is none, in order; quantised weights of
-        formats that are not read have a reason with the format's name.
+        One entry for each weight and for each other tensor, in order. Quantised weights of formats
+        that are not read have a reason with the format's name.
 
     Example:
         >>> import torch
         >>> headers = [TensorHeader("fc.weight", (4, 8), torch.float8_e4m3fn),
         ...            TensorHeader("fc.weight_scale", (4, 1), torch.float32)]
-        >>> ((weight, _),) = restore(headers)
+        >>> ((weight, _),) = dequantised_headers(headers)
         >>> weight.name, weight.dtype, weight.tensors
         ('fc.weight', torch.float32, ('fc.weight', 'fc.weight_scale'))
     """
-    known = config or ModelConfig()
     by_name = {header.name: header for header in headers}
-    results = {header.name: _weight_of(header, by_name, known) for header in headers}
+    weights = [_weight_of(header, by_name, config or ModelConfig()) for header in headers]
     used = {
-        name
-        for result in results.values()
-        if result is not None and not result.reason
-        for name in result.header.stored
+        name for weight in weights if weight and not weight.reason for name in weight.header.stored
     }
-    found: list[Found] = []
-    for header in headers:
-        result = results[header.name]
-        if result is not None:
-            found.append(result)
-        elif header.stored[0] not in used:
-            found.append(Found(header))
-    return found
+    return [
+        weight or WeightCandidate(header)
+        for header, weight in zip(headers, weights, strict=True)
+        if weight or header.stored[0] not in used
+    ]
 
 
-def _weight_of(header: TensorHeader, headers: Headers, config: ModelConfig) -> Found | None:
+def _weight_of(
+    header: TensorHeader, headers: Headers, config: ModelConfig
+) -> WeightCandidate | None:
     """The weight of which this is the main tensor; None for any other tensor."""
     name = header.name
     base, _, leaf = name.rpartition(".")
@@ -121,35 +104,29 @@ def _weight_of(header: TensorHeader, headers: Headers, config: ModelConfig) -> F
     return None
 
 
-def _not_read(header: TensorHeader, weight: str, what: str) -> Found:
+def _not_read(header: TensorHeader, weight: str, what: str) -> WeightCandidate:
     dtype = str(header.dtype).removeprefix("torch.")
     reason = f"quantised weight in a format that is not read: {what}, stored as {dtype}"
-    return Found(TensorHeader(weight, header.shape, header.dtype), reason)
+    return WeightCandidate(TensorHeader(weight, header.shape, header.dtype), reason)
 
 
-def _misfit(weight: str, parts: Sequence[TensorHeader], what: str) -> Found:
+def _misfit(weight: str, parts: Sequence[TensorHeader], what: str) -> WeightCandidate:
     shapes = ", ".join(f"{p.name.rpartition('.')[2]} {tuple(p.shape)}" for p in parts)
     reason = f"quantised weight whose tensors do not fit together as {what}: {shapes}"
-    return Found(TensorHeader(weight, parts[0].shape, parts[0].dtype), reason)
+    return WeightCandidate(TensorHeader(weight, parts[0].shape, parts[0].dtype), reason)
 
 
-def _derived(
-    name: str, shape: tuple[int, ...], parts: Sequence[TensorHeader], combine: Combine
-) -> Found:
-    known = all(part.identity is not None for part in parts)
-    identity: Hashable = (*(part.identity for part in parts), combine) if known else None
-    tensors = tuple(name for part in parts for name in part.stored)
-    return Found(TensorHeader(name, shape, torch.float32, identity, tensors, combine))
+def _computed(
+    name: str, shape: tuple[int, ...], parts: Sequence[TensorHeader], recipe: Recipe
+) -> WeightCandidate:
+    return WeightCandidate(TensorHeader.computed(name, shape, torch.float32, parts, recipe))
 
 
 def _first(headers: Headers, start: str, ends: Sequence[str]) -> TensorHeader | None:
     return next((headers[start + end] for end in ends if start + end in headers), None)
 
 
-# --- one stored number a weight, times a scale: float8, int8 ---
-
-
-def _scaled(header: TensorHeader, headers: Headers, config: ModelConfig) -> Found | None:
+def _scaled(header: TensorHeader, headers: Headers, config: ModelConfig) -> WeightCandidate | None:
     name = header.name
     base = name.removesuffix("weight")
     scale = _first(headers, name, ("_scale", "_scale_inv"))
@@ -158,10 +135,10 @@ def _scaled(header: TensorHeader, headers: Headers, config: ModelConfig) -> Foun
     if scale is None:
         if config.quantised_by:
             method = f"quant_method {config.quantised_by!r}"
-            what = f"quantised weight without a scale beside it ({method})"
-            return Found(header, what)
+            reason = f"quantised weight without a scale beside it ({method})"
+            return WeightCandidate(header, reason)
         # Without a scale, eight-bit floats are a dtype like any other.
-        return _derived(name, header.shape, [header], Scaled())
+        return _computed(name, header.shape, [header], Scaled())
     block = config.quantization.get("weight_block_size")
     configured = tuple(block) if isinstance(block, (list, tuple)) else ()
     if not all(isinstance(size, int) and size > 0 for size in configured):
@@ -175,23 +152,20 @@ def _scaled(header: TensorHeader, headers: Headers, config: ModelConfig) -> Foun
     layout = scale_layout(header.shape, scale.shape, configured)
     if layout is None:
         return _misfit(name, parts, f"weight and scale, in blocks of {configured or 'any size'}")
-    return _derived(name, header.shape, parts, Scaled(layout))
+    return _computed(name, header.shape, parts, Scaled(layout))
 
 
-def _bitsandbytes_int8(header: TensorHeader, headers: Headers) -> Found:
+def _bitsandbytes_int8(header: TensorHeader, headers: Headers) -> WeightCandidate:
     base = header.name.removesuffix("weight")
     parts = [header, headers[f"{base}SCB"]]
     if f"{base}weight_format" in headers:
         parts.append(headers[f"{base}weight_format"])
     if math.prod(parts[1].shape) != header.shape[0] or len(header.shape) != 2:
         return _misfit(header.name, parts, "bitsandbytes int8")
-    return _derived(header.name, header.shape, parts, BitsAndBytesInt8())
+    return _computed(header.name, header.shape, parts, BitsAndBytesInt8())
 
 
-# --- several stored numbers in one word ---
-
-
-def _gptq_or_awq(header: TensorHeader, headers: Headers, config: ModelConfig) -> Found:
+def _gptq_or_awq(header: TensorHeader, headers: Headers, config: ModelConfig) -> WeightCandidate:
     base = header.name.removesuffix("qweight")
     name = f"{base}weight"
     zeros, scales = headers.get(f"{base}qzeros"), headers.get(f"{base}scales")
@@ -207,11 +181,9 @@ def _gptq_or_awq(header: TensorHeader, headers: Headers, config: ModelConfig) ->
         inputs = header.shape[0]
         if version != "gemm" or bits not in (4, None):
             return _not_read(header, name, f"AWQ, version {version!r}, {bits} bits")
-        fits = groups and inputs % groups == 0 and zeros.shape == (groups, out // 8)
-        if not fits:
+        if not groups or inputs % groups or zeros.shape != (groups, out // 8):
             return _misfit(name, parts, "AWQ")
-        combine = GroupQuantised(4, inputs // groups, awq=True)
-        return _derived(name, (out, inputs), parts, combine)
+        return _computed(name, (out, inputs), parts, GroupQuantised(4, inputs // groups, awq=True))
     if index is not None:
         parts.append(index)
         if bits is None and header.shape[0]:
@@ -233,11 +205,13 @@ def _gptq_or_awq(header: TensorHeader, headers: Headers, config: ModelConfig) ->
         return _misfit(name, parts, "GPTQ")
     # The first format, which is still the usual one, stores each zero point less one.
     second = str(config.quantization.get("checkpoint_format", "gptq")) == "gptq_v2"
-    combine = GroupQuantised(bits, size or inputs, awq=False, zero_offset=0 if second else 1)
-    return _derived(name, (out, inputs), parts, combine)
+    recipe = GroupQuantised(bits, size or inputs, awq=False, zero_offset=0 if second else 1)
+    return _computed(name, (out, inputs), parts, recipe)
 
 
-def _compressed_pack(header: TensorHeader, headers: Headers, config: ModelConfig) -> Found:
+def _compressed_pack(
+    header: TensorHeader, headers: Headers, config: ModelConfig
+) -> WeightCandidate:
     base = header.name.removesuffix("weight_packed")
     name, what = f"{base}weight", "compressed-tensors pack-quantized"
     if header.dtype != torch.int32 or f"{base}weight_global_scale" in headers:
@@ -256,21 +230,21 @@ def _compressed_pack(header: TensorHeader, headers: Headers, config: ModelConfig
         parts.append(headers[f"{base}weight_shape"])
     if layout is None:
         return _misfit(name, parts, what)
-    return _derived(name, shape, parts, Packed(bits, layout))
+    return _computed(name, shape, parts, Packed(bits, layout))
 
 
 def _compressed_bits(config: ModelConfig) -> int:
     """Bits of the weights, 0 when the config does not say or has several."""
     groups = config.quantization.get("config_groups")
-    found: set[object] = set()
+    all_bits: set[object] = set()
     for group in groups.values() if isinstance(groups, Mapping) else ():
         weights = group.get("weights") if isinstance(group, Mapping) else None
-        found.add(weights.get("num_bits") if isinstance(weights, Mapping) else None)
-    bits = found.pop() if len(found) == 1 else None
+        all_bits.add(weights.get("num_bits") if isinstance(weights, Mapping) else None)
+    bits = all_bits.pop() if len(all_bits) == 1 else None
     return bits if isinstance(bits, int) else 0
 
 
-def _mxfp4(header: TensorHeader, headers: Headers) -> Found | None:
+def _mxfp4(header: TensorHeader, headers: Headers) -> WeightCandidate | None:
     name = header.name.removesuffix("_blocks")
     scales = headers.get(f"{name}_scales")
     if scales is None or scales.dtype != torch.uint8:
@@ -278,4 +252,4 @@ def _mxfp4(header: TensorHeader, headers: Headers) -> Found | None:
     if header.shape[-1] != 16 or scales.shape != header.shape[:-1]:
         return _misfit(name, [header, scales], "MXFP4")
     shape = (*header.shape[:-2], header.shape[-2] * 32)
-    return _derived(name, shape, [header, scales], Mxfp4())
+    return _computed(name, shape, [header, scales], Mxfp4())

@@ -1,20 +1,32 @@
-"""The tensors of a model by name, for rules that need a tensor's neighbours."""
+"""A weight as the rules see it: its header, its names and its neighbours in the model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 
 from farms_fast.weights.model_config import ModelConfig
 from farms_fast.weights.stacks import TensorHeader
 
-__all__ = ["GPT2_LEAVES", "HeaderIndex", "is_transposed_c_attn", "is_weight", "leaf_name"]
+__all__ = ["HeaderIndex", "Weight", "leaf_name"]
+
+# Names of layers that GPT-2 stores (in, out).
+_GPT2_LEAVES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
+
+
+def leaf_name(name: str) -> str:
+    """What stands after the last dot."""
+    return name.rpartition(".")[2]
 
 
 class HeaderIndex:
-    """The headers of a whole model and its config, for rules that need a tensor's neighbours.
+    """The tensors of a model by name.
 
-    `notes` are what the modules tell, from `farms_fast.weights.rules.operator_layers.module_notes`.
+    Args:
+        headers: of all of its weights.
+        config: of the model.
+        notes: what the modules tell, from `farms_fast.weights.rules.operator_layers.module_notes`.
     """
 
     def __init__(
@@ -32,52 +44,92 @@ class HeaderIndex:
         base = tensor_name.removesuffix(".weight")
         return tensor_name if base in self.by_name else base
 
-    def beside(self, tensor_name: str, leaf: str) -> TensorHeader | None:
+    def same_module(self, tensor_name: str, leaf: str) -> TensorHeader | None:
         """The tensor `leaf` of the same module, if there is one."""
         parent, dot, _ = tensor_name.rpartition(".")
         return self.by_name.get(parent + dot + leaf)
 
-    def sibling(self, tensor_name: str, leaf: str) -> TensorHeader | None:
-        """The weight of the layer `leaf` beside that of the tensor.
+    def sibling_layer(self, tensor_name: str, leaf: str) -> TensorHeader | None:
+        """The weight of the layer `leaf` beside the tensor's.
 
         `a.down_proj` for `a.up_proj`, and `a.down_proj.weight` for `a.up_proj.weight`.
         """
         parent, dot, _ = tensor_name.removesuffix(".weight").rpartition(".")
-        suffix = ".weight" if is_weight(tensor_name) else ""
+        suffix = ".weight" if leaf_name(tensor_name) == "weight" else ""
         return self.by_name.get(f"{parent}{dot}{leaf}{suffix}")
-
-    def stored_in_by_out(self, header: TensorHeader) -> bool:
-        """Whether the bias proves a weight to be stored (in, out, ...), not (out, in, ...)."""
-        if not is_weight(header.name) or len(header.shape) < 2:
-            return False
-        bias = self.beside(header.name, "bias")
-        out, inputs = header.shape[:2]
-        return bias is not None and bias.shape == (inputs,) and inputs != out
 
     @cached_property
     def has_transposed_gpt2_layers(self) -> bool:
         """Whether some `c_*` weight is proven to be stored (in, out), so that all of them are."""
+        weights = (Weight(header, self) for header in self.by_name.values())
         return any(
-            self.stored_in_by_out(header) or is_transposed_c_attn(header)
-            for header in self.by_name.values()
-            if leaf_name(self.layer_name(header.name)) in GPT2_LEAVES and len(header.shape) == 2
+            weight.bias_proves_transposed or weight.is_transposed_c_attn
+            for weight in weights
+            if weight.has_gpt2_name and weight.rank == 2
         )
 
 
-GPT2_LEAVES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
+@dataclass(frozen=True)
+class Weight:
+    """A tensor that the rules make layers of.
 
+    Attributes:
+        header: of the tensor.
+        index: of its model.
+    """
 
-def leaf_name(name: str) -> str:
-    """What stands after the last dot."""
-    return name.rpartition(".")[2]
+    header: TensorHeader
+    index: HeaderIndex
 
+    @cached_property
+    def name(self) -> str:
+        """Name of the layer."""
+        return self.index.layer_name(self.header.name)
 
-def is_weight(tensor_name: str) -> bool:
-    """Whether the tensor is called `weight` in its module."""
-    return leaf_name(tensor_name) == "weight"
+    @property
+    def leaf(self) -> str:
+        """The tensor's name within its module, `weight` of most."""
+        return leaf_name(self.header.name)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the tensor."""
+        return self.header.shape
 
-def is_transposed_c_attn(header: TensorHeader) -> bool:
-    """Whether the shape alone proves a fused projection to be stored (in, out)."""
-    rows, cols = header.shape
-    return leaf_name(header.name.removesuffix(".weight")) == "c_attn" and cols == 3 * rows
+    @property
+    def rank(self) -> int:
+        """The number of its dimensions."""
+        return len(self.header.shape)
+
+    @property
+    def bias(self) -> TensorHeader | None:
+        """The bias beside a tensor called `weight`."""
+        return self.index.same_module(self.header.name, "bias") if self.leaf == "weight" else None
+
+    @property
+    def bias_proves_transposed(self) -> bool:
+        """Whether it is stored (in, out, ...): its bias has the length of the second dimension."""
+        if self.bias is None or self.rank < 2:
+            return False
+        out, inputs = self.shape[:2]
+        return self.bias.shape == (inputs,) and inputs != out
+
+    @property
+    def has_gpt2_name(self) -> bool:
+        """Whether the layer is called like one of GPT-2's that are stored (in, out)."""
+        return leaf_name(self.name) in _GPT2_LEAVES
+
+    @property
+    def is_transposed_c_attn(self) -> bool:
+        """Whether the shape alone proves a fused projection to be stored (in, out)."""
+        rows, cols = self.shape
+        return leaf_name(self.header.name.removesuffix(".weight")) == "c_attn" and cols == 3 * rows
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether a matrix is stored (in, out): proven, or of a GPT-2 whose other layers are."""
+        if self.bias_proves_transposed or not self.has_gpt2_name:
+            return self.bias_proves_transposed
+        # A square weight proves nothing by itself, but the layout is one for the whole model.
+        square = self.shape[0] == self.shape[1]
+        return self.is_transposed_c_attn or (square and self.index.has_transposed_gpt2_layers)

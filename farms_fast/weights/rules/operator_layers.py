@@ -4,38 +4,31 @@ A spectral convolution multiplies the channels of each Fourier mode by a complex
 its weight `(in, out, *modes)` is a stack of one matrix per mode. It may be stored as complex
 numbers, as real ones with a last dimension of real and imaginary part, or as the factors of a
 Tucker, CP or tensor-train decomposition, in the way of tensorly-torch, on which `neuraloperator`
-builds. `assembled` puts one header of the complex weight in the place of all of these.
+builds. `merge_complex_parts` puts one header of the complex weight in the place of all of these.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Hashable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import replace
 
 import torch
 from torch import nn
 
-from farms_fast.weights.formats.complex_weights import ComplexPairs, Reconstructed, Unfolded
-from farms_fast.weights.rules.afno_layers import afno_layout, is_afno_bias, says_afno
-from farms_fast.weights.stacks import (
-    AsStored,
-    Found,
-    Part,
+from farms_fast.weights.formats.complex_weights import (
+    ComplexPairs,
+    FactorisedTensor,
     RealAndImaginary,
-    TensorHeader,
-    TrailingPositions,
+    TensorTrainCore,
 )
+from farms_fast.weights.recipes import AsStored, TrailingPositions
+from farms_fast.weights.rules.afno_layers import afno_layout, is_afno_bias, says_afno
+from farms_fast.weights.rules.header_index import Weight
+from farms_fast.weights.stacks import Part, TensorHeader, WeightCandidate
 
-if TYPE_CHECKING:
-    from farms_fast.weights.rules.header_index import HeaderIndex
-
-__all__ = [
-    "assembled",
-    "factor_matrices",
-    "module_notes",
-    "spectral_parts",
-]
+__all__ = ["factor_matrices", "merge_complex_parts", "module_notes", "spectral_layers"]
 
 _FACTOR = re.compile(r"(.+)\.factors\.factor_(\d+)")
 _FILTER = "complex_weight"  # of GFNet, (height, width, channels, 2)
@@ -43,18 +36,16 @@ _FILTER = "complex_weight"  # of GFNet, (height, width, channels, 2)
 _PAIRS = re.compile(r"(^|\.)weights\d+$|spectral|fourier", re.IGNORECASE)
 _PAIRS_OWNER = re.compile(r"spectral|fourier|(?<!a)fno", re.IGNORECASE)
 _CONVOLUTIONS = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
 )
 _SEPARABLE = "one number for each channel and mode (a separable spectral convolution), no matrix"
 _GLOBAL_FILTER = "one number for each channel and mode (a global filter), no matrix"
 
 
-def assembled(found: Sequence[Found], notes: Mapping[str, str] | None = None) -> list[Found]:
+def merge_complex_parts(
+    weights: Sequence[WeightCandidate], notes: Mapping[str, str] | None = None
+) -> list[WeightCandidate]:
     """Puts the complex weight in the place of the real pairs or the factors it is stored as.
 
     Real tensors whose last dimension is 2 are taken for pairs where something says so: a complex
@@ -62,11 +53,11 @@ def assembled(found: Sequence[Found], notes: Mapping[str, str] | None = None) ->
     with "spectral" or "fourier" in it. All others are left to the rules for real weights.
 
     Args:
-        found: the weights of a model, in order.
+        weights: of a model, in order.
         notes: what the modules tell, from `module_notes`; None where there are no modules.
 
     Returns:
-        The weights in order; one that is put together takes the place of the first of its parts.
+        The weights in order; a merged one takes the place of the first of its parts.
 
     Example:
         >>> import torch
@@ -74,24 +65,21 @@ def assembled(found: Sequence[Found], notes: Mapping[str, str] | None = None) ->
         ...            TensorHeader("c.weight.factors.factor_0", (8, 3), torch.complex64),
         ...            TensorHeader("c.weight.factors.factor_1", (6, 3), torch.complex64),
         ...            TensorHeader("c.weight.factors.factor_2", (5, 3), torch.complex64)]
-        >>> (weight,) = assembled([Found(header) for header in headers])
+        >>> (weight,) = merge_complex_parts([WeightCandidate(header) for header in headers])
         >>> weight.header.name, weight.header.shape, weight.header.combine.kind
         ('c.weight', (8, 6, 5), 'cp')
     """
-    by_name = {item.header.name: item.header for item in found if not item.reason}
+    by_name = {weight.header.name: weight.header for weight in weights if not weight.reason}
     groups = _groups(by_name)
-    results: list[Found] = []
-    done: set[str] = set()
-    for item in found:
-        name = item.header.name
-        group = None if item.reason else groups.get(name)
+    results: list[WeightCandidate] = []
+    merged: set[str] = set()
+    for weight in weights:
+        group = None if weight.reason else groups.get(weight.header.name)
         if group is None:
-            results.append(item if item.reason else _single(item.header, by_name, notes))
-            continue
-        whole = group[0]
-        if whole not in done:
-            done.add(whole)
-            results.extend(_whole(whole, group[1], (notes or {}).get(whole, "")))
+            results.append(weight if weight.reason else _single(weight.header, by_name, notes))
+        elif group[0] not in merged:
+            merged.add(group[0])
+            results.extend(_merged(*group, (notes or {}).get(group[0], "")))
     return results
 
 
@@ -102,15 +90,15 @@ def _groups(by_name: Mapping[str, TensorHeader]) -> dict[str, tuple[str, list[Te
         if match := _FACTOR.fullmatch(name):
             factors.setdefault(match[1], {})[int(match[2])] = header
     groups: dict[str, tuple[str, list[TensorHeader]]] = {}
-    for whole, numbered in factors.items():
+    for merged, numbered in factors.items():
         parts = [numbered[number] for number in sorted(numbered)]
-        first = by_name.get(f"{whole}.core", by_name.get(f"{whole}.weights"))
+        first = by_name.get(f"{merged}.core", by_name.get(f"{merged}.weights"))
         parts = parts if first is None else [first, *parts]
-        groups.update((part.name, (whole, parts)) for part in parts)
+        groups.update((part.name, (merged, parts)) for part in parts)
     return groups
 
 
-def _kind_of(parts: Sequence[TensorHeader]) -> Reconstructed | None:
+def _kind_of(parts: Sequence[TensorHeader]) -> FactorisedTensor | None:
     """The decomposition that parts of these shapes make, None if they do not fit together."""
     for pairs in (False, True):
         if pairs and any(part.dtype.is_complex or part.shape[-1:] != (2,) for part in parts):
@@ -122,18 +110,18 @@ def _kind_of(parts: Sequence[TensorHeader]) -> Reconstructed | None:
         flat = all(len(factor) == 2 for factor in factors)
         if flat and parts[0].name.endswith(".core"):
             if first == tuple(factor[1] for factor in factors):
-                return Reconstructed("tucker", shapes, pairs)
+                return FactorisedTensor("tucker", shapes, pairs)
         elif flat and parts[0].name.endswith(".weights"):
             if len(first) == 1 and all(factor[1] == first[0] for factor in factors):
-                return Reconstructed("cp", shapes, pairs)
+                return FactorisedTensor("cp", shapes, pairs)
         elif all(len(core) == 3 for core in shapes):
             ranks = [core[2] for core in shapes[:-1]] == [core[0] for core in factors]
             if ranks and first[0] == 1 and shapes[-1][2] == 1:
-                return Reconstructed("tt", shapes, pairs)
+                return FactorisedTensor("tt", shapes, pairs)
     return None
 
 
-def _whole(name: str, parts: Sequence[TensorHeader], note: str) -> list[Found]:
+def _merged(name: str, parts: Sequence[TensorHeader], note: str) -> list[WeightCandidate]:
     """The header of a factorised weight, or its parts with the reason why it has none."""
     combine = _kind_of(parts)
     reason = ""
@@ -145,49 +133,46 @@ def _whole(name: str, parts: Sequence[TensorHeader], note: str) -> list[Found]:
         shapes = ", ".join(str(tuple(part.shape)) for part in parts)
         reason = f"part of {name}, whose factors do not fit together: {shapes}"
     if reason or combine is None:
-        return [Found(part, reason) for part in parts]
-    if note.startswith("joint"):
-        combine = Reconstructed(combine.kind, combine.shapes, combine.pairs, joint=True)
-    known = all(part.identity is not None for part in parts)
-    identity: Hashable = (*(part.identity for part in parts), combine) if known else None
-    stored = tuple(part.stored[0] for part in parts)
+        return [WeightCandidate(part, reason) for part in parts]
+    combine = replace(combine, joint=note.startswith("joint"))
     dtype = _complex_of(parts[0].dtype) if combine.pairs else parts[0].dtype
-    return [Found(TensorHeader(name, combine.shape, dtype, identity, stored, combine))]
+    return [WeightCandidate(TensorHeader.computed(name, combine.shape, dtype, parts, combine))]
 
 
 def _single(
     header: TensorHeader, by_name: Mapping[str, TensorHeader], notes: Mapping[str, str] | None
-) -> Found:
-    """A weight in one piece: under the name of the whole, and complex if it is stored as pairs."""
-    name, shape, dtype = header.name, header.shape, header.dtype
-    whole = name.removesuffix(".tensor")
-    dense = whole != name and whole not in by_name and len(shape) > 2
-    whole = whole if dense else name
+) -> WeightCandidate:
+    """A weight in one piece, complex if it is stored as pairs; `.tensor` goes from its name."""
+    shape, dtype = header.shape, header.dtype
+    name = header.name.removesuffix(".tensor")
+    dense = name != header.name and name not in by_name and len(shape) > 2
+    name = name if dense else header.name
     pairs = not dtype.is_complex and shape[-1:] == (2,) and len(shape) > 3
+    note = (notes or {}).get(name, "")
     if notes is None:
-        bias = by_name.get(f"{name.rpartition('.')[0]}.bias")
+        bias = by_name.get(f"{header.name.rpartition('.')[0]}.bias")
         convolution = bias is not None and bias.shape == shape[:1]
-        note = "pairs" if dense or (_PAIRS.search(name) and not convolution) else ""
-        if name.rpartition(".")[2] == _FILTER and "conv" not in name.lower():
+        if header.name.rpartition(".")[2] == _FILTER and "conv" not in header.name.lower():
             note = "global filter"
-    else:
-        note = notes.get(whole, "")
+        elif dense or (_PAIRS.search(header.name) and not convolution):
+            note = "pairs"
     if note == "separable":
-        return Found(header, _SEPARABLE)
+        return WeightCandidate(header, _SEPARABLE)
     if note == "global filter" and pairs and len(shape) == 4:
-        return Found(header, _GLOBAL_FILTER)
-    layout = afno_layout(header, by_name, says_so=note == "afno" or says_afno(name))
+        return WeightCandidate(header, _GLOBAL_FILTER)
+    says_so = note == "afno" or says_afno(header.name)
+    layout = afno_layout(header, by_name, says_so)
     if layout:
         note = "joint pairs" if layout == "trailing" else ""
-    if header.combine is not None or not (dense or (pairs and "pairs" in note)):
-        return Found(header)
-    if not (pairs and "pairs" in note):
-        return Found(TensorHeader(whole, shape, dtype, header.identity, header.stored))
+    pairs = pairs and "pairs" in note
+    if header.combine is not None or not (dense or pairs):
+        return WeightCandidate(header)
+    if not pairs:
+        return WeightCandidate(replace(header, name=name, tensors=header.stored))
     combine = ComplexPairs(joint=note.startswith("joint"))
     shape = (*shape[1:3], shape[0], *shape[3:-1]) if combine.joint else shape[:-1]
-    identity = None if header.identity is None else (header.identity, combine)
-    made = TensorHeader(whole, shape, _complex_of(dtype), identity, header.stored, combine)
-    return Found(made)
+    made = TensorHeader.computed(name, shape, _complex_of(dtype), [header], combine)
+    return WeightCandidate(made)
 
 
 def _complex_of(dtype: torch.dtype) -> torch.dtype:
@@ -251,8 +236,8 @@ def _spectral_weights(owner: nn.Module, dot: str) -> list[tuple[str, int]]:
     ]
 
 
-def factor_matrices(found: Sequence[Found]) -> list[Found]:
-    """Gives a layer to each factor of a factorised weight, in the place of the weight as a whole.
+def factor_matrices(weights: Sequence[WeightCandidate]) -> list[WeightCandidate]:
+    """Gives a layer to each factor of a factorised weight, in the place of the weight itself.
 
     The matrices are the factors as they are: (dimension, rank) of Tucker and CP; of a tensor train
     the unfolding (left rank · dimension, right rank), the last one (left rank, dimension). The core
@@ -265,23 +250,21 @@ def factor_matrices(found: Sequence[Found]) -> list[Found]:
         >>> import torch
         >>> names = ["c.weight.core", *(f"c.weight.factors.factor_{n}" for n in range(3))]
         >>> shapes = [(2, 2, 3), (8, 2), (6, 2), (5, 3)]
-        >>> whole = assembled([Found(TensorHeader(name, shape, torch.complex64))
-        ...                    for name, shape in zip(names, shapes)])
-        >>> [item.header.shape for item in factor_matrices(whole)]
+        >>> headers = [TensorHeader(*each, torch.complex64) for each in zip(names, shapes)]
+        >>> merged = merge_complex_parts([WeightCandidate(header) for header in headers])
+        >>> [weight.header.shape for weight in factor_matrices(merged)]
         [(2, 2, 3), (8, 2), (6, 2), (5, 3)]
     """
-    results: list[Found] = []
-    for item in found:
-        combine = item.header.combine
-        if item.reason or not isinstance(combine, Reconstructed):
-            results.append(item)
+    results: list[WeightCandidate] = []
+    for weight in weights:
+        header, combine = weight.header, weight.header.combine
+        if weight.reason or not isinstance(combine, FactorisedTensor):
+            results.append(weight)
             continue
-        identities = item.header.identity
-        for number, (name, shape) in enumerate(
-            zip(item.header.tensors, combine.shapes, strict=True)
-        ):
-            identity = identities[number] if isinstance(identities, tuple) else None
-            results.append(Found(_factor(name, shape, identity, item.header.dtype, combine)))
+        known = isinstance(header.identity, tuple)
+        for number, part in enumerate(zip(header.tensors, combine.shapes, strict=True)):
+            identity = header.identity[number] if known else None  # type: ignore[index]
+            results.append(WeightCandidate(_factor(*part, identity, header.dtype, combine)))
     return results
 
 
@@ -290,31 +273,28 @@ def _factor(
     shape: tuple[int, ...],
     identity: Hashable | None,
     dtype: torch.dtype,
-    whole: Reconstructed,
+    merged: FactorisedTensor,
 ) -> TensorHeader:
-    if whole.kind == "tt":
+    if merged.kind == "tt":
         left, size, right = shape
         matrix = (left * size, right) if right > 1 else (left, size)
-        return TensorHeader(name, matrix, dtype, identity, (name,), Unfolded(whole.pairs))
-    combine = ComplexPairs() if whole.pairs else None
+        return TensorHeader(name, matrix, dtype, identity, (name,), TensorTrainCore(merged.pairs))
+    combine = ComplexPairs() if merged.pairs else None
     return TensorHeader(name, shape, dtype, identity, (name,), combine)
 
 
-def spectral_parts(header: TensorHeader, name: str, index: HeaderIndex) -> list[Part] | str:
-    """The layers of a complex weight or of an AFNO block's, why there are none, or no answer.
-
-    The empty list leaves the tensor to other rules.
-    """
-    shape, rank = header.shape, len(header.shape)
-    says_so = index.notes.get(header.name) == "afno" or says_afno(header.name)
-    if is_afno_bias(header, index.by_name, says_so):
+def spectral_layers(weight: Weight) -> list[Part] | str | None:
+    """The layers of a complex weight or of an AFNO block's, or why there are none."""
+    header, shape, by_name = weight.header, weight.shape, weight.index.by_name
+    says_so = weight.index.notes.get(header.name) == "afno" or says_afno(header.name)
+    if is_afno_bias(header, by_name, says_so):
         return "a bias (of an AFNO block), not a weight"
-    layout = afno_layout(header, index.by_name, says_so)
+    layout = afno_layout(header, by_name, says_so)
     if layout:
         to_stack = AsStored() if layout == "complex" else RealAndImaginary()
-        return [Part(name, "spectral", (shape[-3], shape[-2], shape[-1]), to_stack)]
-    if header.dtype.is_complex and rank > 2:
+        return [Part(weight.name, "spectral", (shape[-3], shape[-2], shape[-1]), to_stack)]
+    if header.dtype.is_complex and weight.rank > 2:
         # (in, out, *modes): as a kernel's positions, with the roles of in and out exchanged.
-        modes = torch.Size(shape[2:]).numel()
-        return [Part(name, "spectral", (modes, shape[0], shape[1]), TrailingPositions())]
-    return []
+        stack = (math.prod(shape[2:]), shape[0], shape[1])
+        return [Part(weight.name, "spectral", stack, TrailingPositions())]
+    return None

@@ -14,10 +14,9 @@ from typing import Any
 from torch import nn
 
 from farms_fast.weights.sources.adapter import AdapterSource
-from farms_fast.weights.sources.base import BaseSource, Patterns, Source
-from farms_fast.weights.sources.files import PickleSource, SafetensorsSource
+from farms_fast.weights.sources.base import HeaderSource, Patterns, Source
+from farms_fast.weights.sources.files import PICKLE_SUFFIXES, PickleSource, SafetensorsSource
 from farms_fast.weights.sources.folder import (
-    PICKLE_SUFFIXES,
     adapter_config,
     checkpoint_holds,
     named_base,
@@ -44,7 +43,7 @@ Model = nn.Module | Mapping[str, Any] | str | os.PathLike[str]
 
 def open_source(
     model: Model, *, base: Model | None = None
-) -> ModuleSource | MappingSource | SafetensorsSource | PickleSource | AdapterSource:
+) -> HeaderSource | ModuleSource | AdapterSource:
     """Open whatever holds weights.
 
     Args:
@@ -100,7 +99,9 @@ def checkpoints_of(
     return found if named is None else [*found, named]
 
 
-def _open_base(folder: Path, config: Mapping[str, Any], base: Model | None) -> BaseSource:
+def _open_base(
+    folder: Path, config: Mapping[str, Any], base: Model | None
+) -> HeaderSource | ModuleSource:
     if base is None:
         local = named_base(config)
         if local is None:
@@ -131,9 +132,7 @@ def _path_of(argument: str, model: object) -> Path | None:
     return Path(model).expanduser()
 
 
-def _open(
-    argument: str, model: Model
-) -> ModuleSource | MappingSource | SafetensorsSource | PickleSource:
+def _open(argument: str, model: Model) -> HeaderSource | ModuleSource:
     if isinstance(model, nn.Module):
         return ModuleSource(model)
     if isinstance(model, Mapping):

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from farms_fast.weights.formats.lora import Adapter
-from farms_fast.weights.layers import LayerSpec, Skipped
-from farms_fast.weights.sources.base import BaseSource, Patterns
-from farms_fast.weights.sources.files import PickleSource, SafetensorsSource
+from farms_fast.weights.sources.base import HeaderSource
+from farms_fast.weights.sources.memory import ModuleSource
+from farms_fast.weights.stacks import LayerSpec, Patterns, Skipped
 
 __all__ = ["AdapterSource"]
 
@@ -34,14 +34,14 @@ class AdapterSource:
 
     def __init__(
         self,
-        base: BaseSource,
-        adapter: SafetensorsSource | PickleSource,
+        base: HeaderSource | ModuleSource,
+        adapter: HeaderSource,
         config: Mapping[str, Any],
     ) -> None:
         self.description = f"{base.description} with {adapter.description}"
         self.base = base
         self._adapter = adapter
-        self._change = Adapter(config, adapter.headers, adapter.description, _PREFIX)
+        self._apply = Adapter(config, adapter.headers, adapter.description, _PREFIX)
 
     def layers(
         self, include: Patterns = None, exclude: Patterns = None
@@ -51,7 +51,7 @@ class AdapterSource:
         Raises:
             ValueError: the adapter has no weight of the base in common.
         """
-        layers, skipped = self.base.layers(include, exclude, change=self._change)
+        layers, skipped = self.base.layers(include, exclude, change=self._apply)
         return layers, skipped + self._adapter.skipped
 
     def load(self, name: str) -> torch.Tensor:

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
-from farms_fast.weights.layers import LayerSpec, Skipped, TensorHeader, layers_from_headers
+from farms_fast.weights.layers import layers_from_headers
 from farms_fast.weights.model_config import ModelConfig
-from farms_fast.weights.stacks import Found
+from farms_fast.weights.stacks import LayerSpec, Patterns, Skipped, TensorHeader, WeightTransform
 
-__all__ = ["BaseSource", "Change", "HeaderSource", "Patterns", "Source", "no_such_tensor"]
-
-Patterns = str | Sequence[str] | None
-Change = Callable[[Sequence[Found]], list[Found]]
+__all__ = ["HeaderSource", "Patterns", "Source"]
 
 
 class Source(Protocol):
-    """What the rest of the package asks of a place that holds weights."""
+    """What the rest of the package asks of whatever holds weights."""
 
     @property
     def description(self) -> str:
@@ -31,19 +27,6 @@ class Source(Protocol):
 
     def load(self, name: str) -> torch.Tensor:
         """One tensor, named as in `LayerSpec.tensors`, where it lives; not to be written."""
-
-
-class BaseSource(Source, Protocol):
-    """A source that can serve as the base of an adapter."""
-
-    def layers(
-        self,
-        include: Patterns = None,
-        exclude: Patterns = None,
-        *,
-        change: Change | None = None,
-    ) -> tuple[list[LayerSpec], list[Skipped]]:
-        """As in `Source`, of the weights as `change` leaves them."""
 
 
 class HeaderSource:
@@ -64,13 +47,14 @@ class HeaderSource:
         self.headers: list[TensorHeader] = []
         self.skipped: list[Skipped] = []
         self._config = config
+        self._stored: dict[str, Any] = {}
 
     def layers(
         self,
         include: Patterns = None,
         exclude: Patterns = None,
         *,
-        change: Change | None = None,
+        change: WeightTransform | None = None,
     ) -> tuple[list[LayerSpec], list[Skipped]]:
         """As `layers_from_headers`; what is no tensor to load is listed as skipped too."""
         layers, skipped = layers_from_headers(
@@ -78,7 +62,16 @@ class HeaderSource:
         )
         return layers, skipped + self.skipped
 
+    def load(self, name: str) -> torch.Tensor:
+        """The tensor, detached; from files, it is on the CPU.
 
-def no_such_tensor(description: str, name: str) -> ValueError:
-    """The error of a `load` that is asked for what is not there."""
-    return ValueError(f"name: expected a tensor of {description}, got {name!r}")
+        Raises:
+            ValueError: there is no tensor of this name, or its file has changed meanwhile.
+        """
+        if name not in self._stored:
+            raise ValueError(f"name: expected a tensor of {self.description}, got {name!r}")
+        return self._load(name, self._stored[name])
+
+    def _load(self, name: str, stored: Any) -> torch.Tensor:
+        """The tensor of a name, from what the source has stored for it."""
+        raise NotImplementedError

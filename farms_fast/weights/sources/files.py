@@ -1,8 +1,8 @@
 """Weights in files, read one tensor at a time.
 
 A memory map counts as the process's memory once it has been touched, for as long as it exists. So
-no file stays mapped: of safetensors, each large tensor has a map of its own bytes, which goes with
-the tensor; of pickles, one file at a time is mapped, and mapped anew when enough was read of it.
+no file stays mapped. A large tensor of safetensors has a map of its own bytes, which goes with the
+tensor. Of pickles one file at a time is mapped, and mapped anew when enough was read of it.
 """
 
 from __future__ import annotations
@@ -20,13 +20,23 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from farms_fast.weights.layers import Skipped, TensorHeader
 from farms_fast.weights.model_config import ModelConfig
-from farms_fast.weights.sources.base import HeaderSource, no_such_tensor
+from farms_fast.weights.sources.base import HeaderSource
 from farms_fast.weights.sources.memory import MappingSource
+from farms_fast.weights.stacks import Skipped, TensorHeader
 
-__all__ = ["PickleSource", "SafetensorsSource"]
+__all__ = [
+    "PICKLE_SUFFIXES",
+    "PickleSource",
+    "RepeatedNameError",
+    "SafetensorsSource",
+    "parse_json",
+]
 
+# Each file with the names to read from it, or with None for all of its names.
+Files = Mapping[Path, Sequence[str] | None]
+
+PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 # Smaller tensors are read into memory: each map costs an open file.
 _MAPPED_FROM = 16 * 2**20
 # What may be read of a pickle before its map is dropped.
@@ -55,21 +65,17 @@ _DTYPES = {
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where the bytes of a tensor are."""
+class _Extent:
+    """Where in a file the bytes of a tensor are."""
 
-    path: Path
     offset: int
     bytes: int
     shape: tuple[int, ...]
     dtype: torch.dtype
 
 
-class SafetensorsSource(HeaderSource):
-    """Tensors of one safetensors file or of several.
-
-    safetensors keeps no order of its own, so layers come in the order of their names, with numbers
-    compared as numbers.
+class _FileSource(HeaderSource):
+    """Tensors of one file or of several.
 
     Args:
         files: each file with the names to read from it, or with None for all of its names.
@@ -77,156 +83,150 @@ class SafetensorsSource(HeaderSource):
         config: of the model.
 
     Raises:
-        ValueError: a file is not a sound safetensors file, or lacks a name that is expected in it.
+        ValueError: a file is damaged, holds more than tensors, or lacks a name expected in it.
     """
 
-    def __init__(
-        self,
-        files: Mapping[Path, Sequence[str] | None],
-        description: str,
-        config: ModelConfig | None = None,
-    ) -> None:
+    def __init__(self, files: Files, description: str, config: ModelConfig | None = None) -> None:
         super().__init__(description, config)
-        self._places: dict[str, _Place] = {}
         self._states: dict[Path, tuple[int, int]] = {}
-        headers: list[TensorHeader] = []
         for path, names in files.items():
-            headers.extend(self._read_headers(path, names))
-        self.headers = sorted(headers, key=lambda header: _natural_order(header.name))
+            stored = self._read_headers(path)
+            expected = dict.fromkeys(stored if names is None else names)
+            if lacking := sorted(set(expected) - set(stored)):
+                raise ValueError(f"{path}: expected the tensor {lacking[0]!r} of the index in it")
+            for name, item in stored.items():
+                if name not in expected:
+                    reason = f"in {path.name} but not in its index"
+                    self.skipped.append(Skipped(name, item.shape, reason))
+                elif isinstance(item, Skipped):
+                    self.skipped.append(item)
+            for name in expected:
+                item = stored[name]
+                if isinstance(item, TensorHeader):
+                    self.headers.append(item)
+                    self._stored[name] = path
 
-    def load(self, name: str) -> torch.Tensor:
-        """The tensor, on the CPU; of a large one, pages come from the file when they are read.
+    def _read_headers(self, path: Path) -> Mapping[str, TensorHeader | Skipped]:
+        """What a file holds, by the names that it has there."""
+        raise NotImplementedError
 
-        Raises:
-            ValueError: there is no tensor of this name, or its file has changed meanwhile.
-        """
-        if name not in self._places:
-            raise no_such_tensor(self.description, name)
-        place = self._places[name]
-        if place.bytes == 0:
-            return torch.empty(place.shape, dtype=place.dtype)
-        with place.path.open("rb") as file:
-            if _state(file.fileno()) != self._states[place.path]:
-                raise _changed(place.path)
-            content = _bytes_of(file.fileno(), place)
-        return content.view(place.dtype).view(place.shape)
 
-    def _read_headers(self, path: Path, names: Sequence[str] | None) -> list[TensorHeader]:
-        stored, start = _safetensors_header(path)
+class SafetensorsSource(_FileSource):
+    """Tensors of safetensors files; pages of a large one come from the file when they are read.
+
+    safetensors keeps no order of its own, so layers come in the order of their names, with numbers
+    compared as numbers.
+    """
+
+    def __init__(self, files: Files, description: str, config: ModelConfig | None = None) -> None:
+        self._extents: dict[Path, dict[str, _Extent]] = {}
+        super().__init__(files, description, config)
+        self.headers.sort(key=lambda header: _natural_order(header.name))
+
+    def _load(self, name: str, stored: Path) -> torch.Tensor:
+        extent = self._extents[stored][name]
+        if extent.bytes == 0:
+            return torch.empty(extent.shape, dtype=extent.dtype)
+        with stored.open("rb") as file:
+            if _state(file.fileno()) != self._states[stored]:
+                raise _changed(stored)
+            content = _bytes_of(file.fileno(), extent)
+        if content is None:
+            raise _changed(stored)
+        return content.view(extent.dtype).view(extent.shape)
+
+    def _read_headers(self, path: Path) -> Mapping[str, TensorHeader | Skipped]:
+        entries, start = _safetensors_header(path)
         self._states[path] = _state(path)
-        expected = _expected(path, stored, names)
-        headers: list[TensorHeader] = []
-        for name, entry in stored.items():
+        extents = self._extents[path] = {}
+        stored: dict[str, TensorHeader | Skipped] = {}
+        for name, entry in entries.items():
             shape, dtype = tuple(entry["shape"]), entry["dtype"]
             begin, end = entry["data_offsets"]
-            if name not in expected:
-                self.skipped.append(Skipped(name, shape, _not_in_index(path)))
-            elif dtype not in _DTYPES:
-                reason = f"dtype {dtype} is quantised, in a format that is not read"
-                self.skipped.append(Skipped(name.removesuffix(".weight"), shape, reason))
+            if dtype in _DTYPES:
+                extents[name] = _Extent(start + begin, end - begin, shape, _DTYPES[dtype])
+                stored[name] = TensorHeader(name, shape, _DTYPES[dtype])
             else:
-                held = _DTYPES[dtype]
-                self._places[name] = _Place(path, start + begin, end - begin, shape, held)
-                headers.append(TensorHeader(name, shape, held))
-        return headers
+                reason = f"dtype {dtype} is quantised, in a format that is not read"
+                stored[name] = Skipped(name.removesuffix(".weight"), shape, reason)
+        return stored
+
+
+class RepeatedNameError(ValueError):
+    """A JSON object has a name more than once."""
+
+
+def parse_json(path: Path, text: str | bytes) -> Any:
+    """The content of a JSON file, in whose objects each name is there once."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        for name in names if len(set(names)) != len(names) else ():
+            if names.count(name) > 1:
+                message = f"{path}: expected each name once, got {name!r} more than once"
+                raise RepeatedNameError(message)
+        return dict(pairs)
+
+    return json.loads(text, object_pairs_hook=unique)
 
 
 def _safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
     """The entries of a file that safetensors itself finds sound, and where its data begin."""
-    repeated: list[str] = []
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        entries = dict(pairs)
-        if len(entries) != len(pairs):
-            names = [name for name, _ in pairs]
-            repeated.append(next(name for name in names if names.count(name) > 1))
-        return entries
-
     try:
         with safe_open(path, framework="pt"):
             pass
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            stored = json.loads(file.read(size), object_pairs_hook=once)
     except SafetensorError as error:
         raise ValueError(
             f"{path}: expected a sound safetensors file, got a broken one: {error}"
         ) from None
-    if repeated:
-        raise ValueError(f"{path}: expected each name once, got {repeated[0]!r} more than once")
-    stored.pop("__metadata__", None)
-    return stored, 8 + size
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        entries: dict[str, Any] = parse_json(path, file.read(size))
+    entries.pop("__metadata__", None)
+    return entries, 8 + size
 
 
-def _bytes_of(descriptor: int, place: _Place) -> torch.Tensor:
-    """uint8; a private map of the file where the tensor is large and torch can take it from there.
+def _bytes_of(descriptor: int, extent: _Extent) -> torch.Tensor | None:
+    """uint8, None where the file has become too short.
 
-    The map goes when the last tensor that uses it does.
+    Large tensors have a private map of the file, which goes with the last tensor that uses it.
     """
-    if place.bytes >= _MAPPED_FROM and place.offset % place.dtype.itemsize == 0:
-        start = place.offset - place.offset % mmap.ALLOCATIONGRANULARITY
-        before = place.offset - start
+    if extent.bytes >= _MAPPED_FROM and extent.offset % extent.dtype.itemsize == 0:
+        start = extent.offset - extent.offset % mmap.ALLOCATIONGRANULARITY
+        before = extent.offset - start
+        size = before + extent.bytes
         try:
-            held = mmap.mmap(
-                descriptor, before + place.bytes, access=mmap.ACCESS_COPY, offset=start
-            )
+            pages = mmap.mmap(descriptor, size, access=mmap.ACCESS_COPY, offset=start)
         except OSError:
             pass  # too many open files or maps: read instead
         else:
-            return torch.frombuffer(held, dtype=torch.uint8, count=place.bytes, offset=before)
-    content = torch.empty(place.bytes, dtype=torch.uint8)
+            return torch.frombuffer(pages, dtype=torch.uint8, count=extent.bytes, offset=before)
+    content = torch.empty(extent.bytes, dtype=torch.uint8)
     target, done = content.numpy().data, 0
-    while done < place.bytes:
-        count = os.preadv(descriptor, [target[done:]], place.offset + done)
+    while done < extent.bytes:
+        count = os.preadv(descriptor, [target[done:]], extent.offset + done)
         if count == 0:
-            raise _changed(place.path)
+            return None
         done += count
     return content
 
 
-class PickleSource(HeaderSource):
+class PickleSource(_FileSource):
     """Pickled state dicts in one file or several, by torch's restricted reader.
 
     Files in torch's zip format are memory-mapped, one at a time. The older format cannot be: one
     file at a time is held in memory then.
-
-    Args:
-        files: each file with the names to read from it, or with None for all of its names.
-        description: for titles and messages.
-        config: of the model.
-
-    Raises:
-        ValueError: a file is damaged, holds more than plain tensors, or lacks an expected name.
     """
 
-    def __init__(
-        self,
-        files: Mapping[Path, Sequence[str] | None],
-        description: str,
-        config: ModelConfig | None = None,
-    ) -> None:
-        super().__init__(description, config)
-        self._paths: dict[str, Path] = {}
-        self._states: dict[Path, tuple[int, int]] = {}
-        self._opened: tuple[Path, MappingSource] | None = None
-        self._handed_out = 0
-        for path, names in files.items():
-            self._read_headers(path, names)
+    _opened: tuple[Path, MappingSource] | None = None
+    _read_bytes = 0
 
-    def load(self, name: str) -> torch.Tensor:
-        """The tensor, on the CPU.
-
-        Raises:
-            ValueError: there is no tensor of this name, or its file has changed meanwhile.
-        """
-        if name not in self._paths:
-            raise no_such_tensor(self.description, name)
-        path = self._paths[name]
-        if self._opened is None or self._opened[0] != path or self._handed_out > _PICKLE_BYTES:
+    def _load(self, name: str, stored: Path) -> torch.Tensor:
+        if self._opened is None or self._opened[0] != stored or self._read_bytes > _PICKLE_BYTES:
             self._opened = None  # the old map goes before the new one comes
-            self._opened = (path, self._open(path))
+            self._opened = (stored, self._open(stored))
         tensor = self._opened[1].load(name)
-        self._handed_out += tensor.numel() * tensor.element_size()
+        self._read_bytes += tensor.numel() * tensor.element_size()
         return tensor
 
     def __getstate__(self) -> dict[str, object]:
@@ -234,27 +234,21 @@ class PickleSource(HeaderSource):
         return {**self.__dict__, "_opened": None}
 
     def _open(self, path: Path) -> MappingSource:
-        self._handed_out = 0
+        self._read_bytes = 0
         if self._states.setdefault(path, _state(path)) != _state(path):
             raise _changed(path)
         return MappingSource(_read_pickle(path), str(path))
 
-    def _read_headers(self, path: Path, names: Sequence[str] | None) -> None:
+    def _read_headers(self, path: Path) -> Mapping[str, TensorHeader | Skipped]:
         opened = self._open(path)
         self.skipped.extend(opened.skipped)
-        stored = {header.name: header for header in opened.headers}
-        expected = _expected(path, stored, names)
-        for name in stored if names is None else names:
-            header = stored[name]
+        return {
             # Another file's tensors may come to lie at the same address later.
-            tied = None if header.identity is None else (str(path), header.identity)
-            self.headers.append(replace(header, identity=tied))
-            self._paths[name] = path
-        self.skipped.extend(
-            Skipped(name, header.shape, _not_in_index(path))
-            for name, header in stored.items()
-            if name not in expected
-        )
+            header.name: replace(
+                header, identity=None if header.identity is None else (str(path), header.identity)
+            )
+            for header in opened.headers
+        }
 
 
 def _read_pickle(path: Path) -> Mapping[str, Any]:
@@ -285,18 +279,10 @@ def _read_pickle(path: Path) -> Mapping[str, Any]:
     return loaded
 
 
-def _expected(path: Path, stored: Mapping[str, object], names: Sequence[str] | None) -> set[str]:
-    """The names to read from a file, all of which it must have; None is what it has."""
-    expected = set(stored if names is None else names)
-    if lacking := sorted(expected - set(stored)):
-        raise ValueError(f"{path}: expected the tensor {lacking[0]!r} of the index in it")
-    return expected
-
-
 def _state(file: Path | int) -> tuple[int, int]:
     """Size and time of the last change."""
-    found = os.stat(file)
-    return found.st_size, found.st_mtime_ns
+    status = os.stat(file)
+    return status.st_size, status.st_mtime_ns
 
 
 def _changed(path: Path) -> ValueError:
@@ -306,7 +292,3 @@ def _changed(path: Path) -> ValueError:
 def _natural_order(name: str) -> list[tuple[int, int, str]]:
     pieces = re.split(r"(\d+)", name)
     return [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in pieces if p]
-
-
-def _not_in_index(path: Path) -> str:
-    return f"in {path.name} but not in its index"

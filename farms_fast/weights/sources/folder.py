@@ -3,36 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from farms_fast.weights.model_config import ModelConfig
-from farms_fast.weights.sources.files import PickleSource, SafetensorsSource
+from farms_fast.weights.sources.files import (
+    PICKLE_SUFFIXES,
+    PickleSource,
+    RepeatedNameError,
+    SafetensorsSource,
+    parse_json,
+)
 
-__all__ = [
-    "PICKLE_SUFFIXES",
-    "adapter_config",
-    "checkpoint_holds",
-    "named_base",
-    "open_adapter",
-    "open_folder",
-]
+__all__ = ["adapter_config", "checkpoint_holds", "named_base", "open_adapter", "open_folder"]
 
-PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 _ADAPTER_CONFIG = "adapter_config.json"
 # How the names of a checkpoint's files end; analyses that lie beside them have other names.
 _PARTS = (
-    ".safetensors",
-    *PICKLE_SUFFIXES,
-    ".index.json",
-    "config.json",
-    "tokenizer.json",
-    "vocab.json",
-    "tokens.json",
-    "tokens_map.json",
+    *(".safetensors", *PICKLE_SUFFIXES, ".index.json", "config.json"),
+    *("tokenizer.json", "vocab.json", "tokens.json", "tokens_map.json"),
 )
 
 
@@ -58,10 +49,10 @@ def open_folder(folder: Path) -> PickleSource | SafetensorsSource:
     if pickled_index.exists():
         return PickleSource(_read_index(pickled_index), str(folder), config)
     if files:
-        found = ", ".join(p.name for p in files[:5])
+        names = ", ".join(p.name for p in files[:5])
         raise ValueError(
             f"{folder}: expected one safetensors file or an index, got {len(files)} files without"
-            f" an index ({found}): give the path of one"
+            f" an index ({names}): give the path of one"
         )
     raise ValueError(
         f"{folder}: expected model.safetensors, pytorch_model.bin or an index of shards,"
@@ -83,7 +74,7 @@ def named_base(config: Mapping[str, Any]) -> Path | None:
 
 
 def checkpoint_holds(checkpoint: Path, file: Path) -> bool:
-    """Whether to write a file would change a checkpoint, or what lies beside a checkpoint's file.
+    """Whether writing a file would change a checkpoint, or what lies beside a checkpoint's file.
 
     Args:
         checkpoint: a file or folder of weights; it need not exist.
@@ -96,7 +87,7 @@ def checkpoint_holds(checkpoint: Path, file: Path) -> bool:
         parts += [part for part in folder.iterdir() if part.name.endswith(_PARTS)]
     if any(part.resolve() == target for part in parts):
         return True
-    # What is not there yet would be taken for a part of the model from then on.
+    # A new file of such a name would count as a part of the model from then on.
     new = checkpoint.is_dir() and target.parent == folder.resolve()
     return new and target.name.endswith(_PARTS)
 
@@ -126,20 +117,11 @@ def _model_config(folder: Path) -> ModelConfig | None:
 
 
 def _json_object(path: Path, what: str = "a JSON object") -> dict[str, Any]:
-    """A JSON file that holds one object, in which every name is there once."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        if len(set(names)) != len(names):
-            raise KeyError(next(name for name in names if names.count(name) > 1))
-        return dict(pairs)
-
+    """A JSON file that holds one object."""
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
-    except KeyError as error:
-        raise ValueError(
-            f"{path}: expected each name once, got {error.args[0]!r} more than once"
-        ) from None
+        entries = parse_json(path, path.read_text(encoding="utf-8"))
+    except RepeatedNameError:
+        raise
     except (ValueError, RecursionError):
         entries = None
     if not isinstance(entries, dict):

@@ -10,19 +10,17 @@ import torch
 from torch import nn
 
 from farms_fast.core.arrays import from_numpy
-from farms_fast.weights.formats.dequantise import plain
-from farms_fast.weights.layers import (
-    LayerSpec,
-    Skipped,
-    TensorHeader,
-    layers_from_module,
+from farms_fast.weights.layers import layers_from_module
+from farms_fast.weights.model_config import ModelConfig
+from farms_fast.weights.module_tensors import (
+    dequantised,
     module_tensor,
+    no_data,
     sparse_layout,
     tensor_identity,
 )
-from farms_fast.weights.model_config import ModelConfig
-from farms_fast.weights.module_tensors import no_data
-from farms_fast.weights.sources.base import Change, HeaderSource, Patterns, no_such_tensor
+from farms_fast.weights.sources.base import HeaderSource
+from farms_fast.weights.stacks import LayerSpec, Patterns, Skipped, TensorHeader, WeightTransform
 
 __all__ = ["MappingSource", "ModuleSource"]
 
@@ -46,7 +44,7 @@ class ModuleSource:
         include: Patterns = None,
         exclude: Patterns = None,
         *,
-        change: Change | None = None,
+        change: WeightTransform | None = None,
     ) -> tuple[list[LayerSpec], list[Skipped]]:
         """As `layers_from_module`."""
         return layers_from_module(self.module, include, exclude, change=change)
@@ -80,7 +78,6 @@ class MappingSource(HeaderSource):
     ) -> None:
         super().__init__(description, config)
         self.skipped += skipped
-        self._values: dict[str, torch.Tensor | np.ndarray[Any, Any]] = {}
         for name, value in self._unwrapped(tensors).items():
             if not isinstance(name, str):
                 raise TypeError(f"{description}: expected names as keys, got {name!r}")
@@ -90,25 +87,22 @@ class MappingSource(HeaderSource):
             elif isinstance(value, torch.Tensor) and sparse_layout(value):
                 self.skipped.append(Skipped(name, tuple(value.shape), sparse_layout(value)))
             else:
-                self._values[name] = value
+                self._stored[name] = value
                 self.headers.append(_header(name, value))
-        if not self._values:
+        if not self._stored:
             keys = ", ".join(repr(key) for key in list(tensors)[:5])
             raise ValueError(
                 f"{description}: expected tensors by name, got a mapping without any tensor"
                 f" (keys: {keys or 'none'})"
             )
 
-    def load(self, name: str) -> torch.Tensor:
-        """The tensor, detached; an array as a tensor of the same memory where torch allows it."""
-        if name not in self._values:
-            raise no_such_tensor(self.description, name)
-        value = self._values[name]
-        if isinstance(value, torch.Tensor):
-            if value.is_meta:
-                raise no_data(name)
-            return plain(value.detach())
-        return from_numpy(value)
+    def _load(self, name: str, stored: torch.Tensor | np.ndarray[Any, Any]) -> torch.Tensor:
+        """The tensor; an array as a tensor of the same memory where torch allows it."""
+        if not isinstance(stored, torch.Tensor):
+            return from_numpy(stored)
+        if stored.is_meta:
+            raise no_data(name)
+        return dequantised(stored.detach())
 
     def _unwrapped(self, tensors: Mapping[str, Any]) -> Mapping[str, Any]:
         """The innermost state dict; its neighbours on the way are noted as skipped."""

@@ -1,0 +1,176 @@
+"""Recipes: how loaded tensors become a weight, and a weight its stack of matrices.
+
+A recipe is a frozen dataclass: a plan can be sent to another process, and a store can tell whether
+a layer is still made in the same way. Its identity is a declared name and its fields, never the
+name of a class. The number in the name rises when a recipe gives other values than before.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields, is_dataclass
+from types import FunctionType
+from typing import Any, ClassVar
+
+import torch
+
+__all__ = [
+    "AsStored",
+    "Computed",
+    "HeadRows",
+    "Recipe",
+    "Rows",
+    "TrailingPositions",
+    "canonical_json",
+    "recipe_id",
+    "region_read",
+]
+
+
+class Recipe:
+    """Base of all recipes; a subclass declares its name: `class Rows(Recipe, name="rows/1")`."""
+
+    recipe_name: ClassVar[str]
+
+    def __init_subclass__(cls, *, name: str) -> None:
+        """Keeps the declared name."""
+        cls.recipe_name = name
+
+    def __call__(self, *tensors: Any, **options: Any) -> torch.Tensor:
+        """The weight or the stack: a view wherever strides allow one; tensors are never written."""
+        raise NotImplementedError
+
+    def region(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Views of what the recipe reads of its tensors."""
+        return tensors
+
+
+def recipe_id(recipe: object) -> str:
+    """The identity of a recipe as canonical JSON, recipes within it included.
+
+    Args:
+        recipe: a `Recipe`, or a plain function, which is known by its module and name alone.
+
+    Raises:
+        TypeError: it is any other callable, whose parameters cannot be told.
+
+    Example:
+        >>> recipe_id(Rows(0, 768))
+        '{"count":768,"recipe":"rows/1","start":0,"step":1,"transposed":false}'
+    """
+    return canonical_json(recipe)
+
+
+def canonical_json(value: object) -> str:
+    """Compact JSON with sorted keys, of plain values and recipes."""
+    return json.dumps(value, default=_declared, sort_keys=True, separators=(",", ":"))
+
+
+def _declared(value: object) -> dict[str, object]:
+    if isinstance(value, FunctionType):
+        return {"function": f"{value.__module__}.{value.__qualname__}"}
+    named = {"recipe": value.recipe_name} if isinstance(value, Recipe) else {}
+    if not is_dataclass(value) or (callable(value) and not named):
+        raise TypeError(
+            "to_stack: expected a Recipe or a plain function, which a store can tell from others, "
+            f"got {type(value).__name__}"
+        )
+    return {**named, **{field.name: getattr(value, field.name) for field in fields(value)}}
+
+
+def region_read(recipe: object, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Views of what a stack is made from: the rows that a recipe takes, or all of the tensors.
+
+    Example:
+        >>> import torch
+        >>> region_read(Rows(2, 2), (torch.zeros(6, 3),))[0].shape
+        torch.Size([2, 3])
+    """
+    return recipe.region(*tensors) if isinstance(recipe, Recipe) else tensors
+
+
+@dataclass(frozen=True)
+class Rows(Recipe, name="rows/1"):
+    """`count` rows from `start`, each `step` apart, of a matrix or of each matrix of a stack.
+
+    `transposed` transposes the matrices first.
+    """
+
+    start: int
+    count: int
+    step: int = 1
+    transposed: bool = False
+
+    def region(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The rows, of as many dimensions as the weight has."""
+        matrix = tensors[0].mT if self.transposed else tensors[0]
+        return (matrix[..., self.start : self.start + self.count * self.step : self.step, :],)
+
+    def __call__(self, weight: torch.Tensor) -> torch.Tensor:
+        """`(S, count, C)`."""
+        (rows,) = self.region(weight)
+        return rows if rows.dim() == 3 else rows.unsqueeze(0)
+
+
+@dataclass(frozen=True)
+class HeadRows(Recipe, name="head-rows/1"):
+    """Rows of q, k or v where the heads of one group stand together.
+
+    `(groups * (queries + 2) * head_dim, C)`: in each group its query heads, one key head and one
+    value head. A view when there is one group.
+    """
+
+    role: str
+    groups: int
+    queries: int
+
+    def region(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The role's heads, `(groups, heads, head_dim, C)`."""
+        heads = tensors[0].reshape(self.groups, self.queries + 2, -1, tensors[0].shape[-1])
+        first = {"q": 0, "k": self.queries, "v": self.queries + 1}[self.role]
+        return (heads.narrow(1, first, self.queries if self.role == "q" else 1),)
+
+    def __call__(self, weight: torch.Tensor) -> torch.Tensor:
+        """`(1, rows of the role, C)`."""
+        return self.region(weight)[0].flatten(0, 2).unsqueeze(0)
+
+
+@dataclass(frozen=True)
+class TrailingPositions(Recipe, name="trailing-positions/1"):
+    """`(a, b, *positions)` to one matrix for each group and position, group by group.
+
+    Matrices are (a/groups) x b, or b x (a/groups) when `transposed`.
+    """
+
+    groups: int = 1
+    transposed: bool = False
+
+    def __call__(self, weight: torch.Tensor) -> torch.Tensor:
+        """`(groups * positions, R, C)`."""
+        kernels = weight.flatten(2)
+        grouped = kernels.reshape(self.groups, -1, *kernels.shape[1:])  # (g, a/g, b, positions)
+        order = (0, 3, 2, 1) if self.transposed else (0, 3, 1, 2)
+        # With several groups and several positions the two have no common stride: that case copies.
+        return grouped.permute(order).flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class AsStored(Recipe, name="as-stored/1"):
+    """`(S, R, C)` as it is, `(R, C)` as a stack of one."""
+
+    def __call__(self, weight: torch.Tensor) -> torch.Tensor:
+        """`(S, R, C)`."""
+        return weight if weight.dim() == 3 else weight.unsqueeze(0)
+
+
+@dataclass(frozen=True)
+class Computed(Recipe, name="computed/1"):
+    """The stack of a weight that is computed first: `stack(weight(*tensors))`."""
+
+    weight: Any
+    stack: Any
+
+    def __call__(self, *tensors: torch.Tensor) -> torch.Tensor:
+        """`(S, R, C)`."""
+        stack: torch.Tensor = self.stack(self.weight(*tensors))
+        return stack

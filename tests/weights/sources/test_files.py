@@ -1,0 +1,320 @@
+"""Weights from safetensors and pickles, and what is refused."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from farms_fast.weights.sources import (
+    PickleSource,
+    SafetensorsSource,
+    open_source,
+)
+from tests.support.checkpoints import (
+    WEIGHTS,
+    assert_holds_weights,
+    loaded,
+    write_index,
+    write_raw_safetensors,
+    write_shards,
+)
+
+
+class Spy:
+    """Writes a file when a careless reader unpickles it."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.trace),)
+
+
+# --- safetensors ---
+
+
+def test_safetensors_file(tmp_path: Path) -> None:
+    path = tmp_path / "any.safetensors"
+    save_file(WEIGHTS, path)
+    for model in (path, str(path)):
+        source = open_source(model)
+        assert isinstance(source, SafetensorsSource)
+        assert source.description == str(path)
+        assert_holds_weights(source)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "other.safetensors"])
+def test_folder_with_one_safetensors_file(tmp_path: Path, name: str) -> None:
+    save_file(WEIGHTS, tmp_path / name)
+    assert_holds_weights(open_source(tmp_path))
+
+
+def test_model_safetensors_goes_before_everything_else(tmp_path: Path) -> None:
+    save_file(WEIGHTS, tmp_path / "model.safetensors")
+    save_file({"c": torch.ones(3, 3)}, tmp_path / "c.safetensors")
+    torch.save({"c": torch.ones(3, 3)}, tmp_path / "pytorch_model.bin")
+    write_index(tmp_path, {"c": "c.safetensors"})
+    assert_holds_weights(open_source(tmp_path))
+
+
+def test_sharded_safetensors(tmp_path: Path) -> None:
+    write_shards(tmp_path)
+    assert_holds_weights(open_source(tmp_path))
+
+
+def test_index_of_another_name(tmp_path: Path) -> None:
+    save_file(WEIGHTS, tmp_path / "x-1.safetensors")
+    write_index(tmp_path, dict.fromkeys(WEIGHTS, "x-1.safetensors"), "diffusion.safetensors")
+    assert_holds_weights(open_source(tmp_path))
+
+
+def test_names_are_ordered_with_numbers_as_numbers(tmp_path: Path) -> None:
+    names = ["h.10.w", "h.2.w", "a", "h.2.b.w", "h.1.w"]
+    save_file({name: torch.ones(3, 3) for name in names}, tmp_path / "m.safetensors")
+    layers, _ = open_source(tmp_path).layers()
+    assert [layer.name for layer in layers] == ["a", "h.1.w", "h.2.b.w", "h.2.w", "h.10.w"]
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float16, torch.bfloat16, torch.float64, torch.complex64, torch.int8, torch.bool],
+)
+def test_header_has_the_dtype_of_the_tensor(tmp_path: Path, dtype: torch.dtype) -> None:
+    save_file({"w": torch.ones(4, 3).to(dtype)}, tmp_path / "m.safetensors")
+    source = open_source(tmp_path)
+    layers, skipped = source.layers()
+    assert source.load("w").dtype == dtype
+    if dtype.is_floating_point or dtype.is_complex:
+        assert [layer.dtype for layer in layers] == [dtype]
+    else:
+        assert str(dtype).removeprefix("torch.") in skipped[0].reason
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [("F8_E8M0", 8), ("F4", 4)])
+def test_quantised_floats_are_skipped(tmp_path: Path, dtype: str, bits: int) -> None:
+    size = 16 * bits // 8
+    entry = {"dtype": dtype, "shape": [4, 4], "data_offsets": [0, size]}
+    write_raw_safetensors(tmp_path / "m.safetensors", {"w": entry}, bytes(size))
+    layers, skipped = open_source(tmp_path).layers()
+    assert layers == []
+    assert [(s.name, s.shape) for s in skipped] == [("w", (4, 4))]
+    assert "quantised" in skipped[0].reason
+
+
+def test_writing_a_loaded_tensor_does_not_reach_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    save_file(WEIGHTS, path)
+    before = path.read_bytes()
+    open_source(path).load("a.weight").zero_()
+    assert path.read_bytes() == before
+
+
+def test_source_can_be_sent_to_another_process(tmp_path: Path) -> None:
+    write_shards(tmp_path)
+    source = open_source(tmp_path)
+    source.load("a.weight")
+    assert_holds_weights(pickle.loads(pickle.dumps(source)))
+
+
+def test_unknown_name_is_an_error(tmp_path: Path) -> None:
+    save_file(WEIGHTS, tmp_path / "m.safetensors")
+    for model in (tmp_path, WEIGHTS):
+        with pytest.raises(ValueError, match=r"name: expected a tensor of .*, got 'c.weight'"):
+            open_source(model).load("c.weight")
+
+
+@pytest.mark.parametrize("keep", [0, 4, 8, 20, 60, -1, -40])
+def test_truncated_safetensors_is_one_error(tmp_path: Path, keep: int) -> None:
+    path = tmp_path / "cut.safetensors"
+    save_file(WEIGHTS, path)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"cut.safetensors: expected a sound safetensors") as error:
+        open_source(path)
+    assert error.value.__suppress_context__
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "F32", "shape": [100, 100], "data_offsets": [0, 16]},
+        {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 1600]},
+        {"dtype": "F32", "shape": [2, 2], "data_offsets": [8, 16]},
+        {"dtype": "F32", "shape": [2, 2], "data_offsets": [16, 0]},
+        {"dtype": "F32", "shape": [2, -2], "data_offsets": [0, 16]},
+        {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 16]},
+        {"dtype": "F99", "shape": [2, 2], "data_offsets": [0, 16]},
+        {"shape": [2, 2]},
+    ],
+)
+def test_safetensors_header_that_lies_is_one_error(tmp_path: Path, entry: object) -> None:
+    path = tmp_path / "lie.safetensors"
+    write_raw_safetensors(path, {"w": entry}, bytes(16))
+    with pytest.raises(ValueError, match=r"lie.safetensors: expected a sound safetensors file"):
+        open_source(path)
+
+
+def test_safetensors_header_length_beyond_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "lie.safetensors"
+    path.write_bytes(struct.pack("<Q", 2**60) + b"{}")
+    with pytest.raises(ValueError, match=r"lie.safetensors: expected a sound safetensors file"):
+        open_source(path)
+
+
+def test_safetensors_with_a_name_twice_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "twice.safetensors"
+    entry = '{"dtype":"F32","shape":[2,2],"data_offsets":[0,16]}'
+    text = f'{{"w":{entry},"w":{entry}}}'.encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(16))
+    with pytest.raises(ValueError, match=r"twice.safetensors: expected each name once, got 'w'"):
+        open_source(path)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pt"])
+@pytest.mark.parametrize("what", ["other", "cut", "gone"])
+def test_file_that_changes_after_it_was_opened_is_an_error(
+    tmp_path: Path, kind: str, what: str
+) -> None:
+    path = tmp_path / f"m.{kind}"
+    save = save_file if kind == "safetensors" else torch.save
+    save(WEIGHTS, path)
+    source = open_source(path)
+    source.load("a.weight")
+    source.load("b.weight")
+    source = pickle.loads(pickle.dumps(source))  # which has no file open
+    if what == "other":
+        save({**WEIGHTS, "c.weight": torch.ones(50, 50)}, path)
+    elif what == "cut":
+        path.write_bytes(path.read_bytes()[:-40])
+    else:
+        path.unlink()
+    with pytest.raises((ValueError, FileNotFoundError), match=f"m.{kind}"):
+        source.load("a.weight")
+
+
+def test_pickled_tensors_of_one_memory_are_analysed_once(tmp_path: Path) -> None:
+    weight = torch.ones(3, 3)
+    torch.save({"a": weight, "b": weight, "c": weight.clone()}, tmp_path / "m.pt")
+    source = open_source(tmp_path / "m.pt")
+    assert isinstance(source, PickleSource)
+    layers, skipped = source.layers()
+    assert [layer.name for layer in layers] == ["a", "c"]
+    assert [(s.name, s.reason) for s in skipped] == [("b", "tied to a")]
+
+
+def test_pickle_source_can_be_sent_to_another_process(tmp_path: Path) -> None:
+    torch.save(WEIGHTS, tmp_path / "m.pt")
+    source = open_source(tmp_path / "m.pt")
+    source.load("a.weight")
+    assert_holds_weights(pickle.loads(pickle.dumps(source)))
+
+
+# --- pickles ---
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin", ".ckpt"])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickled_state_dict(tmp_path: Path, suffix: str, zipped: bool) -> None:
+    path = tmp_path / f"m{suffix}"
+    torch.save(WEIGHTS, path, _use_new_zipfile_serialization=zipped)
+    source = open_source(path)
+    assert_holds_weights(source)
+    assert [layer.name for layer in source.layers()[0]] == ["b", "a"]
+    before = path.read_bytes()
+    source.load("a.weight").zero_()
+    assert path.read_bytes() == before
+
+
+def test_wrapped_pickle(tmp_path: Path) -> None:
+    torch.save({"epoch": 3, "state_dict": {"model": WEIGHTS}}, tmp_path / "m.ckpt")
+    assert set(loaded(open_source(tmp_path / "m.ckpt"))) == {"a", "b"}
+
+
+def test_folder_with_a_pickle(tmp_path: Path) -> None:
+    torch.save(WEIGHTS, tmp_path / "pytorch_model.bin")
+    assert_holds_weights(open_source(tmp_path))
+
+
+def test_sharded_pickles(tmp_path: Path) -> None:
+    torch.save({"b.weight": WEIGHTS["b.weight"]}, tmp_path / "p-1.bin")
+    torch.save({k: WEIGHTS[k] for k in ("a.weight", "a.bias")}, tmp_path / "p-2.bin")
+    shards = {"b.weight": "p-1.bin", "a.weight": "p-2.bin", "a.bias": "p-2.bin"}
+    write_index(tmp_path, shards, "pytorch_model.bin")
+    assert_holds_weights(open_source(tmp_path))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("what", ["code", "module"])
+def test_pickle_that_needs_code_is_refused(tmp_path: Path, what: str, zipped: bool) -> None:
+    path, trace = tmp_path / "evil.pt", tmp_path / "ran"
+    thing = {"w": Spy(trace)} if what == "code" else nn.Linear(2, 2)
+    torch.save(thing, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match=r"evil.pt: expected a pickle of plain tensors") as error:
+        open_source(path)
+    assert ("mkdir" if what == "code" else "torch.nn.modules.linear.Linear") in str(error.value)
+    assert "\n" not in str(error.value)
+    assert "weights_only" not in str(error.value)
+    assert error.value.__suppress_context__
+    assert not trace.exists()
+
+
+DAMAGED = {
+    "empty": b"",
+    "noise": bytes(range(256)),
+    "zip_only": b"PK\x03\x04" + bytes(40),
+    "plain": pickle.dumps({"a": 1}),
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", list(DAMAGED))
+def test_damaged_pickle_is_one_error(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "bad.pt"
+    path.write_bytes(DAMAGED[name])
+    with pytest.raises(ValueError, match=r"bad.pt: expected a pickle of plain tensors only, got"):
+        open_source(path)
+
+
+def test_a_pickled_module_is_told_what_to_save_instead(tmp_path: Path) -> None:
+    torch.save(torch.nn.Linear(3, 3), tmp_path / "model.pt")
+    said = r"got one that holds torch\.nn.*Linear; save model\.state_dict\(\) instead, or load the "
+    with pytest.raises(ValueError, match=said):
+        open_source(tmp_path / "model.pt")
+
+
+def test_arrays_of_numpy_are_opened_in_python(tmp_path: Path) -> None:
+    path = tmp_path / "model.npz"
+    np.savez(path, **{"fc.weight": np.ones((4, 3))})
+    with pytest.raises(
+        ValueError, match=r"\(in Python, analyze\(dict\(numpy\.load\(path\)\)\) takes"
+    ):
+        open_source(path)
+    ((layer,), _) = open_source(dict(np.load(path))).layers()
+    assert (layer.name, layer.shape) == ("fc", (1, 4, 3))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("fraction", [0.2, 0.5, 0.99])
+def test_truncated_pickle_is_one_error(tmp_path: Path, fraction: float, zipped: bool) -> None:
+    path = tmp_path / "cut.pt"
+    torch.save(WEIGHTS, path, _use_new_zipfile_serialization=zipped)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * fraction)])
+    with pytest.raises(ValueError, match=r"cut.pt: expected a pickle of plain tensors only, got"):
+        open_source(path)
+
+
+@pytest.mark.parametrize("thing", [[1, 2], torch.ones(3, 3), 7])
+def test_pickle_that_is_no_mapping_is_an_error(tmp_path: Path, thing: object) -> None:
+    torch.save(thing, tmp_path / "m.pt")
+    kind = type(thing).__name__
+    with pytest.raises(ValueError, match=rf"m.pt: expected a mapping .*, got {kind}"):
+        open_source(tmp_path / "m.pt")
