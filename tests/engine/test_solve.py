@@ -12,7 +12,7 @@ from farms_fast.engine.solve import SolveTask, fit_pools, make_pools, solve_side
 from farms_fast.engine.streams import make_streams
 from farms_fast.spectra.bootstrap import FitRule
 from farms_fast.testing import reference
-from tests.zoo import error_bound
+from tests.support.bounds import error_bound
 
 
 def test_tasks_side_by_side_solve_their_own_stacks(device: torch.device) -> None:
