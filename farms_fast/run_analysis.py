@@ -159,18 +159,18 @@ def analyze(
         dtype=precision,
         machine=machine_of(where),
     )
-    whole = mine = planned(specs)
+    full_plan = own_plan = planned(specs)
     positions: Sequence[int] = range(len(specs))
     if ranks.size > 1:
-        owners = share([cost.seconds for _, cost in whole.layers], ranks.size)
+        owners = share([cost.seconds for _, cost in full_plan.layers], ranks.size)
         positions = [
             layer.index
-            for (layer, _), owner in zip(whole.layers, owners, strict=True)
+            for (layer, _), owner in zip(full_plan.layers, owners, strict=True)
             if owner == ranks.rank
         ]
-        mine = planned([specs[position] for position in positions])
-    with recording(store, settings, ranks, len(whole.names), force) as recorder:
-        with reporter(progress, len(mine.names), mine.windows) as report:
+        own_plan = planned([specs[position] for position in positions])
+    with recording(store, settings, ranks, len(full_plan.names), force) as recorder:
+        with reporter(progress, len(own_plan.names), own_plan.windows) as report:
 
             def keep(layers: Sequence[LayerState]) -> None:
                 recorder.take(layers, positions, torch.finfo(precision).eps)
@@ -181,8 +181,8 @@ def analyze(
             stages = BatchStages(
                 source, Settings(where, precision, solver, rule, resamples), keep, is_known
             )
-            run(mine.batches, stages, where, mine.overlapping)
-        return recorder.analysis(whole.names, [*skipped, *whole.skipped])
+            run(own_plan.batches, stages, where, own_plan.overlapping)
+        return recorder.analysis(full_plan.names, [*skipped, *full_plan.skipped])
 
 
 def _absolute(model: object) -> str:

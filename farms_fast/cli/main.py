@@ -7,7 +7,6 @@ before `printable`, and nothing is printed through rich's markup.
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,7 +31,7 @@ from farms_fast.cli.prune import prune
 from farms_fast.cli.report import report
 from farms_fast.cli.tables import all_skipped, counted, fit_table, skipped_lines
 from farms_fast.core.arguments import parse_memory
-from farms_fast.core.text import fixed, printable
+from farms_fast.core.text import fixed, printable, significant
 from farms_fast.engine.distributed import Ranks, local_device, torchrun_group
 from farms_fast.results.analysis import Analysis
 from farms_fast.results.record import LayerRecord
@@ -50,10 +49,6 @@ app = typer.Typer(
 # ---------------------------------------------------------------------------------------- the table
 
 
-def _significant(value: float) -> str:
-    return f"{value:.4g}" if math.isfinite(value) else "-"
-
-
 def _shape(record: LayerRecord) -> str:
     stack, rows, cols = record.shape
     return f"{rows}x{cols}" if stack == 1 else f"{stack}x{rows}x{cols}"
@@ -67,8 +62,8 @@ _COLUMNS: tuple[tuple[str, int, Callable[[LayerRecord], str]], ...] = (
     ("±", 8, lambda r: fixed(r.alpha_se)),
     ("split", 6, lambda r: fixed(r.split_half)),
     ("D", 7, lambda r: fixed(r.D)),
-    ("xmin", 5, lambda r: _significant(r.xmin)),
-    ("stable rank", 2, lambda r: _significant(r.stable_rank)),
+    ("xmin", 5, lambda r: significant(r.xmin)),
+    ("stable rank", 2, lambda r: significant(r.stable_rank)),
     ("log λmax", 1, lambda r: fixed(r.log_spectral_norm)),
     ("status", 9, lambda r: printable(r.status)),
 )

@@ -50,14 +50,14 @@ def list_of(argument: str, values: object, kind: type[T], expected: str) -> list
     """The values as a list; TypeError unless all are of the type, which the message calls so."""
     if not isinstance(values, Iterable):
         raise TypeError(f"{argument}: expected {expected}, got {type(values).__name__}")
-    found = list(values)
-    for value in found:
+    items = list(values)
+    for value in items:
         if not isinstance(value, kind):
             raise TypeError(
                 f"{argument}: expected {expected}, got {type(values).__name__} with "
                 f"{type(value).__name__} in it"
             )
-    return found
+    return items
 
 
 def path_of(argument: str, value: object) -> Path:
@@ -80,16 +80,16 @@ def dtype_of(dtype: object) -> torch.dtype:
         >>> dtype_of("float32"), dtype_of(np.float64)
         (torch.float32, torch.float64)
     """
-    found = dtype
+    resolved = dtype
     if isinstance(dtype, (str, type, np.dtype)):
         try:
             name = dtype.removeprefix("torch.") if isinstance(dtype, str) else dtype
-            found = {"float64": torch.float64, "float32": torch.float32}[np.dtype(name).name]
+            resolved = {"float64": torch.float64, "float32": torch.float32}[np.dtype(name).name]
         except (TypeError, ValueError, KeyError):
-            found = dtype
-    check_dtype(found)
-    assert isinstance(found, torch.dtype)
-    return found
+            resolved = dtype
+    check_dtype(resolved)
+    assert isinstance(resolved, torch.dtype)
+    return resolved
 
 
 def check_sampling(sampling: object) -> None:
@@ -214,20 +214,20 @@ def resolve_device(device: str | torch.device | None, default: torch.device) -> 
         ValueError: an unknown device, a CUDA device that is not there, or a build without CUDA.
     """
     try:
-        found = default if device is None else torch.device(device)
+        chosen = default if device is None else torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"device: expected cpu, cuda or cuda:N, got {device!r}") from error
-    if found.type == "cpu":
-        return found
-    if found.type != "cuda":
-        raise ValueError(f"device: expected cpu, cuda or cuda:N, got {str(found)!r}")
+    if chosen.type == "cpu":
+        return chosen
+    if chosen.type != "cuda":
+        raise ValueError(f"device: expected cpu, cuda or cuda:N, got {str(chosen)!r}")
     if not has_cuda():
         raise ValueError(
-            f"device: got {str(found)!r}, but this installation was built without CUDA "
+            f"device: got {str(chosen)!r}, but this installation was built without CUDA "
             "(see farms_fast.build_info(), or the command farms-fast info)"
         )
-    if not torch.cuda.is_available() or (found.index or 0) >= torch.cuda.device_count():
+    if not torch.cuda.is_available() or (chosen.index or 0) >= torch.cuda.device_count():
         raise ValueError(
-            f"device: got {str(found)!r}, but torch sees {torch.cuda.device_count()} CUDA devices"
+            f"device: got {str(chosen)!r}, but torch sees {torch.cuda.device_count()} CUDA devices"
         )
-    return found
+    return chosen

@@ -1,4 +1,4 @@
-"""Reports how far a run is: a bar on a terminal, silence elsewhere, or the caller's function."""
+"""How far a run is: a bar on a terminal, silence elsewhere, or a call of the caller's function."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def reporter(
     """
     done = 0
 
-    def tell(name: str, count: int, computed: bool) -> None:
+    def count_layer(name: str, count: int, computed: bool) -> None:
         nonlocal done
         done += 1
         if callable(progress):
             progress(done, layers, name)
 
     if callable(progress) or not progress or not sys.stderr.isatty():
-        yield tell
+        yield count_layer
         return
     from rich.console import Console
     from rich.progress import BarColumn, TextColumn
@@ -62,7 +62,7 @@ def reporter(
 
         def show(name: str, count: int, is_new: bool) -> None:
             nonlocal computed, known
-            tell(name, count, is_new)
+            count_layer(name, count, is_new)
             if is_new:
                 computed += count
             else:
@@ -83,7 +83,7 @@ def reporter(
 def pace(done: int, left: int, seconds: float) -> str:
     """How fast it goes and how long it will take, from all that was done since the start.
 
-    The layers of a batch are reported all at once, so what lies between two reports says nothing.
+    The layers of a batch come all at once, so the time between two reports says nothing.
 
     Example:
         >>> pace(1800, 900, 60.0), pace(0, 900, 60.0), pace(5, 9000, 10.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["fixed", "printable"]
+__all__ = ["fixed", "printable", "significant"]
 
 
 def fixed(value: float, digits: int = 3, *, sign: bool = False) -> str:
@@ -18,6 +18,11 @@ def fixed(value: float, digits: int = 3, *, sign: bool = False) -> str:
         return "-"
     # Rounded first: what is nearly nothing has no sign.
     return f"{round(float(value), digits) + 0.0:{'+' if sign else ''}.{digits}f}"
+
+
+def significant(value: float) -> str:
+    """A number with four digits; a dash for what is not finite."""
+    return f"{value:.4g}" if math.isfinite(value) else "-"
 
 
 def printable(text: str) -> str:

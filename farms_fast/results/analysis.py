@@ -39,17 +39,14 @@ __all__ = ["Analysis", "layer_named"]
 class Analysis:
     """The records of a model's layers, in the model's order, and what was left out.
 
-    `len(analysis)`, iteration and `analysis[name]` go over the layers.
+    `len(analysis)`, iteration and `analysis[name]` go over the layers. A file that an analysis
+    writes replaces the one that is there and appears whole or not at all; an OSError says why it
+    cannot be written.
 
     Args:
-        layers: the records.
-        skipped: the tensors that are not layers.
-        settings: how the analysis was made; None where nobody can say.
-
-    Attributes:
         layers: one `LayerRecord` per layer.
         skipped: the tensors that are not layers, each with its reason.
-        settings: how it was made; None for an analysis made by hand.
+        settings: how the analysis was made; None for one made by hand.
 
     Example:
         >>> record = LayerRecord("encoder.fc", "linear", (1, 4, 4), "ok", alpha=2.5)
@@ -111,10 +108,10 @@ class Analysis:
             size = "x".join(map(str, layer.shape))
             if layer.status == "ok":
                 spread = "" if math.isnan(layer.alpha_se) else f" +- {layer.alpha_se:.3f}"
-                found = f"alpha {layer.alpha:.3f}{spread}, D {layer.D:.3f}"
+                outcome = f"alpha {layer.alpha:.3f}{spread}, D {layer.D:.3f}"
             else:
-                found = f"{layer.status}: {printable(layer.message)}"
-            lines.append(f"  {printable(layer.name)}  {size}  {found}")
+                outcome = f"{layer.status}: {printable(layer.message)}"
+            lines.append(f"  {printable(layer.name)}  {size}  {outcome}")
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -122,14 +119,7 @@ class Analysis:
         return analysis_html(repr(self), self.layers)
 
     def plot_alpha(self, ax: Axes | None = None) -> Axes:
-        """Draws alpha against depth with its interval over windows; see `farms_fast.views.plots`.
-
-        Args:
-            ax: where to draw; None is a figure of its own.
-
-        Raises:
-            ImportError: if matplotlib is not installed.
-        """
+        """Draws alpha against depth, as `farms_fast.views.plots.plot_alpha` does."""
         return plot_alpha(self.layers, ax)
 
     def to_html(
@@ -141,16 +131,12 @@ class Analysis:
     ) -> None:
         """Writes a page to look at: summary, plots, a table, and every layer's spectrum.
 
-        The page is one file that asks for nothing else; it appears whole or not at all.
+        The page is one file that asks for nothing else.
 
         Args:
-            path: the file, replaced if it exists.
+            path: the file.
             title: heading of the page; None is the name of the source.
             progress: as of `farms_fast.analyze`.
-
-        Raises:
-            OSError: it cannot be written.
-            TypeError: an argument is of another kind.
         """
         write_report(path, self.as_side(), title, progress)
 
@@ -160,38 +146,22 @@ class Analysis:
         return Side(self.layers, self.skipped, settings, self.mean_alpha)
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row per layer, in order, with the scalars of the records as columns.
-
-        Raises:
-            ImportError: if pandas is not installed.
-        """
+        """One row per layer with the scalars of the records as columns; needs pandas."""
         return data_frame(CSV_COLUMNS, [layer.scalars() for layer in self.layers])
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Writes one line per layer, UTF-8, with the columns of `to_pandas`.
 
-        Floats are written so that reading them gives the same bits, NaN as `nan`. The file
-        appears whole or not at all.
-
-        Args:
-            path: the file, replaced if it exists.
-
-        Raises:
-            OSError: if it cannot be written.
+        Floats are written so that reading them gives the same bits, NaN as `nan`.
         """
         write_rows(path, CSV_COLUMNS, [layer.scalars() for layer in self.layers])
 
     def to_json(self, path: str | os.PathLike[str], spectra: bool = False) -> None:
         """Writes everything that `from_json` reads back; NaN as null.
 
-        The file appears whole or not at all.
-
         Args:
-            path: the file, replaced if it exists.
+            path: the file.
             spectra: whether to write the eigenvalues too (about 20 bytes each).
-
-        Raises:
-            OSError: if it cannot be written.
         """
         write_json(path, self.layers, self.skipped, self.settings, spectra)
 
@@ -210,33 +180,23 @@ class Analysis:
         return cls(*read_json(path))
 
     def to_parquet(self, path: str | os.PathLike[str]) -> None:
-        """Writes one row per layer with the columns of `to_pandas`.
+        """Writes one row per layer with the columns of `to_pandas`; needs pyarrow.
 
         Floats keep their bits and NaN stays NaN; `matrix_rank` is a float. The settings are in
-        the schema's metadata as JSON, `farms_fast.settings`. The file appears whole or not at
-        all.
-
-        Args:
-            path: the file, replaced if it exists.
-
-        Raises:
-            ImportError: if pyarrow is not installed.
-            OSError: if it cannot be written.
+        the schema's metadata as JSON, `farms_fast.settings`.
         """
         write_parquet(path, self.layers, self.settings)
 
     def spectra_to_npz(self, path: str | os.PathLike[str]) -> None:
         """Writes the eigenvalues of every layer for `numpy.load`.
 
-        Each array is named after its layer (`array_name`), float64
-        (windows, k), ascending in each window; (0, 0) for a layer that failed. One layer at a time
-        is held in memory, and the file appears whole or not at all.
+        Each array is named after its layer (`array_name`), float64 (windows, k), ascending in
+        each window; (0, 0) for a layer that failed. One layer at a time is held in memory.
 
         Args:
-            path: the file, replaced if it exists; nothing is appended to its name.
+            path: the file; nothing is appended to its name.
 
         Raises:
-            OSError: if it cannot be written.
             ValueError: if the analysis was read from a JSON file without spectra.
 
         Example:
@@ -258,11 +218,7 @@ class Analysis:
         The tensors are those of `spectra_to_npz`; the settings are in the metadata as JSON,
         `settings`.
 
-        Args:
-            path: the file, replaced if it exists.
-
         Raises:
-            OSError: if it cannot be written.
             ValueError: if the analysis was read from a JSON file without spectra.
         """
         write_safetensors(path, self.layers, self.settings)

@@ -29,25 +29,17 @@ if TYPE_CHECKING:
 
 __all__ = ["COMPARISON_COLUMNS", "Comparison", "LayerDifference", "compare", "nothing_in_common"]
 
-_UNIMPORTANT = ("source", "base")
 _SIGNIFICANT = 1.96
 # Two ways to compute one alpha differ by far less, and nobody asks for more.
 _RESOLUTION = 1e-6
 
 _SIDE_COLUMNS = ("status", "alpha", "alpha_se", "alpha_low", "alpha_high", "D", "stable_rank")
 
+_OWN_COLUMNS = ("present", "difference", "difference_se", "z", "paired", "intervals_overlap")
+
 COMPARISON_COLUMNS = (
-    "name",
-    "kind",
-    "stack",
-    "rows",
-    "cols",
-    "present",
-    "difference",
-    "difference_se",
-    "z",
-    "paired",
-    "intervals_overlap",
+    *("name", "kind", "stack", "rows", "cols"),
+    *_OWN_COLUMNS,
     *(f"{name}_{side}" for name in _SIDE_COLUMNS for side in "ab"),
     "note",
 )
@@ -104,8 +96,8 @@ class LayerDifference:
     def z(self) -> float:
         """`difference / difference_se`, NaN without an error.
 
-        An error below 1e-6 counts as 1e-6, so that the rounding of another device or of scaled
-        weights is not taken for a difference.
+        An error below 1e-6 counts as 1e-6: the rounding of another device or of scaled weights is
+        no difference.
         """
         if math.isnan(self.difference_se):
             return math.nan
@@ -115,8 +107,8 @@ class LayerDifference:
     def intervals_overlap(self) -> bool | None:
         """Whether the 95 % intervals of the two alphas overlap; None without intervals.
 
-        That two intervals overlap does not mean that the alphas agree: `z` is the sharper of the
-        two, and where windows are paired by far.
+        Alphas may differ although their intervals overlap: `z` says more, above all where windows
+        are paired.
         """
         if self.a is None or self.b is None:
             return None
@@ -127,7 +119,7 @@ class LayerDifference:
 
     @property
     def note(self) -> str:
-        """What keeps the two from being compared, or is to be known of it; mostly empty."""
+        """What a reader has to know of the comparison; mostly empty."""
         if self.a is None or self.b is None:
             return f"only in {self.present.upper()}"
         notes = [
@@ -146,29 +138,22 @@ class LayerDifference:
         row: dict[str, str | int | float | bool | None] = {
             "name": self.name,
             "kind": self.record.kind,
-            "stack": stack,
-            "rows": rows,
-            "cols": cols,
-            "present": self.present,
-            "difference": self.difference,
-            "difference_se": self.difference_se,
-            "z": self.z,
-            "paired": self.paired,
-            "intervals_overlap": self.intervals_overlap,
-            "note": self.note,
+            **{"stack": stack, "rows": rows, "cols": cols},
+            **{name: getattr(self, name) for name in _OWN_COLUMNS},
         }
-        for side, record in (("a", self.a), ("b", self.b)):
-            for name in _SIDE_COLUMNS:
-                missing = "" if name == "status" else math.nan
+        for name in _SIDE_COLUMNS:
+            missing = "" if name == "status" else math.nan
+            for side, record in (("a", self.a), ("b", self.b)):
                 row[f"{name}_{side}"] = missing if record is None else getattr(record, name)
-        return {name: row[name] for name in COMPARISON_COLUMNS}
+        return {**row, "note": self.note}
 
 
 class Comparison:
-    """Two analyses, layer by layer; `compare` makes them.
+    """Two analyses, layer by layer, as `compare` makes them.
 
     `len(comparison)`, iteration and `comparison[name]` go over the layers of both, in the order
-    of the first; a layer that only the second has comes after the one before it there.
+    of the first; a layer that only the second has comes after the one before it there. Files are
+    written as by `Analysis`.
 
     Attributes:
         a: the first analysis.
@@ -228,7 +213,7 @@ class Comparison:
         return {
             name: pair
             for name, pair in pairs.items()
-            if name not in _UNIMPORTANT and pair[0] != pair[1]
+            if name not in ("source", "base") and pair[0] != pair[1]
         }
 
     @property
@@ -266,40 +251,20 @@ class Comparison:
         return comparison_html(". ".join([repr(self), *self.notes]), self.layers)
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row per layer with `COMPARISON_COLUMNS`.
-
-        Raises:
-            ImportError: if pandas is not installed.
-        """
+        """One row per layer with `COMPARISON_COLUMNS`; needs pandas."""
         return data_frame(COMPARISON_COLUMNS, [layer.scalars() for layer in self.layers])
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Writes one line per layer with the columns of `to_pandas`; NaN as `nan`.
-
-        Args:
-            path: the file, replaced if it exists; it appears whole or not at all.
-
-        Raises:
-            OSError: if it cannot be written.
-        """
+        """Writes one line per layer with the columns of `to_pandas`; NaN as `nan`."""
         write_rows(path, COMPARISON_COLUMNS, [layer.scalars() for layer in self.layers])
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
-        """Writes the rows of `to_pandas`, the settings of both and the notes; NaN as null.
-
-        Args:
-            path: the file, replaced if it exists; it appears whole or not at all.
-
-        Raises:
-            OSError: if it cannot be written.
-        """
+        """Writes the rows of `to_pandas`, the settings of both and the notes; NaN as null."""
         document = {
             "format": "farms_fast.comparison",
             "version": 2,
-            **{
-                f"settings_{name}": side.settings.to_plain() if side.settings else None
-                for name, side in (("a", self.a), ("b", self.b))
-            },
+            "settings_a": self.a.settings and self.a.settings.to_plain(),
+            "settings_b": self.b.settings and self.b.settings.to_plain(),
             "notes": self.notes,
             "layers": [plain(layer.scalars()) for layer in self.layers],
         }
@@ -331,11 +296,11 @@ def compare(
     Args:
         a: the first, say before fine-tuning or pruning.
         b: the second, say after.
-        paired: whether to take the standard error of a difference from one bootstrap of both
-            spectra, wherever both analyses took the same windows and have their spectra. That is
-            right where b's weights come from a's, and does no harm where they do not. It takes as
-            long as the bootstrap of the analyses did.
-        device: where to take that bootstrap: a GPU is worth it for hundreds of thousands of
+        paired: whether one bootstrap of both spectra gives the standard error of a difference,
+            wherever both analyses took the same windows and have their spectra. That is right
+            where b's weights come from a's, and does no harm where they do not. It takes as long
+            as the bootstrap of the analyses did.
+        device: where that bootstrap runs: a GPU is worth it for hundreds of thousands of
             eigenvalues a layer.
         progress: as of `analyze`.
 
@@ -343,8 +308,8 @@ def compare(
         The layers of both, with their differences.
 
     Raises:
-        TypeError: if an argument is no analysis.
-        ValueError: if an analysis has two layers of one name, or the device cannot be had.
+        TypeError: an argument is no analysis.
+        ValueError: an analysis has two layers of one name, or the device cannot be had.
 
     Example:
         >>> import torch
@@ -377,9 +342,9 @@ def compare(
 
 
 def nothing_in_common(a: Analysis, b: Analysis) -> str:
-    """Says so where no layer of one analysis has the name of one of the other; else it is empty.
+    """Why no layer of one analysis has the name of one of the other; empty where one has.
 
-    A checkpoint and its model have names that begin otherwise if the class adds a prefix.
+    A checkpoint's names may lack a prefix that the model's class adds.
     """
     names_a, names_b = ([layer.name for layer in analysis] for analysis in (a, b))
     if not set(names_a).isdisjoint(names_b):

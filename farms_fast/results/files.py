@@ -26,6 +26,7 @@ from farms_fast.results.record import (
     SCALAR_FIELDS,
     TEXT_FIELDS,
     LayerRecord,
+    field_value,
 )
 from farms_fast.results.settings import AnalysisSettings
 from farms_fast.weights.layers import Skipped
@@ -119,7 +120,7 @@ def write_json(
     document = {
         "format": _FORMAT,
         "version": _FORMAT_VERSION,
-        "settings": None if settings is None else settings.to_plain(),
+        "settings": settings and settings.to_plain(),
         "layers": [_layer_to_plain(layer, spectra) for layer in layers],
         "skipped": [plain(dataclasses.asdict(tensor)) for tensor in skipped],
     }
@@ -136,39 +137,28 @@ def read_json(
         ValueError: if it is not such a file.
     """
     file = path_of("path", path)
+    named = f"path: {os.fspath(path)!r}"
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"path: {os.fspath(path)!r} is not a JSON file ({error})") from error
+        raise ValueError(f"{named} is not a JSON file ({error})") from error
     if not isinstance(document, dict) or document.get("format") != _FORMAT:
-        raise ValueError(
-            f"path: {os.fspath(path)!r} was not written by Analysis.to_json "
-            f'(no "format": "{_FORMAT}")'
-        )
+        raise ValueError(f'{named} was not written by Analysis.to_json (no "format": "{_FORMAT}")')
     if document.get("version") != _FORMAT_VERSION:
         raise ValueError(
-            f"path: {os.fspath(path)!r} has format version {document.get('version')!r}, "
+            f"{named} has format version {document.get('version')!r}, "
             f"this release reads version {_FORMAT_VERSION}: write it anew from its store, or use "
             "the release that wrote it"
         )
     try:
+        layers = [_layer_from_plain(layer) for layer in document["layers"]]
+        skipped = [Skipped(s["name"], tuple(s["shape"]), s["reason"]) for s in document["skipped"]]
         settings = document["settings"]
-        return (
-            [_layer_from_plain(layer) for layer in document["layers"]],
-            [
-                Skipped(name=s["name"], shape=tuple(s["shape"]), reason=s["reason"])
-                for s in document["skipped"]
-            ],
-            None if settings is None else AnalysisSettings.from_plain(settings),
-        )
+        return layers, skipped, None if settings is None else AnalysisSettings.from_plain(settings)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"path: {os.fspath(path)!r} has a damaged record ({type(error).__name__}: {error})"
+            f"{named} has a damaged record ({type(error).__name__}: {error})"
         ) from error
-
-
-def _number(value: float | str | None) -> float:
-    return math.nan if value is None else float(value)
 
 
 def _layer_to_plain(layer: LayerRecord, spectra: bool) -> dict[str, Any]:
@@ -182,25 +172,15 @@ def _layer_to_plain(layer: LayerRecord, spectra: bool) -> dict[str, Any]:
 
 
 def _layer_from_plain(given: Mapping[str, Any]) -> LayerRecord:
-    values: dict[str, Any] = {}
-    for name in SCALAR_FIELDS:
-        value = given[name]
-        if name == "shape":
-            stack, rows, cols = value
-            values[name] = (int(stack), int(rows), int(cols))
-        elif name in TEXT_FIELDS:
-            values[name] = str(value)
-        elif name in INT_FIELDS or (name == "matrix_rank" and value is not None):
-            values[name] = int(value)
-        else:
-            values[name] = _number(value)
-    values["window_alphas"] = np.array([_number(x) for x in given["window_alphas"]], np.float64)
+    values = {name: field_value(name, given[name]) for name in SCALAR_FIELDS}
+    # NumPy reads null as NaN, and the infinities from their texts.
+    values["window_alphas"] = np.array(list(given["window_alphas"]), np.float64)
     if "evals" in given:
-        per_window = [[_number(x) for x in row] for row in given["window_evals"]]
+        per_window = given["window_evals"]
         # The shape is given because an empty list says nothing of its second dimension.
         shape = (len(per_window), len(per_window[0]) if per_window else 0)
         values["window_evals"] = np.array(per_window, np.float64).reshape(shape)
-        pooled = np.array([_number(x) for x in given["evals"]], np.float64)
+        pooled = np.array(given["evals"], np.float64)
         if not np.array_equal(pooled, np.sort(values["window_evals"], axis=None), equal_nan=True):
             raise ValueError(f"evals of {values['name']!r} are not its window_evals in order")
     return LayerRecord(**values)

@@ -27,14 +27,6 @@ Array = npt.NDArray[np.float64]
 _NAN = math.nan
 
 
-def _no_values() -> Array:
-    return np.empty(0, dtype=np.float64)
-
-
-def _no_windows() -> Array:
-    return np.empty((0, 0), dtype=np.float64)
-
-
 @dataclass(frozen=True, eq=False)
 class Uncertainty:
     """How far a layer's alpha depends on which windows were taken.
@@ -52,7 +44,7 @@ class Uncertainty:
         0.5
     """
 
-    window_alphas: Array = field(default_factory=_no_values)
+    window_alphas: Array = field(default_factory=lambda: np.empty(0))
     alpha_se: float = _NAN
     alpha_low: float = _NAN
     alpha_high: float = _NAN
@@ -69,9 +61,8 @@ class Uncertainty:
 class LayerRecord:
     """Everything that is known about one layer.
 
-    The metrics are those of `spectrum_metrics`, NaN where they do not
-    exist; `alpha` is NaN unless `status` is "ok". The fields of the uncertainty are those of
-    `Uncertainty` and are NaN when there is one window.
+    The metrics are those of `spectrum_metrics`, NaN where they do not exist; `alpha` is NaN unless
+    `status` is "ok". The fields of `Uncertainty` are NaN when there is one window.
 
     Attributes:
         name: the layer's name.
@@ -139,8 +130,8 @@ class LayerRecord:
     alpha_even: float = _NAN
     alpha_odd: float = _NAN
     split_half: float = _NAN
-    window_alphas: Array = field(default_factory=_no_values, repr=False)
-    window_evals: Array = field(default_factory=_no_windows, repr=False)
+    window_alphas: Array = field(default_factory=lambda: np.empty(0), repr=False)
+    window_evals: Array = field(default_factory=lambda: np.empty((0, 0)), repr=False)
 
     @classmethod
     def from_spectra(
@@ -205,37 +196,11 @@ class LayerRecord:
             dropped=fit.dropped,
             window_alpha_mean=float(finite.mean()) if finite.size else _NAN,
             window_alpha_std=float(finite.std(ddof=1)) if finite.size > 1 else _NAN,
-            alpha_se=spread.alpha_se,
-            alpha_low=spread.alpha_low,
-            alpha_high=spread.alpha_high,
-            alpha_even=spread.alpha_even,
-            alpha_odd=spread.alpha_odd,
             split_half=spread.split_half,
-            window_alphas=alphas,
             window_evals=per_window,
+            **{**vars(spread), "window_alphas": alphas},
             **metrics,
         )
-
-    @classmethod
-    def without_spectrum(
-        cls, name: str, kind: str, shape: tuple[int, int, int], status: str, message: str
-    ) -> LayerRecord:
-        """Builds the record of a layer that has no eigenvalues, with the reason.
-
-        Args:
-            name: the layer's name.
-            kind: the layer's kind.
-            shape: the stack's shape (S, R, C).
-            status: "nonfinite" or "error".
-            message: what went wrong, in one sentence.
-
-        Example:
-            >>> record = LayerRecord.without_spectrum(
-            ...     "fc", "linear", (1, 4, 4), "nonfinite", "3 of 16 weights are NaN")
-            >>> record.status, record.alpha
-            ('nonfinite', nan)
-        """
-        return cls(name=name, kind=kind, shape=shape, status=status, message=message)
 
     @classmethod
     def of(cls, state: LayerState, eps: float) -> LayerRecord:
@@ -247,7 +212,7 @@ class LayerRecord:
         """
         spec, grid, fits = state.layer.spec, state.layer.grid, state.fits
         if state.failure is not None:
-            return cls.without_spectrum(spec.name, spec.kind, spec.shape, *state.failure)
+            return cls(spec.name, spec.kind, spec.shape, *state.failure)
         assert fits is not None
         assert state.window_evals is not None
         spread = Uncertainty(
@@ -281,12 +246,6 @@ class LayerRecord:
 
         Args:
             load: returns float64 (windows, k).
-
-        Example:
-            >>> record = LayerRecord("fc", "linear", (1, 2, 2), "ok")
-            >>> record.defer_window_evals(lambda: np.array([[2.0, 3.0], [1.0, 4.0]]))
-            >>> record.evals.tolist()
-            [1.0, 2.0, 3.0, 4.0]
         """
         self.__dict__.pop("window_evals", None)
         self.__dict__["_load_window_evals"] = load
@@ -323,15 +282,7 @@ class LayerRecord:
         return record_html(self)
 
     def plot_esd(self, ax: Axes | None = None) -> Axes:
-        """Draws the spectrum's density with the fitted tail; see `farms_fast.views.plots`.
-
-        Args:
-            ax: where to draw; None is a figure of its own.
-
-        Raises:
-            ImportError: if matplotlib is not installed.
-            ValueError: if the record has no spectrum.
-        """
+        """Draws the spectrum and the fitted tail, as `farms_fast.views.plots.plot_esd` does."""
         return plot_esd(self, ax)
 
     def scalars(self) -> dict[str, str | int | float]:
@@ -339,7 +290,7 @@ class LayerRecord:
         row: dict[str, str | int | float] = {}
         for name in SCALAR_FIELDS:
             if name == "shape":
-                row["stack"], row["rows"], row["cols"] = self.shape
+                row |= zip(("stack", "rows", "cols"), self.shape, strict=True)
             else:
                 row[name] = getattr(self, name)
         return row
@@ -352,4 +303,22 @@ SCALAR_FIELDS = tuple(f.name for f in dataclasses.fields(LayerRecord) if f.name 
 INT_FIELDS = frozenset(
     ("windows", "window_rows", "window_cols", "num_pl_spikes", "M", "N", "num_evals", "dropped")
 )
-CSV_COLUMNS = tuple(LayerRecord.without_spectrum("", "", (0, 0, 0), "", "").scalars())
+CSV_COLUMNS = tuple(LayerRecord("", "", (0, 0, 0), "", "").scalars())
+
+
+def field_value(name: str, value: Any) -> Any:
+    """What a field holds, from the value that a file has for it.
+
+    Raises:
+        TypeError: the value is nothing of that kind.
+        ValueError: likewise.
+    """
+    if name == "shape":
+        stack, rows, cols = value
+        return int(stack), int(rows), int(cols)
+    if name in TEXT_FIELDS:
+        return str(value)
+    # The rank is an integer wherever it is known.
+    if name in INT_FIELDS or (name == "matrix_rank" and isinstance(value, int)):
+        return int(value)
+    return _NAN if value is None else float(value)

@@ -76,7 +76,7 @@ class _StoreRecorder(RunRecorder):
     Args:
         ranks: the processes that share the run.
         settings: of the analysis.
-        path: the store.
+        store: the store, opened.
         main: the run in it.
         mine: the run that this rank writes to.
         part: what closes this rank's own file.
@@ -88,13 +88,13 @@ class _StoreRecorder(RunRecorder):
         self,
         ranks: Ranks,
         settings: AnalysisSettings,
-        path: Path,
+        store: ResultsStore,
         main: StoredRun,
         mine: StoredRun,
         part: ExitStack,
     ) -> None:
         super().__init__(ranks, settings)
-        self._path = path
+        self._store = store
         self._main = main
         self._mine = mine
         self._part = part
@@ -115,12 +115,11 @@ class _StoreRecorder(RunRecorder):
         self._part.close()
         self._ranks.gather(None)
         if self._ranks.is_main:
-            _collect(self._path)
+            _collect(Path(self._store.path))
             self._main.put_skipped(skipped)
             self._main.complete(names)
         self._ranks.wait()
-        with ResultsStore(self._path, create=False) as store:
-            layers, _, _ = store.read(self._main.id)
+        layers, _, _ = self._store.read(self._main.id)
         if not self._ranks.is_main:
             layers = [layer for layer in layers if layer.name in self._names]
         return Analysis(layers, skipped, self._settings)
@@ -142,10 +141,6 @@ def recording(
         ranks: the processes that share the run.
         layers: how many layers the model has.
         force: compute everything anew, in a run of its own.
-
-    Raises:
-        OSError: the store cannot be opened or written.
-        ValueError: it is not a results store.
     """
     if store is None:
         yield RunRecorder(ranks, settings)
@@ -166,7 +161,7 @@ def recording(
         if not ranks.on_main_machine():
             own = part.enter_context(_own_part(path, ranks.rank))
             mine = part.enter_context(ResultsStore(own)).run(settings)
-        yield _StoreRecorder(ranks, settings, path, main, mine, part)
+        yield _StoreRecorder(ranks, settings, target, main, mine, part)
 
 
 @contextlib.contextmanager

@@ -22,7 +22,6 @@ __all__ = [
     "COMPARABILITY_FIELDS",
     "RUN_KEY_FIELDS",
     "AnalysisSettings",
-    "DeclaredSampling",
     "OtherSampling",
     "declared_sampling",
 ]
@@ -63,24 +62,18 @@ class OtherSampling:
     identity: str
 
 
-DeclaredSampling = FixedAspectSampling | FullMatrix | OtherSampling
-
-_FARMS = FixedAspectSampling()
+_DeclaredSampling = FixedAspectSampling | FullMatrix | OtherSampling
 # What a kind of sampling is called in files, whatever its class is called.
-_SAMPLINGS: dict[str, type[DeclaredSampling]] = {
+_SAMPLINGS: dict[str, type[_DeclaredSampling]] = {
     "fixed_aspect": FixedAspectSampling,
     "full_matrix": FullMatrix,
     "other": OtherSampling,
 }
+_FARMS = FixedAspectSampling()
 
 
-def declared_sampling(sampling: Sampling) -> DeclaredSampling:
-    """The sampling as settings have it.
-
-    Example:
-        >>> declared_sampling(FullMatrix())
-        FullMatrix()
-    """
+def declared_sampling(sampling: Sampling) -> _DeclaredSampling:
+    """The sampling as settings have it."""
     # Exactly these: a subclass may take other windows.
     if type(sampling) is FixedAspectSampling or type(sampling) is FullMatrix:
         return sampling
@@ -124,7 +117,7 @@ class AnalysisSettings:
     base: str | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
-    sampling: DeclaredSampling = _FARMS
+    sampling: _DeclaredSampling = _FARMS
     xmin: str = "median"
     xmin_pos: float = 2.0
     bins: int = 100
@@ -138,7 +131,7 @@ class AnalysisSettings:
 
     def __post_init__(self) -> None:
         for name, value in self.values().items():
-            expected, is_right = _EXPECTED[name]
+            expected, is_right = _EXPECTED.get(name, _TEXT)
             if not is_right(value):
                 raise ValueError(f"settings: {name}: expected {expected}, got {value!r}")
 
@@ -187,13 +180,10 @@ class AnalysisSettings:
         Raises:
             ValueError: a field is missing, unknown, or has a value that it cannot have.
         """
-        names = [field.name for field in dataclasses.fields(cls)]
-        values = _fields_of("settings", plain, names)
+        values = _fields_of(cls, "settings", plain)
         for name in ("include", "exclude"):
             if isinstance(values[name], list):
                 values[name] = tuple(values[name])
-        if _is_count(values["xmin_pos"]):
-            values["xmin_pos"] = float(values["xmin_pos"])
         return cls(**{**values, "sampling": _sampling_from_plain(values["sampling"])})
 
     @classmethod
@@ -206,80 +196,71 @@ class AnalysisSettings:
         return cls.from_plain(plain)
 
 
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
-
-
-def _are_texts(value: object) -> bool:
-    return isinstance(value, tuple) and all(map(_is_text, value))
-
-
-def _is_count(value: object) -> bool:
-    return type(value) is int and value >= 0
-
-
-_EXPECTED: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
-    **dict.fromkeys(
-        ("source", "device", "solver", "farms_fast", "torch", "numpy"), ("text", _is_text)
-    ),
-    "base": ("text or nothing", lambda value: value is None or _is_text(value)),
-    "include": ("a list of texts", _are_texts),
-    "exclude": ("a list of texts", _are_texts),
+_Expected = tuple[str, Callable[[Any], bool]]
+_TEXT: _Expected = "text", lambda value: isinstance(value, str)
+_TEXTS: _Expected = (
+    "a list of texts",
+    lambda value: isinstance(value, tuple) and all(isinstance(text, str) for text in value),
+)
+_COUNT: _Expected = (
+    "an integer that is not negative",
+    lambda value: type(value) is int and value >= 0,
+)
+_EXPECTED: Mapping[str, _Expected] = {
+    "base": ("text or nothing", lambda value: value is None or isinstance(value, str)),
+    "include": _TEXTS,
+    "exclude": _TEXTS,
     "sampling": (
         "FixedAspectSampling, FullMatrix or OtherSampling",
-        lambda value: isinstance(value, tuple(_SAMPLINGS.values())),
+        lambda value: isinstance(value, _DeclaredSampling),
     ),
     "xmin": ("median, ks or peak", lambda value: value in list(XMIN_RULES.values())),
     "xmin_pos": (
-        "a finite number",
+        "a finite float",
         lambda value: isinstance(value, float) and math.isfinite(value),
     ),
-    "bins": ("an integer that is not negative", _is_count),
-    "bootstrap": ("an integer that is not negative", _is_count),
+    "bins": _COUNT,
+    "bootstrap": _COUNT,
     "dtype": ("float64 or float32", lambda value: value in ("float64", "float32")),
 }
 
 
-def _fields_of(what: str, plain: object, names: list[str]) -> dict[str, Any]:
-    """The values of an object that has exactly these names."""
+def _fields_of(made: type[Any], what: str, plain: object) -> dict[str, Any]:
+    """The values of an object that has exactly the fields of a dataclass."""
+    names = [field.name for field in dataclasses.fields(made)]
     if not isinstance(plain, Mapping):
         raise ValueError(f"{what}: expected an object, got {plain!r}")
-    for wrong, given in (
-        ("no", [name for name in names if name not in plain]),
-        ("unknown", [name for name in plain if name not in names]),
-    ):
-        if given:
-            raise ValueError(
-                f"{what}: {wrong} field {', '.join(map(repr, given))}, "
-                f"expected {', '.join(names) or 'none'}"
-            )
+    if wrong := [name for name in (*names, *plain) if name not in names or name not in plain]:
+        kind = "no" if wrong[0] in names else "unknown"
+        raise ValueError(
+            f"{what}: {kind} field {wrong[0]!r}, expected {', '.join(names) or 'none'}"
+        )
     return dict(plain)
 
 
-def _sampling_to_plain(sampling: DeclaredSampling) -> dict[str, object]:
+def _sampling_to_plain(sampling: _DeclaredSampling) -> dict[str, object]:
     kind = next(kind for kind, made in _SAMPLINGS.items() if isinstance(sampling, made))
-    if isinstance(sampling, FixedAspectSampling):
-        return {
-            "kind": kind,
-            "rows": int(sampling.rows),
-            "q": float(sampling.q),
-            "per_dim": int(sampling.per_dim),
-            "compat": sampling.compat,
-        }
-    return {"kind": kind, **dataclasses.asdict(sampling)}
+    if not isinstance(sampling, FixedAspectSampling):
+        return {"kind": kind, **dataclasses.asdict(sampling)}
+    return {
+        "kind": kind,
+        "rows": int(sampling.rows),
+        "q": float(sampling.q),
+        "per_dim": int(sampling.per_dim),
+        "compat": sampling.compat,
+    }
 
 
-def _sampling_from_plain(plain: object) -> DeclaredSampling:
-    kind = plain.get("kind") if isinstance(plain, Mapping) else None
-    if not isinstance(plain, Mapping) or kind not in list(_SAMPLINGS):
+def _sampling_from_plain(plain: object) -> _DeclaredSampling:
+    values = dict(plain) if isinstance(plain, Mapping) else {}
+    kind = values.pop("kind", None)
+    if kind not in list(_SAMPLINGS):
+        kinds = ", ".join(_SAMPLINGS)
         raise ValueError(
-            "settings: sampling: expected an object with a kind of "
-            f"{', '.join(_SAMPLINGS)}, got {plain!r}"
+            f"settings: sampling: expected an object with a kind of {kinds}, got {plain!r}"
         )
     made = _SAMPLINGS[kind]
-    names = ["kind", *(field.name for field in dataclasses.fields(made))]
-    values = _fields_of("settings: sampling", plain, names)
-    del values["kind"]
+    values = _fields_of(made, "settings: sampling", values)
     try:
         return made(**values)
     except (TypeError, ValueError) as error:

@@ -2,11 +2,11 @@
 
 All values are decimal logarithms unless said otherwise, so that spectra of any scale have curves.
 
-Of N eigenvalues the largest thousand are kept, and below them those of ranks (counted from the
-largest) that grow by a thousandth. Between two neighbours that are kept, the share of eigenvalues
-above changes by at most a thousandth of itself, 0.00044 decades. The complementary CDF drawn from
-them is thinned further (`thin`); the distance D at a candidate xmin, which is a maximum over
-the tail, is taken over the ranks that are kept, and so is at most 0.001 too small.
+Of N eigenvalues the curves keep the largest thousand, and below them those of ranks (counted from
+the largest) that grow by a thousandth. Between two neighbours the share of eigenvalues above then
+changes by at most a thousandth of itself, 0.00044 decades. `thin` drops further points of the
+complementary CDF. The distance D at a candidate xmin, a maximum over the tail, goes over the ranks
+that are kept, and so is at most 0.001 too small.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def spectrum_curves(record: LayerValues) -> SpectrumCurves:
         record: the layer, with its fit or without.
 
     Raises:
-        ValueError: if the record has no eigenvalues, or none above 0, with the reason.
+        ValueError: the record has no eigenvalues, or none above 0, with the reason.
 
     Example:
         >>> from farms_fast import LayerRecord
@@ -109,20 +109,11 @@ def spectrum_curves(record: LayerValues) -> SpectrumCurves:
     edges, density = _density(logs, values.size)
     kept = _kept_ranks(positive.size)
     survival_x, survival = _survival(logs[kept], positive.size - kept, values.size)
-    tail_x, tail_density, tail_survival = _tail(record, values.size)
     floors = np.nanmin(density) - _BELOW, survival[-1] - _BELOW
-    law = _law(record, logs, positive, values.size, floors)
     return SpectrumCurves(
-        values.size,
-        positive.size,
-        edges,
-        density,
-        survival_x,
-        survival,
-        tail_x,
-        tail_density,
-        tail_survival,
-        *law,
+        *(values.size, positive.size, edges, density, survival_x, survival),
+        *_tail(record, values.size),
+        *_law(record, logs, positive, values.size, floors),
         *_scan(logs, kept),
     )
 
@@ -183,12 +174,12 @@ def _density(logs: Array, count: int) -> tuple[Array, Array]:
     if high - low < 1e-9:
         # All alike: one bin that can be seen.
         low, high = low - 0.05, high + 0.05
-    found, edges = np.histogram(logs, bins=bins, range=(low, high))
+    counts, edges = np.histogram(logs, bins=bins, range=(low, high))
     # log10 of the width of a bin in λ, from its right end, so that no width leaves the range.
     widths = edges[1:] + math.log10(-math.expm1(-math.log(10) * (high - low) / bins))
     with np.errstate(divide="ignore"):
-        density = np.log10(found / count) - widths
-    return edges, np.where(found > 0, density, np.nan)
+        density = np.log10(counts / count) - widths
+    return edges, np.where(counts > 0, density, np.nan)
 
 
 def _survival(logs: Array, above: Indices, count: int) -> tuple[Array, Array]:

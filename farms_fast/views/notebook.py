@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from farms_fast.core.text import fixed, printable
+from farms_fast.core.text import fixed, printable, significant
 from farms_fast.views.values import DifferenceValues, LayerValues
 
 __all__ = ["analysis_html", "comparison_html", "record_html"]
@@ -66,7 +66,7 @@ def record_html(record: LayerValues) -> str:
     rows.append(("shape", "x".join(map(str, record.shape))))
     for name, text in _RECORD_ROWS:
         value = getattr(record, name)
-        rows.append((text, str(value) if isinstance(value, int) else _significant(value)))
+        rows.append((text, str(value) if isinstance(value, int) else significant(value)))
     return _table(printable(record.name), ("", ""), rows)
 
 
@@ -88,16 +88,9 @@ def comparison_html(caption: str, layers: Sequence[DifferenceValues]) -> str:
     return _table(caption, heads, rows)
 
 
-def _significant(value: float) -> str:
-    return f"{value:.4g}" if math.isfinite(value) else "-"
-
-
 def _table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     left = "text-align:left"
-    lines = [
-        "<table>",
-        f'<caption style="{left};caption-side:top">{_text(caption)}</caption>',
-    ]
+    lines = ["<table>", f'<caption style="{left};caption-side:top">{_text(caption)}</caption>']
     if any(heads):
         lines.append(_row(heads, "th"))
     cut = len(rows) - _MOST_ROWS

@@ -46,8 +46,7 @@ def plot_alpha(layers: Sequence[LayerValues], ax: Axes | None = None) -> Axes:
         The axes.
 
     Raises:
-        ImportError: if matplotlib is not installed.
-        TypeError: if an argument is of another kind.
+        ImportError: matplotlib is not installed.
 
     Example:
         >>> import matplotlib
@@ -77,17 +76,8 @@ def plot_alpha(layers: Sequence[LayerValues], ax: Axes | None = None) -> Axes:
         color = _COLORS[number % len(_COLORS)]
         marker = _MARKERS[number % len(_MARKERS)]
         at = np.array(depths) + aside
-        ax.plot(
-            at,
-            alphas,
-            color=color,
-            marker=marker,
-            markersize=4.5,
-            linewidth=1,
-            linestyle=dash,
-            # A leading underscore would hide it, a dollar sign would be mathematics.
-            label=_plain(group),
-        )
+        (line,) = ax.plot(at, alphas, color=color, label=_plain(group), linewidth=1, linestyle=dash)
+        line.set(marker=marker, markersize=4.5)
         known = np.isfinite(lows) & np.isfinite(highs)
         ax.vlines(at[known], lows[known], highs[known], color=color, linewidth=1)
     ax.set_ylabel("alpha")
@@ -120,9 +110,8 @@ def plot_esd(record: LayerValues, ax: Axes | None = None) -> Axes:
         The axes.
 
     Raises:
-        ImportError: if matplotlib is not installed.
-        TypeError: if an argument is of another kind.
-        ValueError: if the record has no spectrum, or no eigenvalue above 0.
+        ImportError: matplotlib is not installed.
+        ValueError: the record has no spectrum, or no eigenvalue above 0.
 
     Example:
         >>> import matplotlib
@@ -143,13 +132,8 @@ def plot_esd(record: LayerValues, ax: Axes | None = None) -> Axes:
     centres = (curves.bin_edges[1:] + curves.bin_edges[:-1]) / 2
     ax.plot(10**centres, 10**curves.density, "o", color=_COLORS[0], markersize=3.5, label="ESD")
     if curves.law_x.size:
-        ax.plot(
-            10**curves.law_x,
-            10**curves.law_density,
-            color=_COLORS[6],
-            linewidth=1,
-            label="Marchenko-Pastur",
-        )
+        law = 10**curves.law_x, 10**curves.law_density
+        ax.plot(*law, color=_COLORS[6], linewidth=1, label="Marchenko-Pastur")
     if curves.tail_x.size:
         label = f"alpha {record.alpha:.3f}, D {record.D:.3f}"
         tail = 10**curves.tail_x, 10**curves.tail_density
@@ -176,7 +160,10 @@ def _axes(ax: Axes | None) -> Axes:
 
 
 def _plain(text: str, most: int = 40) -> str:
-    """The end of a text of unknown origin, without mathematics or a hiding first character."""
+    """The end of a text of unknown origin as matplotlib shows it.
+
+    A leading underscore would hide a label, a dollar sign would be mathematics.
+    """
     text = printable(text)
     text = (text if len(text) <= most else f"…{text[1 - most :]}").replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text

@@ -1,3 +1,4 @@
+# ruff: noqa: D102 - the classes say what their attributes are
 """What views draw, by its attributes: any object that has them will do."""
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["DifferenceValues", "LayerValues", "Side", "SkippedValues"]
+from farms_fast.weights.layers import Skipped
+
+__all__ = ["DifferenceValues", "LayerValues", "Side"]
 
 
 class LayerValues(Protocol):
-    """One layer; `farms_fast.LayerRecord` says what each value means."""
+    """One layer, with the attributes of `farms_fast.LayerRecord`."""
 
     name: str
     kind: str
@@ -37,70 +40,32 @@ class LayerValues(Protocol):
     window_alphas: npt.NDArray[np.float64]
 
     @property
-    def has_spectrum(self) -> bool:
-        """Whether there are eigenvalues."""
-
-    def read_window_evals(self) -> npt.NDArray[np.float64]:
-        """The eigenvalues, (windows, k), each row ascending."""
-
-    def scalars(self) -> dict[str, str | int | float]:
-        """All values but the arrays, by name."""
-
-
-class SkippedValues(Protocol):
-    """A tensor that is no layer."""
-
-    @property
-    def name(self) -> str:
-        """The tensor's name."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The tensor's shape."""
-
-    @property
-    def reason(self) -> str:
-        """Why it is no layer."""
+    def has_spectrum(self) -> bool: ...
+    def read_window_evals(self) -> npt.NDArray[np.float64]: ...
+    def scalars(self) -> dict[str, str | int | float]: ...
 
 
 class DifferenceValues(Protocol):
-    """One layer of two analyses; `farms_fast.results.comparison.LayerDifference` says more."""
+    """One layer of two analyses, with those of `farms_fast.results.comparison.LayerDifference`."""
 
     @property
-    def name(self) -> str:
-        """The layer's name."""
-
+    def name(self) -> str: ...
     @property
-    def a(self) -> LayerValues | None:
-        """The layer in the first analysis."""
-
+    def a(self) -> LayerValues | None: ...
     @property
-    def b(self) -> LayerValues | None:
-        """The layer in the second analysis."""
-
+    def b(self) -> LayerValues | None: ...
     @property
-    def difference(self) -> float:
-        """Alpha in the second analysis less alpha in the first."""
-
+    def difference(self) -> float: ...
     @property
-    def difference_se(self) -> float:
-        """Standard error of the difference."""
-
+    def difference_se(self) -> float: ...
     @property
-    def z(self) -> float:
-        """The difference in standard errors."""
-
+    def z(self) -> float: ...
     @property
-    def paired(self) -> bool:
-        """Whether the error comes from resampling both by the same draws."""
-
+    def paired(self) -> bool: ...
     @property
-    def intervals_overlap(self) -> bool | None:
-        """Whether the two intervals overlap."""
-
+    def intervals_overlap(self) -> bool | None: ...
     @property
-    def note(self) -> str:
-        """What keeps the two from being compared."""
+    def note(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -110,11 +75,11 @@ class Side:
     Attributes:
         layers: the layers in the model's order.
         skipped: the tensors that are no layers.
-        settings: how it was made, in plain values.
+        settings: how it was made, by name; empty where nobody can say.
         mean_alpha: over the layers that are "ok".
     """
 
     layers: Sequence[LayerValues]
-    skipped: Sequence[SkippedValues]
+    skipped: Sequence[Skipped]
     settings: Mapping[str, object]
     mean_alpha: float

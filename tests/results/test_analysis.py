@@ -83,7 +83,7 @@ def an_analysis() -> Analysis:
         [
             a_record(),
             a_record("encoder.1.fc", np.array([[0.1, 1 / 3, 1e-310]])),
-            LayerRecord.without_spectrum("broken", "conv2d", (9, 4, 4), "nonfinite", "2 NaN"),
+            LayerRecord("broken", "conv2d", (9, 4, 4), "nonfinite", "2 NaN"),
         ],
         [Skipped(name="encoder.0.bias", shape=(6,), reason="a vector")],
         SETTINGS,
@@ -162,7 +162,7 @@ def test_failed_fit_gives_status_and_message(status: str) -> None:
 
 
 def test_record_without_spectrum() -> None:
-    record = LayerRecord.without_spectrum("a", "linear", (1, 2, 3), "error", "no memory")
+    record = LayerRecord("a", "linear", (1, 2, 3), "error", "no memory")
     assert (record.status, record.message, record.windows) == ("error", "no memory", 0)
     assert math.isnan(record.alpha)
     assert math.isnan(record.norm)

@@ -102,7 +102,7 @@ def test_the_difference_against_its_error() -> None:
 
 
 def test_layers_without_an_alpha_or_an_error() -> None:
-    failed = LayerRecord.without_spectrum("fc", "linear", (1, 8, 4), "nonfinite", "1 weight is NaN")
+    failed = LayerRecord("fc", "linear", (1, 8, 4), "nonfinite", "1 weight is NaN")
     found = compare(of(a_layer("fc", 2.0)), of(failed))["fc"]
     assert math.isnan(found.z)
     assert found.note == "B: nonfinite, 1 weight is NaN"
@@ -137,7 +137,7 @@ def test_notes_say_what_the_numbers_do_not(before: Analysis) -> None:
         "no layer has the same name in A ('a') and B ('b'): analyse both from a checkpoint or both "
         "from the same class"
     ]
-    failed = LayerRecord.without_spectrum("a", "linear", (1, 8, 4), "nonfinite", "1 weight is NaN")
+    failed = LayerRecord("a", "linear", (1, 8, 4), "nonfinite", "1 weight is NaN")
     assert compare(of(a_layer("a", 2.0)), of(failed)).notes == [
         "no layer has an alpha in both analyses"
     ]

@@ -25,7 +25,7 @@ from farms_fast.results.settings import AnalysisSettings
 from farms_fast.results.store import ResultsStore
 from tests.support.records import SETTINGS, any_array, made_up
 
-FAILED = LayerRecord.without_spectrum("broken", "conv2d", (9, 4, 4), "nonfinite", "2 NaN")
+FAILED = LayerRecord("broken", "conv2d", (9, 4, 4), "nonfinite", "2 NaN")
 AWKWARD = [
     "a/b",
     "../../etc/passwd",

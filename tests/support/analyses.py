@@ -55,5 +55,5 @@ def an_analysis(blocks: int = 3, seed: int = 0, **options: int) -> Analysis:
     settings = AnalysisSettings("/models/some model")
     skipped = [Skipped("a.bias", (4,), "vector, not a matrix"), Skipped(HOSTILE, (), "<b>")]
     # In front, where sorting has to take it from.
-    bad = LayerRecord.without_spectrum("bad", "linear", (1, 4, 4), "nonfinite", "3 weights are NaN")
+    bad = LayerRecord("bad", "linear", (1, 4, 4), "nonfinite", "3 weights are NaN")
     return Analysis([bad, *layers, *odd], skipped, settings)

@@ -56,7 +56,7 @@ def test_experts_are_not_joined() -> None:
 def test_what_has_no_alpha_is_counted() -> None:
     assert an_analysis(1).plot_alpha().get_title() == "2 of 11 layers have no alpha"
     assert len(Analysis([]).plot_alpha().lines) == 0
-    bad = LayerRecord.without_spectrum("bad", "linear", (1, 4, 4), "error", "gone")
+    bad = LayerRecord("bad", "linear", (1, 4, 4), "error", "gone")
     assert Analysis([bad]).plot_alpha().get_title() == "1 of 1 layers have no alpha"
 
 

@@ -20,17 +20,17 @@ class MemoryUse:
     """Bytes that calibration takes besides the model itself.
 
     Attributes:
-        kept: the hidden states between two blocks: samples · seqlen · hidden size · bytes of a
-            value (and whatever else a block returns).
+        hidden_states: those between two blocks: samples · seqlen · hidden size · bytes of a value
+            (and whatever else a block returns).
         block: the largest block's weights, if they are not on the device already.
         statistics: the statistics of one block's layers.
         batch: one batch inside a block: batch · seqlen · (2 · hidden size + the inputs and outputs
             of its layers) · bytes of a value, and a float32 copy of the widest input, for attention
             that keeps no matrix of scores.
-        on_device: whether `kept` is on the device; else it is in the host's memory.
+        on_device: whether the hidden states are on the device; else they are in the host's memory.
     """
 
-    kept: int
+    hidden_states: int
     block: int
     statistics: int
     batch: int
@@ -39,7 +39,8 @@ class MemoryUse:
     @property
     def device(self) -> int:
         """The most bytes on the device."""
-        return self.block + self.statistics + self.batch + (self.kept if self.on_device else 0)
+        kept = self.hidden_states if self.on_device else 0
+        return self.block + self.statistics + self.batch + kept
 
 
 def usual_batch(seqlen: int) -> int:
@@ -87,6 +88,6 @@ def plan_memory(
                 f"memory: expected at least {use.device} bytes on {device} for {size} samples of "
                 f"{seqlen} tokens at a time (block {use.block}, statistics {use.statistics}, "
                 f"batch {use.batch}, kept hidden states "
-                f"{use.kept if use.on_device else 'in host memory'}), got {budget}"
+                f"{use.hidden_states if use.on_device else 'in host memory'}), got {budget}"
             )
         size //= 2

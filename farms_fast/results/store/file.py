@@ -27,13 +27,11 @@ FORMAT_VERSION = 2
 
 def _layer_column(name: str) -> str:
     if name in TEXT_FIELDS:
-        kind = "TEXT NOT NULL"
-    elif name in INT_FIELDS or name in ("stack", "rows", "cols"):
-        kind = "INTEGER NOT NULL"
-    else:
-        # No type: a column of type REAL would drop the sign of -0.0. NaN is NULL.
-        kind = ""
-    return f'"{name}" {kind}'.rstrip()
+        return f'"{name}" TEXT NOT NULL'
+    if name in INT_FIELDS or name in ("stack", "rows", "cols"):
+        return f'"{name}" INTEGER NOT NULL'
+    # No type: a column of type REAL would drop the sign of -0.0. NaN is NULL.
+    return f'"{name}"'
 
 
 # AUTOINCREMENT: the number of a row that is gone never comes back for another.
@@ -82,10 +80,10 @@ class StoreFile:
         create: whether to make the file if there is none.
 
     Raises:
-        FileNotFoundError: if it or its directory does not exist.
-        OSError: if it cannot be opened.
-        TimeoutError: if it is locked for longer than the timeout.
-        ValueError: if it is not a results store or of another format version.
+        FileNotFoundError: it or its directory does not exist.
+        OSError: it cannot be opened.
+        TimeoutError: it is locked for longer than the timeout.
+        ValueError: it is not a results store, or of another format version.
     """
 
     def __init__(self, path: str | os.PathLike[str], timeout: float, *, create: bool) -> None:

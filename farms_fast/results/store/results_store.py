@@ -79,11 +79,11 @@ class ResultsStore:
         create: whether to make the file if there is none.
 
     Raises:
-        FileNotFoundError: if the file, or with `create` its directory, does not exist.
-        OSError: if it cannot be opened or written; a full disk names itself, and the layers that
-            are in the file stay readable.
-        TimeoutError: if another process has locked it for longer than the timeout.
-        ValueError: if it is not a results store, damaged, or of another format version.
+        FileNotFoundError: the file, or with `create` its directory, does not exist.
+        OSError: it cannot be opened, read or written, here and in every method; a full disk names
+            itself, and the layers that are in the file stay readable.
+        TimeoutError: another process has locked it for longer than the timeout.
+        ValueError: it is not a results store, damaged, or of another format version.
 
     Example:
         >>> import tempfile
@@ -128,8 +128,7 @@ class ResultsStore:
                 `force` the new one is continued from then on.
 
         Raises:
-            OSError: if the file cannot be written.
-            ValueError: if the settings' sampling does not say which windows it takes.
+            ValueError: the settings' sampling does not say which windows it takes.
         """
         check_type("settings", settings, AnalysisSettings, "AnalysisSettings")
         key = settings.run_key
@@ -173,8 +172,7 @@ class ResultsStore:
             run: the run's number; None is the newest.
 
         Raises:
-            OSError: if the file cannot be read.
-            ValueError: if there is no such run, or the file is damaged.
+            ValueError: there is no such run, or the file is damaged.
         """
         with self._file.reading() as connection:
             runs = connection.execute("SELECT id, settings, skipped FROM runs ORDER BY id")
@@ -220,10 +218,6 @@ class StoredRun:
         Returns:
             The record, its spectrum read when asked for; None if the run does not have the layer,
             has it for other weights, or has it with status "error", which is worth another try.
-
-        Raises:
-            OSError: if the file cannot be read.
-            ValueError: if it is damaged.
         """
         with self._file.reading() as connection:
             row = connection.execute(
@@ -243,21 +237,11 @@ class StoredRun:
             index: the layer's position in the model.
             record: its record, with the spectrum.
             digest: of its weights.
-
-        Raises:
-            OSError: if it cannot be written; a full disk names itself.
         """
         self.put_many([(index, record, digest)])
 
     def put_many(self, layers: Iterable[tuple[int, LayerRecord, str]]) -> None:
-        """Stores layers that were finished together, all or none, in one transaction.
-
-        Args:
-            layers: the arguments of `put` for each.
-
-        Raises:
-            OSError: if they cannot be written; a full disk names itself.
-        """
+        """Stores layers together, all or none; for each the arguments of `put`."""
         # Packing takes the longest, so it is done before others are kept from writing.
         rows = [(index, pack(record, digest)) for index, record, digest in layers]
         if not rows:
@@ -267,11 +251,7 @@ class StoredRun:
                 write_layer(connection, self.id, index, row)
 
     def put_skipped(self, skipped: Sequence[Skipped]) -> None:
-        """Stores the tensors that are not layers, in place of those stored before.
-
-        Raises:
-            OSError: if they cannot be written.
-        """
+        """Stores the tensors that are not layers, in place of those stored before."""
         with self._file.writing() as connection:
             write_skipped(connection, self.id, skipped)
 
@@ -285,8 +265,7 @@ class StoredRun:
             names: the model's layers in order.
 
         Raises:
-            OSError: if it cannot be written.
-            ValueError: if a name is there twice, or a layer is not stored.
+            ValueError: a name is there twice, or a layer is not stored.
         """
         if len(set(names)) != len(names):
             twice = next(name for i, name in enumerate(names) if name in names[:i])

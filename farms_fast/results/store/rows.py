@@ -12,13 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from farms_fast.results.record import (
-    CSV_COLUMNS,
-    INT_FIELDS,
-    SCALAR_FIELDS,
-    TEXT_FIELDS,
-    LayerRecord,
-)
+from farms_fast.results.record import CSV_COLUMNS, SCALAR_FIELDS, LayerRecord, field_value
 from farms_fast.results.store.file import StoreFile
 
 __all__ = [
@@ -115,7 +109,8 @@ def unpack(row: Sequence[Any], path: str) -> LayerRecord:
     *scalars, alphas = row
     columns = dict(zip(CSV_COLUMNS, scalars, strict=True))
     try:
-        values = {name: _field(name, columns) for name in SCALAR_FIELDS}
+        columns["shape"] = [columns[name] for name in ("stack", "rows", "cols")]
+        values = {name: field_value(name, _text(columns[name])) for name in SCALAR_FIELDS}
         values["window_alphas"] = decode(alphas)
     except (TypeError, ValueError) as error:
         raise ValueError(
@@ -183,15 +178,6 @@ def _sql(value: str | int | float) -> object:
     return None if math.isnan(value) else float(value)
 
 
-def _field(name: str, columns: dict[str, Any]) -> Any:
-    if name == "shape":
-        return (int(columns["stack"]), int(columns["rows"]), int(columns["cols"]))
-    value = columns[name]
-    if name in TEXT_FIELDS:
-        return value.decode("utf-8", "surrogatepass") if isinstance(value, bytes) else value
-    if name in INT_FIELDS:
-        return int(value)
-    if value is None:
-        return math.nan
-    # The rank is an integer wherever it is known.
-    return value if name == "matrix_rank" and isinstance(value, int) else float(value)
+def _text(value: Any) -> Any:
+    """Undoes `sql_text`."""
+    return value.decode("utf-8", "surrogatepass") if isinstance(value, bytes) else value

@@ -27,7 +27,7 @@ from farms_fast.views.values import DifferenceValues, Side
 
 __all__ = ["script_json", "write_comparison", "write_report"]
 
-_SCRIPTS = (
+_SCRIPTS = [
     "data",
     "theme",
     "charts",
@@ -37,7 +37,7 @@ _SCRIPTS = (
     "table",
     "layer",
     "main",
-)
+]
 
 
 def write_report(
@@ -46,20 +46,13 @@ def write_report(
     title: str | None = None,
     progress: bool | Progress = False,
 ) -> None:
-    """Writes a page of an analysis: summary, plots, a table, and every layer's spectrum.
-
-    The page is one file that asks for nothing else; it appears whole or not at all. Layers without
-    a spectrum say why.
+    """Writes a page of an analysis, as `Analysis.to_html` says.
 
     Args:
         path: the file, replaced if it exists.
-        side: the analysis. Spectra in a results store are read one at a time.
+        side: the analysis. Layers without a spectrum say why.
         title: heading of the page; None is the name of the source.
         progress: as of `farms_fast.analyze`.
-
-    Raises:
-        OSError: it cannot be written.
-        TypeError: an argument is of another kind.
     """
     _check(path, title)
     write_text(path, _page(*report_payload(side, title, progress)))
@@ -74,11 +67,16 @@ def write_comparison(
     title: str | None = None,
     progress: bool | Progress = False,
 ) -> None:
-    """Writes a page of two analyses compared; arguments as of `comparison_payload`.
+    """Writes a page of two analyses compared.
 
-    Raises:
-        OSError: it cannot be written.
-        TypeError: an argument is of another kind.
+    Args:
+        path: the file, replaced if it exists.
+        layers: of both.
+        sides: the two analyses.
+        notes: what a reader has to know, one sentence each.
+        settings_that_differ: names of settings.
+        title: heading of the page; None is made of the sources' names.
+        progress: as of `farms_fast.analyze`.
     """
     _check(path, title)
     page = comparison_payload(layers, sides, notes, settings_that_differ, title, progress)
@@ -120,7 +118,7 @@ def _page(page: dict[str, Any], curves: list[list[Any]]) -> str:
         "script": script,
     }
     # In one pass, so that nothing that was put in is taken for a placeholder.
-    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], _asset("assets/page.html"))
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _asset("assets/page.html"))
 
 
 @cache

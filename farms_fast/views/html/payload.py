@@ -76,15 +76,11 @@ _Pair = tuple[LayerValues | None, LayerValues | None]
 def report_payload(
     side: Side, title: str | None, progress: bool | Progress = False
 ) -> tuple[dict[str, Any], list[list[Any]]]:
-    """The page of one analysis.
-
-    Args:
-        side: the layers; their spectra are read one at a time and not kept.
-        title: of the page; None is taken from the source.
-        progress: as of `analyze`.
+    """The page of one analysis; arguments as of `write_report`.
 
     Returns:
         What is drawn at once, and per layer a list with its curves or the reason why it has none.
+        Spectra are read one at a time and not kept.
     """
     pairs: list[_Pair] = [(layer, None) for layer in side.layers]
     page = {
@@ -104,19 +100,7 @@ def comparison_payload(
     title: str | None,
     progress: bool | Progress = False,
 ) -> tuple[dict[str, Any], list[list[Any]]]:
-    """The page of two analyses.
-
-    Args:
-        layers: of both.
-        sides: the two analyses.
-        notes: what a reader has to know, one sentence each.
-        settings_that_differ: names of settings.
-        title: of the page; None is made of the sources.
-        progress: as of `analyze`.
-
-    Returns:
-        As `report_payload` returns it.
-    """
+    """The page of two analyses, as of `report_payload`; arguments as of `write_comparison`."""
     a, b = (_title(side.settings) for side in sides)
     pairs: list[_Pair] = [(layer.a, layer.b) for layer in layers]
     page = {
@@ -132,7 +116,8 @@ def comparison_payload(
 def _page(
     mode: str, pairs: Sequence[_Pair], differences: Sequence[DifferenceValues] = ()
 ) -> dict[str, Any]:
-    layers = [_either(pair) for pair in pairs]
+    # The first side's, or the second's where only that has the layer.
+    layers = [layer for layer in (a or b for a, b in pairs) if layer is not None]
     positions = layer_positions([layer.name for layer in layers], [layer.kind for layer in layers])
     groups = list(dict.fromkeys(position.group for position in positions))
     blocks = dict(sorted((position.depth, position.block) for position in positions))
@@ -158,12 +143,6 @@ def _page(
     }
 
 
-def _either(pair: _Pair) -> LayerValues:
-    layer = pair[0] or pair[1]
-    assert layer is not None
-    return layer
-
-
 def _difference(layer: DifferenceValues) -> dict[str, Any]:
     return {
         "difference": _plain(layer.difference),
@@ -186,12 +165,8 @@ def _side(side: Side) -> dict[str, Any]:
             for name, value in side.settings.items()
         ],
         "skipped": [
-            [
-                printable(tensor.name),
-                "x".join(map(str, tensor.shape)) or "scalar",
-                printable(tensor.reason),
-            ]
-            for tensor in side.skipped
+            [printable(t.name), "x".join(map(str, t.shape)) or "scalar", printable(t.reason)]
+            for t in side.skipped
         ],
     }
 
@@ -246,18 +221,15 @@ def _plain(value: Any) -> Any:
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
-# ------------------------------------------------------------------------------------------- curves
-
-
 def _all_curves(pairs: Sequence[_Pair], progress: bool | Progress) -> list[list[Any]]:
-    found = []
+    curves = []
     windows = sum(record.windows for pair in pairs for record in pair if record)
     with reporter(progress, len(pairs), windows) as report:
         for pair in pairs:
             records = [record for record in pair if record is not None]
-            found.append([None if record is None else curves_of(record) for record in pair])
+            curves.append([None if record is None else curves_of(record) for record in pair])
             report(records[0].name, sum(record.windows for record in records), True)
-    return found
+    return curves
 
 
 def curves_of(record: LayerValues) -> dict[str, Any]:
@@ -303,9 +275,9 @@ def packed(values: Array) -> list[Any]:
     step = float(values[finite].max() - least) / _STEPS
     scaled = np.where(finite, (values - least) / (step or 1.0), 0.0)
     numbers = np.rint(scaled).astype(int).tolist()
-    whole = [number if known else None for number, known in zip(numbers, finite, strict=True)]
+    steps = [number if known else None for number, known in zip(numbers, finite, strict=True)]
     # Digits enough that the ends of the axis are exact to a thousandth of a step.
-    return [float(f"{least:.12g}"), float(f"{step:.8g}"), whole]
+    return [float(f"{least:.12g}"), float(f"{step:.8g}"), steps]
 
 
 def _numbers(values: Array) -> list[float]:
@@ -317,11 +289,8 @@ def _window_bins(record: LayerValues) -> dict[str, Any] | None:
     alphas = record.window_alphas[np.isfinite(record.window_alphas)]
     if alphas.size < 2:
         return None
-    known = [
-        value
-        for value in (record.alpha, record.alpha_low, record.alpha_high)
-        if math.isfinite(value)
-    ]
+    fitted = (record.alpha, record.alpha_low, record.alpha_high)
+    known = [value for value in fitted if math.isfinite(value)]
     low, high = np.quantile(alphas, [0.01, 0.99])
     low, high = min(low, *known, high), max(high, *known, low)
     if high <= low:

@@ -447,7 +447,7 @@ def test_two_processes_have_the_rates_of_the_first(tmp_path: Path) -> None:
         [
             sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",
             "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0",
-            str(ROOT / "tests" / "rate_processes.py"), str(tmp_path),
+            str(ROOT / "tests/support/rate_processes.py"), str(tmp_path),
         ],
         cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip

@@ -337,19 +337,19 @@ def test_batches_shrink_to_fit_the_memory() -> None:
     whole = BlockRunner(model, blocks, tokens, statistics=lambda block: 1000)
     assert whole.batch_size == 16
     use = whole.use
-    assert use.kept == 16 * 16 * 32 * 4
+    assert use.hidden_states == 16 * 16 * 32 * 4
     assert use.statistics == 1000
     assert use.block == 0
     # A token in a block: twice the hidden state, what goes in and out of q, k, v, o, gate, up and
     # down, and the widest input in float32.
     widths = 2 * 32 + (32 + 32) * 2 + (32 + 16) * 2 + (32 + 48) * 3
     assert use.batch == 16 * 16 * (4 * widths + 4 * 48)
-    assert use.device == use.kept + use.statistics + use.batch
+    assert use.device == use.hidden_states + use.statistics + use.batch
     half = BlockRunner(
         model, blocks, tokens, statistics=lambda block: 1000, memory=use.device - use.batch // 2
     )
     assert half.batch_size == 8
-    least = use.kept + use.statistics + use.batch // 16
+    least = use.hidden_states + use.statistics + use.batch // 16
     one = BlockRunner(model, blocks, tokens, statistics=lambda block: 1000, memory=least)
     assert one.batch_size == 1
     with pytest.raises(ValueError, match=f"memory: expected at least {least} bytes on cpu for 1"):

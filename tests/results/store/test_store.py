@@ -136,7 +136,7 @@ def test_spectrum_in_several_parts(path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_table_of_layers_has_a_column_for_every_scalar(path: Path) -> None:
-    failed = LayerRecord.without_spectrum("broken", "conv2d", (9, 4, 2), "nonfinite", "2 NaN")
+    failed = LayerRecord("broken", "conv2d", (9, 4, 2), "nonfinite", "2 NaN")
     write_run(path, [made_up(0), failed])
     query = "SELECT name, alpha, alpha IS NULL, stack, rows, cols, status FROM layers"
     alpha = made_up(0).alpha
@@ -262,7 +262,7 @@ def test_put_again_changes_nothing(path: Path) -> None:
 
 
 def test_layers_in_error_are_tried_again(path: Path) -> None:
-    failed = LayerRecord.without_spectrum("layer.0", "linear", (1, 4, 4), "error", "no memory")
+    failed = LayerRecord("layer.0", "linear", (1, 4, 4), "error", "no memory")
     write_run(path, [failed])
     with ResultsStore(path) as store:
         run = store.run(SETTINGS)
