@@ -6,6 +6,8 @@ import pytest
 
 from tests.support.parity import RULES, Parity, compare, table, zoo
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def rows() -> list[Parity]:

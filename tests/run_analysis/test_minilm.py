@@ -12,6 +12,8 @@ from farms_fast import Analysis, FixedAspectSampling, LayerRecord, analyze
 from farms_fast.testing import reference
 from tests.support.bounds import error_bound
 
+pytestmark = pytest.mark.slow
+
 SQUARE = ("attention.output.dense", *(f"attention.self.{x}" for x in ("key", "query", "value")))
 SHAPES = {
     **{name: (1, 384, 384) for name in SQUARE},
