@@ -10,8 +10,6 @@ from farms_fast.adapters.layer_rates.rate_table import LayerRate
 from farms_fast.adapters.layer_rates.tuned_layers import LeftAlone, TunedLayer
 from farms_fast.live import LayerAlpha
 
-__all__ = ["Factors", "decide"]
-
 # Scores of the kept layers or blocks, in order, to a positive factor for each.
 Factors = Callable[[Sequence[float]], Sequence[float]]
 # A layer that had one of these before is small; any other with too few eigenvalues has collapsed.
@@ -26,23 +24,12 @@ def decide(
     factors: Factors,
     before: Mapping[str, str],
 ) -> list[LayerRate]:
-    """Makes one row for each layer, with its factor.
+    """Makes one row for each layer, with its factor; ValueError for factors that are not positive.
 
-    The score of a block is the mean alpha of its layers. A layer without alpha has the factor 1;
-    all layers have it where fewer than two scores differ. A layer with too few eigenvalues takes
-    its block's factor, if there is one. If it had enough before, it has collapsed, which is a
-    failure.
-
-    Args:
-        layers: the layers of the model.
-        blocks: the block of each.
-        alphas: the measured alphas by the names of the layers' parts.
-        left_alone: the layers that are not tuned.
-        factors: scores to factors.
-        before: the last status of each layer, by name; empty if there was none.
-
-    Raises:
-        ValueError: `factors` gives another number of factors, or one that is not positive.
+    `before` has the last status of each layer. The score of a block is the mean alpha of its
+    layers. A layer without alpha has the factor 1; all layers have it where fewer than two scores
+    differ. A layer with too few eigenvalues takes its block's factor, if there is one. If it had
+    enough before, it has collapsed, which is a failure.
     """
     rows = [_measured(layer, block, alphas) for layer, block in zip(layers, blocks, strict=True)]
     members: dict[str, list[float]] = {}

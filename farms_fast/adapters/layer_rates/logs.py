@@ -13,14 +13,10 @@ from farms_fast.adapters.layer_rates.rate_table import COLUMNS, RateTable
 from farms_fast.core.arguments import check_type, path_of
 from farms_fast.core.optional import optional_import
 
-__all__ = ["CSV_COLUMNS", "CsvLog", "Log", "Logs", "TensorBoardLog", "logs_of", "scalars"]
-
 # A function that gets every new table of rates.
 Log = Callable[[RateTable], object]
 # A function, the path of a CSV file, or several of them.
 Logs = Log | str | os.PathLike[str] | Sequence[Log | str | os.PathLike[str]] | None
-
-CSV_COLUMNS = COLUMNS
 
 
 class CsvLog:
@@ -49,7 +45,7 @@ class CsvLog:
         with self.path.open("a", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             if file.tell() == 0:
-                writer.writerow(CSV_COLUMNS)
+                writer.writerow(COLUMNS)
             for row in table:
                 writer.writerow([table.call, table.base_lr, *astuple(row)])
 
@@ -99,14 +95,7 @@ def _writer_of(folder: str) -> Any:
 
 
 def scalars(table: RateTable) -> dict[str, float]:
-    """Returns the numbers of a table by the names that they have in a log.
-
-    Example:
-        >>> from farms_fast.adapters.layer_rates.rate_table import LayerRate
-        >>> row = LayerRate("fc", alpha=2.5, factor=1.5)
-        >>> scalars(RateTable(0, 0.1, (row,)))
-        {'lr/base': 0.1, 'alpha/mean': 2.5, 'alpha/fc': 2.5, 'factor/fc': 1.5}
-    """
+    """The numbers of a table by the names that they have in a log, such as `alpha/fc`."""
     check_type("table", table, RateTable, "a RateTable")
     alphas = [row.alpha for row in table if not math.isnan(row.alpha)]
     named = {"lr/base": table.base_lr}
@@ -122,10 +111,10 @@ def logs_of(log: Logs) -> list[Log]:
     """Returns the logs as a list of functions; TypeError for anything that is no log."""
     if log is None:
         return []
-    if callable(log) or isinstance(log, (str, bytes)) or not isinstance(log, Iterable):
-        log = [log]  # type: ignore[list-item]
+    several = isinstance(log, Iterable) and not callable(log) and not isinstance(log, (str, bytes))
+    entries: Any = log if several else [log]
     logs: list[Log] = []
-    for entry in log:
+    for entry in entries:
         if callable(entry):
             logs.append(entry)
         elif isinstance(entry, (str, os.PathLike)):

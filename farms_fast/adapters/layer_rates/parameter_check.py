@@ -5,18 +5,11 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-__all__ = ["ParameterCheck"]
-
 
 class ParameterCheck:
-    """Compares the parameters of a model with those that it had at the start.
+    """Compares the parameters of a plain model with those that it had at the start.
 
-    Args:
-        model: the plain module.
-
-    Raises:
-        ValueError: a parameter is not initialised (lazy modules before their first run) or is
-            spread over processes.
+    ValueError at the start for lazy parameters, and for those that are spread over processes.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -59,11 +52,7 @@ class ParameterCheck:
             raise ValueError(f"model: {name!r} {what}: {advice}")
 
     def check_trained(self, optimized: set[int]) -> None:
-        """Raises ValueError if a trainable parameter is not in the optimizer.
-
-        Args:
-            optimized: the `id` of every parameter that the optimizer has.
-        """
+        """Raises ValueError if a trainable parameter has none of the optimizer's `id`s."""
         for name, parameter in self._parameters.items():
             if parameter.requires_grad and id(parameter) not in optimized:
                 raise ValueError(

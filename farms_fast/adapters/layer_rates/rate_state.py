@@ -9,8 +9,6 @@ from farms_fast.adapters.layer_rates.rate_table import RateTable, row_of
 from farms_fast.adapters.layer_rates.tuned_layers import TunedLayer
 from farms_fast.live import LayerAlpha
 
-__all__ = ["read_state", "shapes_of"]
-
 _NO_STATE = "state: expected what state_dict() gave"
 _KEYS = {"rule", "calls", "layers", "last"}
 
@@ -18,15 +16,9 @@ _KEYS = {"rule", "calls", "layers", "last"}
 def read_state(
     state: object, rule: str, settings: Mapping[str, object], layers: Sequence[TunedLayer]
 ) -> tuple[int, RateTable | None, list[LayerAlpha] | None]:
-    """Reads a state of the same rule on a model of the same layers.
+    """The calls, the table and the alphas under way of a state of this rule on these layers.
 
-    Returns:
-        How often `step` had been called, the table that it acted on, and the alphas of an analysis
-        that was under way.
-
-    Raises:
-        TypeError: it is no state.
-        ValueError: it is of another rule, other settings or another model, or damaged.
+    TypeError if it is no state, ValueError if it is of something else, or damaged.
     """
     if not isinstance(state, Mapping) or not state.keys() >= _KEYS:
         raise TypeError(_NO_STATE)

@@ -14,8 +14,6 @@ from farms_fast.results.files import data_frame
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["COLUMNS", "LayerRate", "RateTable", "row_of", "row_state"]
-
 Row = TypeVar("Row")
 
 
@@ -150,15 +148,7 @@ def row_state(row: Any) -> dict[str, Any]:
 
 
 def row_of(kind: type[Row], entry: Mapping[str, Any]) -> Row:
-    """Returns the row that `row_state` took apart.
-
-    Args:
-        kind: a dataclass of texts and numbers.
-        entry: its fields, None for NaN.
-
-    Raises:
-        TypeError: a field is missing, is of another kind, or is none of the row's.
-    """
+    """Undoes `row_state`; TypeError if a field is missing, unknown, or of another type."""
     if not isinstance(entry, Mapping):
         raise TypeError(f"expected the fields of a {kind.__name__}, got {entry!r}")
     known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]

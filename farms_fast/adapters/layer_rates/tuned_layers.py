@@ -12,17 +12,6 @@ from torch.nn.utils import parametrize
 
 from farms_fast.weights.stacks import LayerSpec, Skipped
 
-__all__ = [
-    "Blocks",
-    "LeftAlone",
-    "TunedLayer",
-    "block_names",
-    "edge_layers",
-    "plain_model",
-    "require_layers",
-    "tuned_layers",
-]
-
 Named = dict[str, nn.Parameter]
 # "layer", "block", or a function from a layer's name to its block's.
 Blocks = str | Callable[[str], str]
@@ -79,22 +68,7 @@ def plain_model(model: nn.Module) -> nn.Module:
 
 
 def tuned_layers(model: nn.Module, specs: Sequence[LayerSpec]) -> list[TunedLayer]:
-    """Returns the layers with the parameters they are made of, in the order of the specs.
-
-    Args:
-        model: the module that the specs were made from.
-        specs: its layers.
-
-    Example:
-        >>> from torch import nn
-        >>> from farms_fast.weights.layers import layers_from_module
-        >>> model = nn.Sequential(nn.Linear(8, 4), nn.MultiheadAttention(4, 2))
-        >>> for layer in tuned_layers(model, layers_from_module(model)[0]):
-        ...     print(layer.name, list(layer.parameters))
-        0 ['0.weight', '0.bias']
-        1.in_proj ['1.in_proj_weight', '1.in_proj_bias']
-        1.out_proj ['1.out_proj.weight', '1.out_proj.bias']
-    """
+    """The layers of a model with the parameters they are made of, in the order of the specs."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     clusters = _sharing_parameters(model, specs, names)
     claimed = {name for _, weights in clusters for name in weights}
@@ -200,27 +174,11 @@ def require_layers(
 
 
 def block_names(model: nn.Module, layers: Sequence[TunedLayer], per: Blocks) -> list[str]:
-    """Returns the block of each layer; the layers of one block have one score.
+    """The block of each layer; the layers of one block have one score.
 
-    Args:
-        model: the module that has the layers.
-        layers: its tuned layers.
-        per: "layer" makes each layer its own block. "block" takes the innermost numbered module
-            with at least two layers in it (a transformer's block, a residual block), experts
-            apart; a layer outside of them is its own block. A function takes a layer's name and
-            returns its block's.
-
-    Raises:
-        ValueError: `per` is another word.
-        TypeError: `per` is neither, or the function returns no string.
-
-    Example:
-        >>> from torch import nn
-        >>> from farms_fast.weights.layers import layers_from_module
-        >>> model = nn.Sequential(nn.Linear(4, 8), nn.TransformerEncoderLayer(8, 2, 16))
-        >>> layers = tuned_layers(model, layers_from_module(model)[0])
-        >>> block_names(model, layers, "block")
-        ['0', '1', '1', '1', '1']
+    "layer" makes each layer its own block. "block" takes the innermost numbered module with at
+    least two layers in it (a transformer's block, a residual block), experts apart; a layer outside
+    of them is its own block. A function takes a layer's name and returns its block's.
     """
     if callable(per):
         blocks = [per(layer.name) for layer in layers]

@@ -10,7 +10,6 @@ from typing import Any
 from torch import nn
 
 from farms_fast.adapters.layer_rates import LayerRates
-from farms_fast.adapters.layer_rates.options import check_options
 from farms_fast.adapters.layer_rates.rates import DEFAULT_SAMPLING
 from farms_fast.core.arguments import not_negative
 from farms_fast.spectra.windows import Sampling
@@ -96,7 +95,7 @@ class TBSigmoid(LayerRates):
     ) -> None:
         if "evals_threshold" in options:
             raise TypeError("evals_threshold: expected its name here, filter_zeros")
-        check_options(type(self), LayerRates, options)
+        self._check_options(options)
         if factorised not in _FACTORISED:
             known = " or ".join(map(repr, _FACTORISED))
             raise ValueError(f"factorised: expected {known}, got {factorised!r}")

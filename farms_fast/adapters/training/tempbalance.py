@@ -9,7 +9,6 @@ from typing import Any
 from torch import nn
 
 from farms_fast.adapters.layer_rates import LayerRates
-from farms_fast.adapters.layer_rates.options import check_options
 from farms_fast.adapters.layer_rates.rates import DEFAULT_SAMPLING
 from farms_fast.spectra.windows import Sampling
 
@@ -82,7 +81,7 @@ class TempBalance(LayerRates):
         min_evals: int = 5,
         **options: Any,
     ) -> None:
-        check_options(type(self), LayerRates, options)
+        self._check_options(options)
         if assign not in ASSIGNMENTS:
             known = ", ".join(map(repr, ASSIGNMENTS))
             raise ValueError(f"assign: expected one of {known}, got {assign!r}")
