@@ -62,8 +62,9 @@ class TensorBoardLog:
     """
 
     def __init__(self, where: Any) -> None:
-        self._folder = None if hasattr(where, "add_scalar") else str(path_of("where", where))
-        self.writer = where if self._folder is None else _writer_of(self._folder)
+        is_writer = hasattr(where, "add_scalar")
+        self._where = where if is_writer else str(path_of("where", where))
+        self.writer = where if is_writer else _writer_of(self._where)
 
     def __call__(self, table: RateTable) -> None:
         """Writes the table, with its call as the step."""
@@ -72,20 +73,12 @@ class TensorBoardLog:
         self.writer.flush()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TensorBoardLog:
-        """Returns a log to the same writer, which holds threads and cannot be copied."""
-        copied = object.__new__(type(self))
-        copied.__dict__.update(self.__dict__)
-        return copied
+        """Returns the log itself: its writer holds threads and cannot be copied."""
+        return self
 
-    def __getstate__(self) -> dict[str, Any]:
-        """The folder alone, where it is known."""
-        return self.__dict__ if self._folder is None else {"_folder": self._folder}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Opens the writer again."""
-        self.__dict__.update(state)
-        if self._folder is not None:
-            self.writer = _writer_of(self._folder)
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Opens the writer of a folder again."""
+        return type(self), (self._where,)
 
 
 def _writer_of(folder: str) -> Any:

@@ -6,12 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import nn
 
-_NORMS = (
-    nn.modules.batchnorm._BatchNorm,
-    nn.modules.instancenorm._InstanceNorm,
-    nn.LayerNorm,
-    nn.GroupNorm,
-)
+_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 _WORDS = ("batch_norm", "batchnorm", "layer_norm", "layernorm", "norm", "bn", "gn", "ln")
 _LAYER_WORDS = ("conv", "fc", "linear", "lin", "dense", "proj")
 

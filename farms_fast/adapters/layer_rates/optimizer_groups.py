@@ -27,12 +27,7 @@ _BIAS = re.compile(r"(^|_)bias(_|\d|$)")
 
 @dataclass(frozen=True, eq=False)
 class Assignment:
-    """The layer at whose rate each trainable parameter is trained.
-
-    Attributes:
-        layers: the parameters of each layer, by name.
-        rest: the parameters that are trained at the base rate, by name.
-    """
+    """The layer at whose rate each trainable parameter is trained; the base rate for the rest."""
 
     layers: Mapping[str, Mapping[str, nn.Parameter]]
     rest: Mapping[str, nn.Parameter]
@@ -148,14 +143,7 @@ def _is_vector(name: str, parameter: nn.Parameter) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class OptimizerGroups:
-    """The groups of an assignment in an optimizer.
-
-    Attributes:
-        rest_name: the name of the group of what is not tuned.
-        layers: pairs of a layer and its group.
-        rest: the groups of what is not tuned; the first has the base rate.
-        groups: all groups of the optimizer.
-    """
+    """The groups of an assignment in an optimizer; the first one of the rest has the base rate."""
 
     rest_name: str
     layers: list[tuple[str, Group]]
@@ -174,12 +162,9 @@ class OptimizerGroups:
                 f"optimizer: expected a torch optimizer, got {type(optimizer).__name__}"
             )
         owner = {id(p): layer for layer, named in assignment.sets() for p in named.values()}
-        missing = {id(p): n for _, named in assignment.sets() for n, p in named.items()}
         own = OptimizerGroups(assignment.rest_name, [], [], list(groups))
         for group in groups:
             owners = {owner[id(p)] for p in group["params"] if id(p) in owner}
-            for parameter in group["params"]:
-                missing.pop(id(parameter), None)
             if len(owners) > 1:
                 some = ", ".join(sorted(owners)[:3])
                 raise ValueError(
@@ -191,10 +176,12 @@ class OptimizerGroups:
                 own.rest.append(group)
             elif owners:
                 own.layers.append((owners.pop(), group))
-        if missing:
+        given = {id(p) for group in groups for p in group["params"]}
+        named = {n: p for _, named in assignment.sets() for n, p in named.items()}
+        if missing := [name for name, p in named.items() if id(p) not in given]:
             raise ValueError(
                 "optimizer: expected the groups that param_groups() gave, got none with "
-                f"{len(missing)} of their parameters (the first is {next(iter(missing.values()))})"
+                f"{len(missing)} of their parameters (the first is {missing[0]})"
             )
         return own
 

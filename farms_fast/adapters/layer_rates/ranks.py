@@ -21,18 +21,15 @@ else:
 
 def ranks_of(process_group: ProcessGroup) -> Ranks:
     """The processes that share rates now; TypeError or ValueError for what is no group."""
-    expected = "process_group: expected 'default', None or a group, got"
-    if isinstance(process_group, str):
-        if process_group != "default":
-            raise ValueError(f"{expected} {process_group!r}")
-        if not (dist.is_available() and dist.is_initialized()):
-            return Ranks()
-        process_group = dist.group.WORLD
-    elif process_group is not None and not (
-        dist.is_available() and isinstance(process_group, dist.ProcessGroup)
-    ):
-        raise TypeError(f"{expected} {type(process_group).__name__}")
-    return Ranks.of(process_group)
+    has_groups = dist.is_available()
+    if isinstance(process_group, str) and process_group == "default":
+        return Ranks.of(dist.group.WORLD if has_groups and dist.is_initialized() else None)
+    if process_group is None or (has_groups and isinstance(process_group, dist.ProcessGroup)):
+        return Ranks.of(process_group)
+    is_word = isinstance(process_group, str)
+    got = repr(process_group) if is_word else type(process_group).__name__
+    error = ValueError if is_word else TypeError
+    raise error(f"process_group: expected 'default', None or a group, got {got}")
 
 
 def compute_once(ranks: Ranks, compute: Callable[[], T]) -> T:

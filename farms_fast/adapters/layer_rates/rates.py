@@ -7,6 +7,7 @@ import inspect
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -23,17 +24,16 @@ from farms_fast.adapters.layer_rates.optimizer_groups import (
     OptimizerGroups,
     check_rate,
 )
-from farms_fast.adapters.layer_rates.parameter_check import ParameterCheck
 from farms_fast.adapters.layer_rates.ranks import (
     PendingAnalysis,
     ProcessGroup,
     compute_once,
     ranks_of,
 )
-from farms_fast.adapters.layer_rates.rate_state import read_state, shapes_of
-from farms_fast.adapters.layer_rates.rate_table import RateTable, row_state
+from farms_fast.adapters.layer_rates.rate_table import RateTable, read_state, shapes_of
 from farms_fast.adapters.layer_rates.tuned_layers import (
     Blocks,
+    ParameterCheck,
     block_names,
     edge_layers,
     plain_model,
@@ -41,6 +41,7 @@ from farms_fast.adapters.layer_rates.tuned_layers import (
     tuned_layers,
 )
 from farms_fast.core.arguments import check_int, check_module
+from farms_fast.core.jsonable import plain
 from farms_fast.live import LayerAlpha, LiveAnalysis, PendingAlphas
 from farms_fast.spectra.windows import FixedAspectSampling, Sampling
 from farms_fast.weights.layers import layers_from_module
@@ -298,17 +299,10 @@ class LayerRates(ABC):
         return self.last
 
     def apply(self, optimizer: Optimizer, lr: float | None = None) -> None:
-        """Sets the rates again without making new ones or counting a call.
+        """Sets the rates again, as `step` does, without making new ones or counting a call.
 
         A scheduler that steps more often than rates are made needs it after each of its steps.
-
-        Args:
-            optimizer: as in `step`.
-            lr: as in `step`.
-
-        Raises:
-            ValueError: as in `step`.
-            TypeError: as in `step`.
+        Arguments and errors are those of `step`.
         """
         groups, base = self._groups_of(optimizer, lr, search=False)
         self._log_initial()
@@ -328,7 +322,7 @@ class LayerRates(ABC):
             "calls": self.calls,
             "layers": shapes_of(self.layers),
             "last": None if self.last is None else self.last.to_state(),
-            "ahead": None if rows is None else [row_state(row) for row in rows],
+            "ahead": None if rows is None else [plain(asdict(row)) for row in rows],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -6,8 +6,10 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from farms_fast.weights.stacks import LayerSpec, Skipped
@@ -25,15 +27,11 @@ _FACTOR = re.compile(r"w(\d*)")
 
 @dataclass(frozen=True, eq=False)
 class TunedLayer:
-    """Parameters that have one learning rate.
+    """Parameters that have one learning rate, by name: of a layer, or of several that share one.
 
-    Attributes:
-        name: the layer's name. Several layers can be made of one parameter (q, k and v of one
-            projection, the gates of a cell): then it is what their names begin with.
-        specs: those layers.
-        owners: names of the modules that the weights belong to.
-        weights: the parameters that the layers are made of, by name; empty for a quantised weight.
-        others: biases and the like, by name.
+    Several layers are made of one parameter where it is q, k and v, or the gates of a cell; then
+    the name is what theirs begin with. The `owners` are the modules that the weights belong to.
+    A quantised weight has no `weights`; the `others` are biases and the like.
     """
 
     name: str
@@ -136,14 +134,8 @@ def _companions(model: nn.Module, tensor: str) -> Iterator[nn.Parameter]:
 
 def _common_name(names: Sequence[str], taken: set[str]) -> str:
     """What the names have in common at their beginning; the first name if that is in use."""
-    if len(names) == 1:
-        return names[0]
-    common = []
-    for pieces in zip(*(name.split(".") for name in names), strict=False):
-        if len(set(pieces)) > 1:
-            break
-        common.append(pieces[0])
-    name = ".".join(common)
+    pieces = zip(*(name.split(".") for name in names), strict=False)
+    name = ".".join(same[0] for same in takewhile(lambda same: len(set(same)) == 1, pieces))
     return name if name and name not in taken else names[0]
 
 
@@ -210,3 +202,64 @@ def _numbered(model: nn.Module, path: str) -> Iterator[str]:
         if in_list and piece:
             yield here
         parent = here
+
+
+class ParameterCheck:
+    """Compares the parameters of a plain model with those that it had at the start.
+
+    ValueError at the start for lazy parameters, and for those that are spread over processes.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._parameters = self._now()
+        for name, parameter in self._parameters.items():
+            if is_lazy(parameter):
+                raise ValueError(f"model: {name!r} is not initialised: run the model once first")
+            if hasattr(parameter, "placements"):
+                raise ValueError(f"model: expected whole parameters, got a sharded one, {name!r}")
+        self._shapes = {name: tuple(p.shape) for name, p in self._parameters.items()}
+        self._kinds = self._kinds_now()
+
+    def _now(self) -> dict[str, nn.Parameter]:
+        return dict(self._model.named_parameters(remove_duplicate=False))
+
+    def _kinds_now(self) -> list[tuple[str, str]]:
+        return [(str(p.device), str(p.dtype)) for p in self._parameters.values()]
+
+    def check_unchanged(self) -> None:
+        """Raises ValueError if a parameter was added, removed, replaced or reshaped."""
+        now, advice = self._now(), "make the rates and the optimizer anew"
+        gone = [name for name in self._parameters if name not in now]
+        come = [name for name in now if name not in self._parameters]
+        if gone or come:
+            sides = ((gone, "gone"), (come, "come"))
+            changes = [f"{names[0]!r} has {what}" for names, what in sides if names]
+            raise ValueError(
+                "model: expected the parameters that it had when its layers were found, but "
+                f"{' and '.join(changes)} ({len(gone)} gone, {len(come)} new in all): {advice}"
+            )
+        for name, parameter in now.items():
+            before, shape = self._shapes[name], tuple(parameter.shape)
+            if parameter is not self._parameters[name]:
+                what = "is another parameter now, which the optimizer does not train"
+            elif shape != before:
+                what = f"had the shape {before} when its layers were found, now {shape}"
+            else:
+                continue
+            raise ValueError(f"model: {name!r} {what}: {advice}")
+
+    def check_trained(self, optimized: set[int]) -> None:
+        """Raises ValueError if a trainable parameter has none of the optimizer's `id`s."""
+        for name, parameter in self._parameters.items():
+            if parameter.requires_grad and id(parameter) not in optimized:
+                raise ValueError(
+                    f"model: {name!r} is trained now, but was frozen when the groups were made "
+                    "and is in none of the optimizer's: make the rates and the optimizer anew, or "
+                    "add it with add_param_group()"
+                )
+
+    def moved(self) -> bool:
+        """Whether a device or a dtype has changed since the last call."""
+        before, self._kinds = self._kinds, self._kinds_now()
+        return before != self._kinds

@@ -15,8 +15,6 @@ from farms_fast.core.arguments import not_negative
 from farms_fast.spectra.windows import Sampling
 from farms_fast.weights.rules.operator_layers import factor_matrices
 
-__all__ = ["TBSigmoid"]
-
 _FACTORISED = ("reconstructed", "factors")
 # 10 to half of this, and the inverse of that, are normal numbers of double precision.
 _MAX_SCALE = 600.0
@@ -39,9 +37,8 @@ class TBSigmoid(LayerRates):
     `farms_fast.weights.rules.operator_layers`.
 
     Args:
-        model: as in `LayerRates`.
+        model, xmin: as in `LayerRates`.
         sampling: as in `LayerRates`; `FullMatrix()` for the rule as published without FARMS.
-        xmin: as in `LayerRates`.
         scale: (s_low, s_high), below and above the mean, or one number for both; from 0 to 600,
             beyond which a factor has no double precision. The published grid goes from 0.125 to
             1.5.
