@@ -28,7 +28,7 @@ class CsvLog:
     Example:
         >>> import tempfile
         >>> from pathlib import Path
-        >>> from farms_fast.adapters.layer_rates.rate_table import LayerRate
+        >>> from farms_fast.adapters.training import LayerRate, RateTable
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     log = CsvLog(Path(folder) / "rates.csv")
         ...     log(RateTable(3, 0.1, (LayerRate("fc", alpha=2.5, lr=0.15),)))

@@ -20,12 +20,10 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def norm_partners(model: nn.Module, rule: str | None, owners: Mapping[str, str]) -> dict[str, str]:
-    """The layer at whose rate each normalisation is trained, of those that have one, by names.
+    """Names of layers by the normalisations that are trained at their rates.
 
-    "name" goes by names: `bn1` and `conv1`, `block.norm2` and `block.conv2`, and in a Sequential
-    the neighbours `downsample.1` and `downsample.0`. "order" takes the first normalisation after a
-    layer if it has as many features as the layer has outputs. `owners` has the layers' names by
-    those of the modules that have their weights. ValueError for an unknown rule.
+    The rule is what `LayerRates` calls `norm`; ValueError for an unknown one. `owners` has the
+    layers' names by those of the modules that have their weights.
     """
     if rule not in ("name", "order", None):
         raise ValueError(f"norm: expected 'name', 'order' or None, got {rule!r}")

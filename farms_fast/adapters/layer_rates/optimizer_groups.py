@@ -13,10 +13,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from farms_fast.adapters.layer_rates.norm_partners import is_norm
-from farms_fast.adapters.layer_rates.tuned_layers import LeftAlone, TunedLayer
+from farms_fast.adapters.layer_rates.tuned_layers import TunedLayer
 
 Group = dict[str, Any]
-# The entries that `make_groups` sets itself.
+# The entries of a group that are made here.
 _OWN = ("params", "name", "layer")
 # None, "vectors" or globs of parameter names.
 NoDecay = str | Sequence[str] | None
@@ -42,16 +42,13 @@ class Assignment:
 
     @staticmethod
     def of(
-        model: nn.Module,
-        layers: Sequence[TunedLayer],
-        left_alone: LeftAlone,
-        partners: Mapping[str, str],
+        model: nn.Module, layers: Sequence[TunedLayer], partners: Mapping[str, str]
     ) -> Assignment:
         """Assigns what is trainable now; `partners` has the layer of a normalisation."""
         tuned = {
             layer.name: {name: p for name, p in layer.parameters.items() if p.requires_grad}
             for layer in layers
-            if layer.name not in left_alone and not layer.frozen
+            if layer.left_alone is None
         }
         names = {id(p): name for name, p in model.named_parameters()}
         taken = {name for parameters in tuned.values() for name in parameters}

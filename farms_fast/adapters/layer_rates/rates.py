@@ -35,7 +35,6 @@ from farms_fast.adapters.layer_rates.tuned_layers import (
     Blocks,
     ParameterCheck,
     block_names,
-    edge_layers,
     plain_model,
     require_layers,
     tuned_layers,
@@ -158,8 +157,11 @@ class LayerRates(ABC):
         self.layers = tuned_layers(self.model, specs)
         self.blocks = block_names(self.model, self.layers, per)
         first, last = _flag("skip_first", skip_first), _flag("skip_last", skip_last)
-        self._left_alone = edge_layers(self.layers, skip_first=first, skip_last=last)
-        require_layers(self.layers, self._left_alone, self.skipped)
+        if self.layers and last:
+            self.layers[-1].edge = "the last layer (skip_last)"
+        if self.layers and first:
+            self.layers[0].edge = "the first layer (skip_first)"
+        require_layers(self.layers, self.skipped)
         owners = {owner: layer.name for layer in self.layers for owner in layer.owners}
         self.partners = norm_partners(self.model, norm, owners)
         rule = {"sampling": sampling, "xmin": xmin, "xmin_pos": xmin_pos, "bins": bins}
@@ -252,7 +254,7 @@ class LayerRates(ABC):
             assert self.last is not None
             self.last = self._pending_log = self.last.at(base)
         self._groups = None
-        self._assignment = Assignment.of(self.model, self.layers, self._left_alone, self.partners)
+        self._assignment = Assignment.of(self.model, self.layers, self.partners)
         exempt = self._assignment.undecayed(self.model, self.layers, no_decay)
         return self._assignment.groups(lr, self.factors_by_layer, exempt, options)
 
@@ -362,12 +364,8 @@ class LayerRates(ABC):
     def _adopt(self, measured: Sequence[LayerAlpha]) -> None:
         """Makes factors from alphas, and warns of layers that have failed since the last time."""
         alphas = {row.name: row for row in measured}
-        left_alone = dict(self._left_alone)
-        for layer in self.layers:
-            if layer.frozen:
-                left_alone[layer.name] = ("frozen", "its weights are not trained")
         before = {} if self.last is None else {row.name: row.status for row in self.last}
-        rows = decide(self.layers, self.blocks, alphas, left_alone, self.factors, before)
+        rows = decide(self.layers, self.blocks, alphas, self.factors, before)
         known = set() if self.last is None else {row.name for row in self.last.failed}
         self.last = RateTable(self.calls, 0.0, tuple(rows))
         for row in self.last.failed if self._is_main else ():

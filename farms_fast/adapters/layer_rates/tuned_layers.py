@@ -17,21 +17,20 @@ from farms_fast.weights.stacks import LayerSpec, Skipped
 Named = dict[str, nn.Parameter]
 # "layer", "block", or a function from a layer's name to its block's.
 Blocks = str | Callable[[str], str]
-# Status and message of each layer that is not tuned, by name.
-LeftAlone = Mapping[str, tuple[str, str]]
 
 # weight_norm, spectral_norm and pruning, as forward hooks, replace a parameter by one named so.
 _HOOKED = ("orig", "g", "v")
 _FACTOR = re.compile(r"w(\d*)")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class TunedLayer:
     """Parameters that have one learning rate, by name: of a layer, or of several that share one.
 
     Several layers are made of one parameter where it is q, k and v, or the gates of a cell; then
     the name is what theirs begin with. The `owners` are the modules that the weights belong to.
-    A quantised weight has no `weights`; the `others` are biases and the like.
+    A quantised weight has no `weights`; the `others` are biases and the like. The `edge` says why
+    the first or the last layer is left alone.
     """
 
     name: str
@@ -39,11 +38,19 @@ class TunedLayer:
     owners: tuple[str, ...]
     weights: Named
     others: Named
+    edge: str = ""
 
     @property
     def frozen(self) -> bool:
         """Whether no weight is trained."""
         return not any(weight.requires_grad for weight in self.weights.values())
+
+    @property
+    def left_alone(self) -> tuple[str, str] | None:
+        """Status and message of a layer that is not tuned."""
+        if self.frozen:
+            return "frozen", "its weights are not trained"
+        return ("skipped", self.edge) if self.edge else None
 
     @property
     def parameters(self) -> Named:
@@ -139,28 +146,16 @@ def _common_name(names: Sequence[str], taken: set[str]) -> str:
     return name if name and name not in taken else names[0]
 
 
-def edge_layers(layers: Sequence[TunedLayer], *, skip_first: bool, skip_last: bool) -> LeftAlone:
-    """Returns the first and the last layer, where they are to be left alone."""
-    edges = {}
-    if skip_last and layers:
-        edges[layers[-1].name] = ("skipped", "the last layer (skip_last)")
-    if skip_first and layers:
-        edges[layers[0].name] = ("skipped", "the first layer (skip_first)")
-    return edges
-
-
-def require_layers(
-    layers: Sequence[TunedLayer], left_alone: LeftAlone, skipped: Sequence[Skipped]
-) -> None:
+def require_layers(layers: Sequence[TunedLayer], skipped: Sequence[Skipped]) -> None:
     """Raises ValueError, with the reasons, if no layer is left to tune."""
-    if any(layer.name not in left_alone and not layer.frozen for layer in layers):
+    if any(layer.left_alone is None for layer in layers):
         return
     if not layers:
         why = f"none that can be analysed ({len(skipped)} tensors are no layers"
         why += f", {skipped[0].name}: {skipped[0].reason})" if skipped else ")"
     else:
         frozen = sum(layer.frozen for layer in layers)
-        edges = "".join(f", {name}: {message}" for name, (_, message) in left_alone.items())
+        edges = "".join(f", {layer.name}: {layer.edge}" for layer in reversed(layers) if layer.edge)
         why = f"{len(layers)} layers, {frozen} of them frozen{edges}"
     raise ValueError(f"model: expected at least one layer to tune, got {why}")
 
@@ -197,11 +192,10 @@ def _numbered(model: nn.Module, path: str) -> Iterator[str]:
     for piece in path.split("."):
         if "expert" in piece.lower():
             return
-        here = f"{parent}.{piece}" if parent else piece
         in_list = isinstance(model.get_submodule(parent), (nn.ModuleList, nn.Sequential))
+        parent = f"{parent}.{piece}" if parent else piece
         if in_list and piece:
-            yield here
-        parent = here
+            yield parent
 
 
 class ParameterCheck:

@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from farms_fast.adapters.layer_rates import LayerRates
-from farms_fast.adapters.layer_rates.rates import DEFAULT_SAMPLING
+from farms_fast.adapters.layer_rates.rates import DEFAULT_SAMPLING, LayerRates
 from farms_fast.spectra.windows import Sampling
 
 ASSIGNMENTS = ("linear", "sqrt", "log2", "step")
@@ -92,11 +91,7 @@ class TempBalance(LayerRates):
         return {"assign": self.assign}
 
     def factors(self, scores: Sequence[float]) -> list[float]:
-        """Returns rate over base rate for each alpha.
-
-        Args:
-            scores: at least two alphas, not all equal.
-        """
+        """Returns rate over base rate for each of at least two alphas, not all equal."""
         n = len(scores)
         low, high = self.lr_range
         if self.assign == "linear":

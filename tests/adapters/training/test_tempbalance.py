@@ -15,9 +15,15 @@ import numpy as np
 import pytest
 import torch
 
-from farms_fast.adapters.layer_rates import CsvLog, LayerRate, RateTable, TensorBoardLog
 from farms_fast.adapters.layer_rates.rate_table import COLUMNS
-from farms_fast.adapters.training import TempBalance, cifar100
+from farms_fast.adapters.training import (
+    CsvLog,
+    LayerRate,
+    RateTable,
+    TempBalance,
+    TensorBoardLog,
+    cifar100,
+)
 from farms_fast.adapters.training.cifar100 import load_cifar100
 from tests.support.rate_models import linears, median_alpha, small, whole
 
