@@ -77,7 +77,8 @@ class Assignment:
         trained = {name: p for _, named in self.sets() for name, p in named.items()}
         if no_decay == "vectors":
             exempt = {name for layer in layers for name in layer.others}
-            norms = {id(p) for m in model.modules() if is_norm(m) for p in m.parameters(False)}
+            norm_modules = filter(is_norm, model.modules())
+            norms = {id(p) for norm in norm_modules for p in norm.parameters(recurse=False)}
             # A linear layer with a single output has one row, but its weight is no vector.
             matrices = {id(m.weight) for m in model.modules() if isinstance(m, _MATRIX_OWNERS)}
             for name, p in trained.items():
