@@ -7,10 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from farms_fast.adapters.layer_rates.rate_table import LayerRate
-from farms_fast.adapters.layer_rates.tuned_layers import LeftAlone, TunedLayer
+from farms_fast.adapters.layer_rates.tuned_layers import TunedLayer
 from farms_fast.live import LayerAlpha
-
-__all__ = ["Factors", "decide"]
 
 # Scores of the kept layers or blocks, in order, to a positive factor for each.
 Factors = Callable[[Sequence[float]], Sequence[float]]
@@ -22,39 +20,28 @@ def decide(
     layers: Sequence[TunedLayer],
     blocks: Sequence[str],
     alphas: Mapping[str, LayerAlpha],
-    left_alone: LeftAlone,
     factors: Factors,
     before: Mapping[str, str],
 ) -> list[LayerRate]:
-    """Makes one row for each layer, with its factor.
+    """Makes one row for each layer, with its factor; ValueError for factors that are not positive.
 
-    The score of a block is the mean alpha of its layers. A layer without alpha has the factor 1;
-    all layers have it where fewer than two scores differ. A layer with too few eigenvalues takes
-    its block's factor, if there is one. If it had enough before, it has collapsed, which is a
-    failure.
-
-    Args:
-        layers: the layers of the model.
-        blocks: the block of each.
-        alphas: the measured alphas by the names of the layers' parts.
-        left_alone: the layers that are not tuned.
-        factors: scores to factors.
-        before: the last status of each layer, by name; empty if there was none.
-
-    Raises:
-        ValueError: `factors` gives another number of factors, or one that is not positive.
+    `before` has the last status of each layer. The score of a block is the mean alpha of its
+    layers. A layer without alpha has the factor 1; all layers have it where fewer than two scores
+    differ. A layer with too few eigenvalues takes its block's factor, if there is one. If it had
+    enough before, it has collapsed, which is a failure.
     """
-    rows = [_measured(layer, block, alphas) for layer, block in zip(layers, blocks, strict=True)]
+    rows = []
     members: dict[str, list[float]] = {}
-    for number, row in enumerate(rows):
-        if row.name in left_alone:
-            status, message = left_alone[row.name]
-            rows[number] = replace(row, status=status, message=message)
+    for layer, block in zip(layers, blocks, strict=True):
+        row = _measured(layer, block, alphas)
+        if layer.left_alone is not None:
+            status, message = layer.left_alone
+            row = replace(row, status=status, message=message)
         elif row.status == "too_few" and before.get(row.name, "skipped") not in _NEVER_ENOUGH:
-            message = f"{row.message}; it had enough before"
-            rows[number] = replace(row, status="collapsed", message=message)
+            row = replace(row, status="collapsed", message=f"{row.message}; it had enough before")
         elif row.status == "ok":
-            members.setdefault(row.block, []).append(row.alpha)
+            members.setdefault(block, []).append(row.alpha)
+        rows.append(row)
     scores = {block: math.fsum(values) / len(values) for block, values in members.items()}
     by_block = dict(zip(scores, _checked(list(scores.values()), factors), strict=True))
     for number, row in enumerate(rows):

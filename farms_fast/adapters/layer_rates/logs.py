@@ -13,14 +13,10 @@ from farms_fast.adapters.layer_rates.rate_table import COLUMNS, RateTable
 from farms_fast.core.arguments import check_type, path_of
 from farms_fast.core.optional import optional_import
 
-__all__ = ["CSV_COLUMNS", "CsvLog", "Log", "Logs", "TensorBoardLog", "logs_of", "scalars"]
-
 # A function that gets every new table of rates.
 Log = Callable[[RateTable], object]
 # A function, the path of a CSV file, or several of them.
 Logs = Log | str | os.PathLike[str] | Sequence[Log | str | os.PathLike[str]] | None
-
-CSV_COLUMNS = COLUMNS
 
 
 class CsvLog:
@@ -32,7 +28,7 @@ class CsvLog:
     Example:
         >>> import tempfile
         >>> from pathlib import Path
-        >>> from farms_fast.adapters.layer_rates.rate_table import LayerRate
+        >>> from farms_fast.adapters.training import LayerRate, RateTable
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     log = CsvLog(Path(folder) / "rates.csv")
         ...     log(RateTable(3, 0.1, (LayerRate("fc", alpha=2.5, lr=0.15),)))
@@ -49,7 +45,7 @@ class CsvLog:
         with self.path.open("a", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             if file.tell() == 0:
-                writer.writerow(CSV_COLUMNS)
+                writer.writerow(COLUMNS)
             for row in table:
                 writer.writerow([table.call, table.base_lr, *astuple(row)])
 
@@ -66,8 +62,9 @@ class TensorBoardLog:
     """
 
     def __init__(self, where: Any) -> None:
-        self._folder = None if hasattr(where, "add_scalar") else str(path_of("where", where))
-        self.writer = where if self._folder is None else _writer_of(self._folder)
+        is_writer = hasattr(where, "add_scalar")
+        self._where = where if is_writer else str(path_of("where", where))
+        self.writer = where if is_writer else _writer_of(self._where)
 
     def __call__(self, table: RateTable) -> None:
         """Writes the table, with its call as the step."""
@@ -76,20 +73,12 @@ class TensorBoardLog:
         self.writer.flush()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TensorBoardLog:
-        """Returns a log to the same writer, which holds threads and cannot be copied."""
-        copied = object.__new__(type(self))
-        copied.__dict__.update(self.__dict__)
-        return copied
+        """Returns the log itself: its writer holds threads and cannot be copied."""
+        return self
 
-    def __getstate__(self) -> dict[str, Any]:
-        """The folder alone, where it is known."""
-        return self.__dict__ if self._folder is None else {"_folder": self._folder}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Opens the writer again."""
-        self.__dict__.update(state)
-        if self._folder is not None:
-            self.writer = _writer_of(self._folder)
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Opens the writer of a folder again."""
+        return type(self), (self._where,)
 
 
 def _writer_of(folder: str) -> Any:
@@ -99,14 +88,7 @@ def _writer_of(folder: str) -> Any:
 
 
 def scalars(table: RateTable) -> dict[str, float]:
-    """Returns the numbers of a table by the names that they have in a log.
-
-    Example:
-        >>> from farms_fast.adapters.layer_rates.rate_table import LayerRate
-        >>> row = LayerRate("fc", alpha=2.5, factor=1.5)
-        >>> scalars(RateTable(0, 0.1, (row,)))
-        {'lr/base': 0.1, 'alpha/mean': 2.5, 'alpha/fc': 2.5, 'factor/fc': 1.5}
-    """
+    """The numbers of a table by the names that they have in a log, such as `alpha/fc`."""
     check_type("table", table, RateTable, "a RateTable")
     alphas = [row.alpha for row in table if not math.isnan(row.alpha)]
     named = {"lr/base": table.base_lr}
@@ -122,10 +104,10 @@ def logs_of(log: Logs) -> list[Log]:
     """Returns the logs as a list of functions; TypeError for anything that is no log."""
     if log is None:
         return []
-    if callable(log) or isinstance(log, (str, bytes)) or not isinstance(log, Iterable):
-        log = [log]  # type: ignore[list-item]
+    several = isinstance(log, Iterable) and not callable(log) and not isinstance(log, (str, bytes))
+    entries: Any = log if several else [log]
     logs: list[Log] = []
-    for entry in log:
+    for entry in entries:
         if callable(entry):
             logs.append(entry)
         elif isinstance(entry, (str, os.PathLike)):

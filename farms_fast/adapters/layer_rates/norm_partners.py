@@ -6,16 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import nn
 
-__all__ = ["NORM_RULES", "is_norm", "norm_partners"]
-
-NORM_RULES = ("name", "order", None)
-
-_NORMS = (
-    nn.modules.batchnorm._BatchNorm,
-    nn.modules.instancenorm._InstanceNorm,
-    nn.LayerNorm,
-    nn.GroupNorm,
-)
+_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 _WORDS = ("batch_norm", "batchnorm", "layer_norm", "layernorm", "norm", "bn", "gn", "ln")
 _LAYER_WORDS = ("conv", "fc", "linear", "lin", "dense", "proj")
 
@@ -29,29 +20,12 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def norm_partners(model: nn.Module, rule: str | None, owners: Mapping[str, str]) -> dict[str, str]:
-    """Finds the layer at whose rate each normalisation is trained.
+    """Names of layers by the normalisations that are trained at their rates.
 
-    Args:
-        model: the module.
-        rule: "name" goes by names: `bn1` and `conv1`, `block.norm2` and `block.conv2`, and in a
-            Sequential the neighbours `downsample.1` and `downsample.0`. "order" takes the first
-            normalisation after a layer, in the order of the modules, if it has as many features
-            as the layer has outputs. None finds no partners.
-        owners: layer names by the name of the module that has their weight.
-
-    Returns:
-        Layer names by the name of the normalisation, of those that have a partner.
-
-    Raises:
-        ValueError: the rule is unknown.
-
-    Example:
-        >>> from torch import nn
-        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
-        >>> norm_partners(model, "order", {"0": "0"})
-        {'1': '0'}
+    The rule is what `LayerRates` calls `norm`; ValueError for an unknown one. `owners` has the
+    layers' names by those of the modules that have their weights.
     """
-    if rule not in NORM_RULES:
+    if rule not in ("name", "order", None):
         raise ValueError(f"norm: expected 'name', 'order' or None, got {rule!r}")
     if rule is None:
         return {}

@@ -11,8 +11,6 @@ import torch.distributed as dist
 from farms_fast.engine.distributed import Ranks
 from farms_fast.live import LayerAlpha, LiveAnalysis, PendingAlphas
 
-__all__ = ["PendingAnalysis", "ProcessGroup", "compute_once", "ranks_of"]
-
 T = TypeVar("T")
 if TYPE_CHECKING:  # torch can be built without process groups
     # "default" is the group of torch.distributed, None this process alone.
@@ -22,31 +20,22 @@ else:
 
 
 def ranks_of(process_group: ProcessGroup) -> Ranks:
-    """Returns the processes that share rates now.
-
-    Raises:
-        TypeError: `process_group` is no group.
-        ValueError: it is a word other than "default".
-    """
-    expected = "process_group: expected 'default', None or a group, got"
-    if isinstance(process_group, str):
-        if process_group != "default":
-            raise ValueError(f"{expected} {process_group!r}")
-        if not (dist.is_available() and dist.is_initialized()):
-            return Ranks()
-        process_group = dist.group.WORLD
-    elif process_group is not None and not (
-        dist.is_available() and isinstance(process_group, dist.ProcessGroup)
-    ):
-        raise TypeError(f"{expected} {type(process_group).__name__}")
-    return Ranks.of(process_group)
+    """The processes that share rates now; TypeError or ValueError for what is no group."""
+    has_groups = dist.is_available()
+    if isinstance(process_group, str) and process_group == "default":
+        return Ranks.of(dist.group.WORLD if has_groups and dist.is_initialized() else None)
+    if process_group is None or (has_groups and isinstance(process_group, dist.ProcessGroup)):
+        return Ranks.of(process_group)
+    is_word = isinstance(process_group, str)
+    got = repr(process_group) if is_word else type(process_group).__name__
+    error = ValueError if is_word else TypeError
+    raise error(f"process_group: expected 'default', None or a group, got {got}")
 
 
 def compute_once(ranks: Ranks, compute: Callable[[], T]) -> T:
     """Runs `compute` on the first rank and returns its result on every rank.
 
-    Raises:
-        RuntimeError: it failed there; the first rank itself raises the exception as it is.
+    If it fails, the first rank raises the exception as it is, and the others a RuntimeError.
     """
     if ranks.group is None:
         return compute()
@@ -69,17 +58,12 @@ def compute_once(ranks: Ranks, compute: Callable[[], T]) -> T:
 
 @dataclass
 class PendingAnalysis:
-    """An analysis that was started: here, on another rank, in vain, or before a resume.
+    """An analysis that was started: here, in vain, or before a resume, which knows its alphas.
 
-    Attributes:
-        pending: what was started here.
-        failure: why nothing could be started.
-        rows: the alphas, where they are known already.
+    The outcome is None if another rank has it.
     """
 
-    pending: PendingAlphas | None = None
-    failure: Exception | None = None
-    rows: list[LayerAlpha] | None = None
+    outcome: PendingAlphas | Exception | list[LayerAlpha] | None = None
 
     @staticmethod
     def start(live: LiveAnalysis, ranks: Ranks) -> PendingAnalysis:
@@ -91,18 +75,13 @@ class PendingAnalysis:
         except Exception as error:
             if ranks.size == 1:
                 raise
-            return PendingAnalysis(failure=error)  # raised on all ranks by the next call
-
-    @property
-    def elsewhere(self) -> bool:
-        """Whether another rank has it."""
-        return self.pending is None and self.failure is None and self.rows is None
+            return PendingAnalysis(error)  # raised on all ranks by the next call
 
     def result(self) -> list[LayerAlpha]:
         """Waits for the alphas and returns them; raises what the start raised."""
-        if self.failure is not None:
-            raise self.failure
-        if self.rows is None:
-            assert self.pending is not None  # other ranks do not ask
-            self.rows = self.pending.result()
-        return self.rows
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
+        if isinstance(self.outcome, PendingAlphas):
+            self.outcome = self.outcome.result()
+        assert self.outcome is not None  # other ranks do not ask
+        return self.outcome

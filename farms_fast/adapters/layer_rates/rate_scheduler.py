@@ -10,8 +10,6 @@ from farms_fast.adapters.layer_rates.rate_table import RateTable
 from farms_fast.adapters.layer_rates.rates import LayerRates
 from farms_fast.core.arguments import check_int
 
-__all__ = ["StepCounter"]
-
 
 class StepCounter:
     """Calls `step` once for each epoch or optimizer step, and `apply` otherwise.
@@ -19,8 +17,7 @@ class StepCounter:
     It counts what the trainer has completed. So a resumed run goes on as the unbroken one would,
     whether it was stopped between two epochs or within one.
 
-    Args:
-        rates: the rates, whose `unit` says what is counted.
+    The `unit` of the rates says what is counted.
     """
 
     def __init__(self, rates: LayerRates) -> None:
@@ -28,16 +25,7 @@ class StepCounter:
         self.seen = 0
 
     def advance(self, optimizer: Optimizer, epochs: int, steps: int) -> RateTable | None:
-        """Sets the rates for the next batch.
-
-        Args:
-            optimizer: made from the groups of the rates.
-            epochs: completed epochs.
-            steps: completed steps of the optimizer.
-
-        Returns:
-            The table if `step` was called, else None.
-        """
+        """Sets the rates for the next batch, and returns the table if it called `step`."""
         now = epochs if self.rates.unit == "epoch" else steps
         if now <= self.seen:
             self.rates.apply(optimizer)

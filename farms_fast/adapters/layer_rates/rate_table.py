@@ -1,22 +1,25 @@
-"""Tables of rates: what every layer got at one call, and from which alpha."""
+"""Tables of rates: what every layer got at one call, from which alpha, and how runs resume."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from farms_fast.adapters.layer_rates.tuned_layers import TunedLayer
 from farms_fast.core.arguments import is_real
+from farms_fast.core.jsonable import plain
 from farms_fast.core.text import fixed, printable
+from farms_fast.live import LayerAlpha
 from farms_fast.results.files import data_frame
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["COLUMNS", "LayerRate", "RateTable", "row_of", "row_state"]
-
 Row = TypeVar("Row")
+
+_NO_STATE = "state: expected what state_dict() gave"
 
 
 @dataclass(frozen=True)
@@ -132,33 +135,19 @@ class RateTable:
 
     def to_state(self) -> dict[str, Any]:
         """Returns numbers, text and None, which stands for NaN: JSON has none."""
-        base_lr = None if math.isnan(self.base_lr) else self.base_lr
-        return {"call": self.call, "base_lr": base_lr, "rows": [row_state(r) for r in self.rows]}
+        state: dict[str, Any] = plain(asdict(self))
+        return state
 
     @staticmethod
     def from_state(state: Mapping[str, Any]) -> RateTable:
         """Returns the table of a state; TypeError or KeyError if it is none."""
-        rows = tuple(row_of(LayerRate, row) for row in state["rows"])
+        rows = tuple(_row_of(LayerRate, row) for row in state["rows"])
         call = _checked("call", state["call"], "int")
         return RateTable(call, _checked("base_lr", state["base_lr"], "float"), rows)
 
 
-def row_state(row: Any) -> dict[str, Any]:
-    """Returns the fields of a row, with None for NaN."""
-    values = {field.name: getattr(row, field.name) for field in fields(row)}
-    return {n: None if isinstance(v, float) and math.isnan(v) else v for n, v in values.items()}
-
-
-def row_of(kind: type[Row], entry: Mapping[str, Any]) -> Row:
-    """Returns the row that `row_state` took apart.
-
-    Args:
-        kind: a dataclass of texts and numbers.
-        entry: its fields, None for NaN.
-
-    Raises:
-        TypeError: a field is missing, is of another kind, or is none of the row's.
-    """
+def _row_of(kind: type[Row], entry: Mapping[str, Any]) -> Row:
+    """A row of its fields, None being NaN; TypeError if one is missing, unknown or mistyped."""
     if not isinstance(entry, Mapping):
         raise TypeError(f"expected the fields of a {kind.__name__}, got {entry!r}")
     known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
@@ -179,3 +168,64 @@ def _checked(name: str, value: Any, kind: str) -> Any:
     if kind == "str" and isinstance(value, str):
         return value
     raise TypeError(f"expected {kind} for {name!r}, got {value!r}")
+
+
+def read_state(
+    state: object, rule: str, settings: Mapping[str, object], layers: Sequence[TunedLayer]
+) -> tuple[int, RateTable | None, list[LayerAlpha] | None]:
+    """The calls, the table and the alphas under way of a state of this rule on these layers.
+
+    TypeError if it is no state, ValueError if it is of something else, or damaged.
+    """
+    if not isinstance(state, Mapping) or not state.keys() >= {"rule", "calls", "layers", "last"}:
+        raise TypeError(_NO_STATE)
+    if state["rule"] != rule:
+        raise ValueError(f"state: expected one of {rule}, got {state['rule']}")
+    try:
+        theirs = dict(state.get("settings", settings))  # older states have none
+        shapes = {name: [list(shape) for shape in s] for name, s in state["layers"].items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{_NO_STATE}, got 'settings' or 'layers' of another kind") from error
+    for name in {**settings, **theirs}:
+        mine, other = settings.get(name), theirs.get(name)
+        if mine != other:
+            raise ValueError(f"state: expected one of {name}={mine!r}, got {name}={other!r}")
+    ours = shapes_of(layers)
+    for name in [*ours, *shapes]:
+        if ours.get(name) != shapes.get(name):
+            raise ValueError(
+                f"state: expected the layers of this model, got another {name!r}: "
+                f"{shapes.get(name, 'missing')} in the state, "
+                f"{ours.get(name, 'missing')} in the model"
+            )
+    calls, ahead = state["calls"], state.get("ahead")
+    if not isinstance(calls, int) or isinstance(calls, bool) or calls < 0:
+        raise ValueError(f"{_NO_STATE}, got calls={calls!r}")
+    try:
+        last = None if state["last"] is None else RateTable.from_state(state["last"])
+        rows = None if ahead is None else [_row_of(LayerAlpha, row) for row in ahead]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{_NO_STATE}, got rows of another kind ({error})") from error
+    if last is not None:
+        _check_names("last", [row.name for row in last], list(ours))
+        wrong = next((r for r in last if not (math.isfinite(r.factor) and r.factor > 0)), None)
+        if wrong is not None:
+            raise ValueError(f"{_NO_STATE}, got the factor {wrong.factor} for {wrong.name!r}")
+    if rows:  # empty on the ranks that did not analyse
+        known = {spec.name for layer in layers for spec in layer.specs}
+        names = [row.name for row in rows]
+        _check_names("ahead", names, [name for name in names if name in known])
+    return calls, last, rows
+
+
+def _check_names(entry: str, got: list[str], expected: list[str]) -> None:
+    if got != expected:
+        odd = next((n for n in [*got, *expected] if got.count(n) != expected.count(n)), got[:1])
+        raise ValueError(
+            f"{_NO_STATE}, got rows of other layers in {entry!r}: the first difference is {odd!r}"
+        )
+
+
+def shapes_of(layers: Sequence[TunedLayer]) -> dict[str, list[list[int]]]:
+    """Returns the shapes of the stacks of each layer, by name."""
+    return {layer.name: [list(spec.shape) for spec in layer.specs] for layer in layers}

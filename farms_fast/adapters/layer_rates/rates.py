@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import glob
+import inspect
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -20,38 +22,29 @@ from farms_fast.adapters.layer_rates.optimizer_groups import (
     Group,
     NoDecay,
     OptimizerGroups,
-    assign,
-    base_rate,
     check_rate,
-    make_groups,
-    set_rate,
-    undecayed,
 )
-from farms_fast.adapters.layer_rates.options import flag
-from farms_fast.adapters.layer_rates.parameter_check import ParameterCheck
 from farms_fast.adapters.layer_rates.ranks import (
     PendingAnalysis,
     ProcessGroup,
     compute_once,
     ranks_of,
 )
-from farms_fast.adapters.layer_rates.rate_state import read_state, shapes_of
-from farms_fast.adapters.layer_rates.rate_table import RateTable, row_state
+from farms_fast.adapters.layer_rates.rate_table import RateTable, read_state, shapes_of
 from farms_fast.adapters.layer_rates.tuned_layers import (
     Blocks,
+    ParameterCheck,
     block_names,
-    edge_layers,
     plain_model,
     require_layers,
     tuned_layers,
 )
 from farms_fast.core.arguments import check_int, check_module
-from farms_fast.live import LayerAlpha, LiveAnalysis
+from farms_fast.core.jsonable import plain
+from farms_fast.live import LayerAlpha, LiveAnalysis, PendingAlphas
 from farms_fast.spectra.windows import FixedAspectSampling, Sampling
 from farms_fast.weights.layers import layers_from_module
 from farms_fast.weights.stacks import WeightTransform
-
-__all__ = ["DEFAULT_SAMPLING", "LayerRates", "RateWarning"]
 
 DEFAULT_SAMPLING = FixedAspectSampling()
 
@@ -156,32 +149,26 @@ class LayerRates(ABC):
         if unit not in ("epoch", "step"):
             raise ValueError(f"unit: expected 'epoch' or 'step', got {unit!r}")
         self.unit = unit
-        self.overlap = flag("overlap", overlap)
-        self.initial = flag("initial", initial)
+        self.overlap = _flag("overlap", overlap)
+        self.initial = _flag("initial", initial)
         self.process_group = process_group
         ranks_of(process_group)
         specs, self.skipped = layers_from_module(self.model, include, exclude, change=change)
         self.layers = tuned_layers(self.model, specs)
         self.blocks = block_names(self.model, self.layers, per)
-        first, last = flag("skip_first", skip_first), flag("skip_last", skip_last)
-        self._left_alone = edge_layers(self.layers, skip_first=first, skip_last=last)
-        require_layers(self.layers, self._left_alone, self.skipped)
+        first, last = _flag("skip_first", skip_first), _flag("skip_last", skip_last)
+        if self.layers and last:
+            self.layers[-1].edge = "the last layer (skip_last)"
+        if self.layers and first:
+            self.layers[0].edge = "the first layer (skip_first)"
+        require_layers(self.layers, self.skipped)
         owners = {owner: layer.name for layer in self.layers for owner in layer.owners}
         self.partners = norm_partners(self.model, norm, owners)
-        self._analysis: dict[str, Any] = {
-            "sampling": sampling,
-            "xmin": xmin,
-            "xmin_pos": xmin_pos,
-            "bins": bins,
-            "dtype": dtype,
-            "solver": solver,
-            "memory": memory,
-            "min_evals": min_evals,
-            "evals_threshold": evals_threshold,
-            "change": change,
-            "include": include,
-            "exclude": exclude,
-        }
+        rule = {"sampling": sampling, "xmin": xmin, "xmin_pos": xmin_pos, "bins": bins}
+        limits = {"min_evals": min_evals, "evals_threshold": evals_threshold, "memory": memory}
+        chosen = {"include": include, "exclude": exclude, "change": change}
+        numerics = {"dtype": dtype, "solver": solver}
+        self._analysis: dict[str, Any] = {**rule, **limits, **chosen, **numerics}
         if any(layer.frozen for layer in self.layers):  # frozen layers are not analysed
             trained = [s.name for layer in self.layers if not layer.frozen for s in layer.specs]
             self._analysis |= {"include": [glob.escape(n) for n in trained], "exclude": None}
@@ -198,9 +185,20 @@ class LayerRates(ABC):
     def __getstate__(self) -> dict[str, Any]:
         """The state without the analysis and the optimizer's groups, which are found again."""
         state = self.__dict__ | {"_live": None, "_groups": None}
-        if self._ahead is not None and self._ahead.pending is not None:
-            state["_ahead"] = PendingAnalysis(rows=self._ahead.result())
+        if self._ahead is not None and isinstance(self._ahead.outcome, PendingAlphas):
+            self._ahead.result()  # which can be copied, unlike what is under way on a device
         return state
+
+    @classmethod
+    def _check_options(cls, options: Mapping[str, object]) -> None:
+        """Raises TypeError, naming the rule, for an option that `LayerRates` does not take."""
+        known = set(inspect.signature(LayerRates).parameters)
+        for name in options:
+            if name not in known:
+                takes = known | set(inspect.signature(cls).parameters) - {"options"}
+                raise TypeError(
+                    f"{name}: no argument of {cls.__name__}, which takes {', '.join(sorted(takes))}"
+                )
 
     @abstractmethod
     def factors(self, scores: Sequence[float]) -> Sequence[float]:
@@ -256,10 +254,9 @@ class LayerRates(ABC):
             assert self.last is not None
             self.last = self._pending_log = self.last.at(base)
         self._groups = None
-        self._assignment = assign(self.model, self.layers, self._left_alone, self.partners)
-        trained = {n: p for _, named in self._assignment.sets() for n, p in named.items()}
-        exempt = undecayed(self.model, self.layers, trained, no_decay)
-        return make_groups(self._assignment, lr, self.factors_by_layer, exempt, options)
+        self._assignment = Assignment.of(self.model, self.layers, self.partners)
+        exempt = self._assignment.undecayed(self.model, self.layers, no_decay)
+        return self._assignment.groups(lr, self.factors_by_layer, exempt, options)
 
     def step(self, optimizer: Optimizer, lr: float | None = None) -> RateTable:
         """Sets the rates, making new ones at every `every`-th call; follows `scheduler.step()`.
@@ -296,7 +293,7 @@ class LayerRates(ABC):
                 measured = compute_once(ranks, live)
         if measured is not None:
             self._adopt(measured)
-        self._set(groups, base)
+        groups.set_rates(base, self.factors_by_layer)
         assert self.last is not None  # param_groups has made one
         self.last = self.last.at(base, self.calls)
         if measured is not None:
@@ -304,37 +301,30 @@ class LayerRates(ABC):
         return self.last
 
     def apply(self, optimizer: Optimizer, lr: float | None = None) -> None:
-        """Sets the rates again without making new ones or counting a call.
+        """Sets the rates again, as `step` does, without making new ones or counting a call.
 
         A scheduler that steps more often than rates are made needs it after each of its steps.
-
-        Args:
-            optimizer: as in `step`.
-            lr: as in `step`.
-
-        Raises:
-            ValueError: as in `step`.
-            TypeError: as in `step`.
+        Arguments and errors are those of `step`.
         """
         groups, base = self._groups_of(optimizer, lr, search=False)
         self._log_initial()
-        self._set(groups, base)
+        groups.set_rates(base, self.factors_by_layer)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns numbers, text and None (for NaN), from which a run goes on as if unbroken.
 
         It waits for an analysis that is under way, which becomes part of the state.
         """
-        ahead = self._ahead
-        # The other ranks know only that an analysis is under way.
-        rows = None if ahead is None else [] if ahead.elsewhere else ahead.result()
+        rows: list[LayerAlpha] | None = None
+        if self._ahead is not None:  # the other ranks know only that an analysis is under way
+            rows = [] if self._ahead.outcome is None else self._ahead.result()
         return {
             "rule": type(self).__name__,
             "settings": dict(self.settings),
             "calls": self.calls,
             "layers": shapes_of(self.layers),
             "last": None if self.last is None else self.last.to_state(),
-            "ahead": None if rows is None else [row_state(row) for row in rows],
+            "ahead": None if rows is None else [plain(asdict(row)) for row in rows],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -350,7 +340,7 @@ class LayerRates(ABC):
         rule = type(self).__name__
         self.calls, self.last, rows = read_state(state, rule, self.settings, self.layers)
         self._pending_log = None
-        self._ahead = None if rows is None else PendingAnalysis(rows=rows)
+        self._ahead = None if rows is None else PendingAnalysis(rows)
 
     def _groups_of(
         self, optimizer: Optimizer, lr: float | None, *, search: bool = True
@@ -362,12 +352,7 @@ class LayerRates(ABC):
             )
         if search or self._groups is None or not self._groups.still_of(optimizer):
             self._groups = OptimizerGroups.of(optimizer, self._assignment)
-        return self._groups, base_rate(self._groups, lr, self._assignment.rest_name)
-
-    def _set(self, groups: OptimizerGroups, base: float) -> None:
-        factors = self.factors_by_layer
-        for layer, group in groups.layers:
-            set_rate(group, base * factors.get(layer, 1.0))
+        return self._groups, self._groups.base_rate(lr)
 
     def _current_analysis(self) -> LiveAnalysis:
         """The analysis for the model's device and dtype; ValueError if parameters have changed."""
@@ -379,12 +364,8 @@ class LayerRates(ABC):
     def _adopt(self, measured: Sequence[LayerAlpha]) -> None:
         """Makes factors from alphas, and warns of layers that have failed since the last time."""
         alphas = {row.name: row for row in measured}
-        left_alone = dict(self._left_alone)
-        for layer in self.layers:
-            if layer.frozen:
-                left_alone[layer.name] = ("frozen", "its weights are not trained")
         before = {} if self.last is None else {row.name: row.status for row in self.last}
-        rows = decide(self.layers, self.blocks, alphas, left_alone, self.factors, before)
+        rows = decide(self.layers, self.blocks, alphas, self.factors, before)
         known = set() if self.last is None else {row.name for row in self.last.failed}
         self.last = RateTable(self.calls, 0.0, tuple(rows))
         for row in self.last.failed if self._is_main else ():
@@ -406,3 +387,9 @@ class LayerRates(ABC):
     def _log(self, table: RateTable) -> None:
         for log in self.logs if self._is_main else ():
             log(table)
+
+
+def _flag(argument: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{argument}: expected True or False, got {value!r}")
+    return value

@@ -6,45 +6,31 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from farms_fast.weights.stacks import LayerSpec, Skipped
 
-__all__ = [
-    "Blocks",
-    "LeftAlone",
-    "TunedLayer",
-    "block_names",
-    "edge_layers",
-    "plain_model",
-    "require_layers",
-    "tuned_layers",
-]
-
 Named = dict[str, nn.Parameter]
 # "layer", "block", or a function from a layer's name to its block's.
 Blocks = str | Callable[[str], str]
-# Status and message of each layer that is not tuned, by name.
-LeftAlone = Mapping[str, tuple[str, str]]
 
 # weight_norm, spectral_norm and pruning, as forward hooks, replace a parameter by one named so.
 _HOOKED = ("orig", "g", "v")
 _FACTOR = re.compile(r"w(\d*)")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class TunedLayer:
-    """Parameters that have one learning rate.
+    """Parameters that have one learning rate, by name: of a layer, or of several that share one.
 
-    Attributes:
-        name: the layer's name. Several layers can be made of one parameter (q, k and v of one
-            projection, the gates of a cell): then it is what their names begin with.
-        specs: those layers.
-        owners: names of the modules that the weights belong to.
-        weights: the parameters that the layers are made of, by name; empty for a quantised weight.
-        others: biases and the like, by name.
+    Several layers are made of one parameter where it is q, k and v, or the gates of a cell; then
+    the name is what theirs begin with. The `owners` are the modules that the weights belong to.
+    A quantised weight has no `weights`; the `others` are biases and the like. The `edge` says why
+    the first or the last layer is left alone.
     """
 
     name: str
@@ -52,11 +38,19 @@ class TunedLayer:
     owners: tuple[str, ...]
     weights: Named
     others: Named
+    edge: str = ""
 
     @property
     def frozen(self) -> bool:
         """Whether no weight is trained."""
         return not any(weight.requires_grad for weight in self.weights.values())
+
+    @property
+    def left_alone(self) -> tuple[str, str] | None:
+        """Status and message of a layer that is not tuned."""
+        if self.frozen:
+            return "frozen", "its weights are not trained"
+        return ("skipped", self.edge) if self.edge else None
 
     @property
     def parameters(self) -> Named:
@@ -79,22 +73,7 @@ def plain_model(model: nn.Module) -> nn.Module:
 
 
 def tuned_layers(model: nn.Module, specs: Sequence[LayerSpec]) -> list[TunedLayer]:
-    """Returns the layers with the parameters they are made of, in the order of the specs.
-
-    Args:
-        model: the module that the specs were made from.
-        specs: its layers.
-
-    Example:
-        >>> from torch import nn
-        >>> from farms_fast.weights.layers import layers_from_module
-        >>> model = nn.Sequential(nn.Linear(8, 4), nn.MultiheadAttention(4, 2))
-        >>> for layer in tuned_layers(model, layers_from_module(model)[0]):
-        ...     print(layer.name, list(layer.parameters))
-        0 ['0.weight', '0.bias']
-        1.in_proj ['1.in_proj_weight', '1.in_proj_bias']
-        1.out_proj ['1.out_proj.weight', '1.out_proj.bias']
-    """
+    """The layers of a model with the parameters they are made of, in the order of the specs."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     clusters = _sharing_parameters(model, specs, names)
     claimed = {name for _, weights in clusters for name in weights}
@@ -162,65 +141,31 @@ def _companions(model: nn.Module, tensor: str) -> Iterator[nn.Parameter]:
 
 def _common_name(names: Sequence[str], taken: set[str]) -> str:
     """What the names have in common at their beginning; the first name if that is in use."""
-    if len(names) == 1:
-        return names[0]
-    common = []
-    for pieces in zip(*(name.split(".") for name in names), strict=False):
-        if len(set(pieces)) > 1:
-            break
-        common.append(pieces[0])
-    name = ".".join(common)
+    pieces = zip(*(name.split(".") for name in names), strict=False)
+    name = ".".join(same[0] for same in takewhile(lambda same: len(set(same)) == 1, pieces))
     return name if name and name not in taken else names[0]
 
 
-def edge_layers(layers: Sequence[TunedLayer], *, skip_first: bool, skip_last: bool) -> LeftAlone:
-    """Returns the first and the last layer, where they are to be left alone."""
-    edges = {}
-    if skip_last and layers:
-        edges[layers[-1].name] = ("skipped", "the last layer (skip_last)")
-    if skip_first and layers:
-        edges[layers[0].name] = ("skipped", "the first layer (skip_first)")
-    return edges
-
-
-def require_layers(
-    layers: Sequence[TunedLayer], left_alone: LeftAlone, skipped: Sequence[Skipped]
-) -> None:
+def require_layers(layers: Sequence[TunedLayer], skipped: Sequence[Skipped]) -> None:
     """Raises ValueError, with the reasons, if no layer is left to tune."""
-    if any(layer.name not in left_alone and not layer.frozen for layer in layers):
+    if any(layer.left_alone is None for layer in layers):
         return
     if not layers:
         why = f"none that can be analysed ({len(skipped)} tensors are no layers"
         why += f", {skipped[0].name}: {skipped[0].reason})" if skipped else ")"
     else:
         frozen = sum(layer.frozen for layer in layers)
-        edges = "".join(f", {name}: {message}" for name, (_, message) in left_alone.items())
+        edges = "".join(f", {layer.name}: {layer.edge}" for layer in reversed(layers) if layer.edge)
         why = f"{len(layers)} layers, {frozen} of them frozen{edges}"
     raise ValueError(f"model: expected at least one layer to tune, got {why}")
 
 
 def block_names(model: nn.Module, layers: Sequence[TunedLayer], per: Blocks) -> list[str]:
-    """Returns the block of each layer; the layers of one block have one score.
+    """The block of each layer; the layers of one block have one score.
 
-    Args:
-        model: the module that has the layers.
-        layers: its tuned layers.
-        per: "layer" makes each layer its own block. "block" takes the innermost numbered module
-            with at least two layers in it (a transformer's block, a residual block), experts
-            apart; a layer outside of them is its own block. A function takes a layer's name and
-            returns its block's.
-
-    Raises:
-        ValueError: `per` is another word.
-        TypeError: `per` is neither, or the function returns no string.
-
-    Example:
-        >>> from torch import nn
-        >>> from farms_fast.weights.layers import layers_from_module
-        >>> model = nn.Sequential(nn.Linear(4, 8), nn.TransformerEncoderLayer(8, 2, 16))
-        >>> layers = tuned_layers(model, layers_from_module(model)[0])
-        >>> block_names(model, layers, "block")
-        ['0', '1', '1', '1', '1']
+    "layer" makes each layer its own block. "block" takes the innermost numbered module with at
+    least two layers in it (a transformer's block, a residual block), experts apart; a layer outside
+    of them is its own block. A function takes a layer's name and returns its block's.
     """
     if callable(per):
         blocks = [per(layer.name) for layer in layers]
@@ -247,8 +192,68 @@ def _numbered(model: nn.Module, path: str) -> Iterator[str]:
     for piece in path.split("."):
         if "expert" in piece.lower():
             return
-        here = f"{parent}.{piece}" if parent else piece
         in_list = isinstance(model.get_submodule(parent), (nn.ModuleList, nn.Sequential))
+        parent = f"{parent}.{piece}" if parent else piece
         if in_list and piece:
-            yield here
-        parent = here
+            yield parent
+
+
+class ParameterCheck:
+    """Compares the parameters of a plain model with those that it had at the start.
+
+    ValueError at the start for lazy parameters, and for those that are spread over processes.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._parameters = self._now()
+        for name, parameter in self._parameters.items():
+            if is_lazy(parameter):
+                raise ValueError(f"model: {name!r} is not initialised: run the model once first")
+            if hasattr(parameter, "placements"):
+                raise ValueError(f"model: expected whole parameters, got a sharded one, {name!r}")
+        self._shapes = {name: tuple(p.shape) for name, p in self._parameters.items()}
+        self._kinds = self._kinds_now()
+
+    def _now(self) -> dict[str, nn.Parameter]:
+        return dict(self._model.named_parameters(remove_duplicate=False))
+
+    def _kinds_now(self) -> list[tuple[str, str]]:
+        return [(str(p.device), str(p.dtype)) for p in self._parameters.values()]
+
+    def check_unchanged(self) -> None:
+        """Raises ValueError if a parameter was added, removed, replaced or reshaped."""
+        now, advice = self._now(), "make the rates and the optimizer anew"
+        gone = [name for name in self._parameters if name not in now]
+        come = [name for name in now if name not in self._parameters]
+        if gone or come:
+            sides = ((gone, "gone"), (come, "come"))
+            changes = [f"{names[0]!r} has {what}" for names, what in sides if names]
+            raise ValueError(
+                "model: expected the parameters that it had when its layers were found, but "
+                f"{' and '.join(changes)} ({len(gone)} gone, {len(come)} new in all): {advice}"
+            )
+        for name, parameter in now.items():
+            before, shape = self._shapes[name], tuple(parameter.shape)
+            if parameter is not self._parameters[name]:
+                what = "is another parameter now, which the optimizer does not train"
+            elif shape != before:
+                what = f"had the shape {before} when its layers were found, now {shape}"
+            else:
+                continue
+            raise ValueError(f"model: {name!r} {what}: {advice}")
+
+    def check_trained(self, optimized: set[int]) -> None:
+        """Raises ValueError if a trainable parameter has none of the optimizer's `id`s."""
+        for name, parameter in self._parameters.items():
+            if parameter.requires_grad and id(parameter) not in optimized:
+                raise ValueError(
+                    f"model: {name!r} is trained now, but was frozen when the groups were made "
+                    "and is in none of the optimizer's: make the rates and the optimizer anew, or "
+                    "add it with add_param_group()"
+                )
+
+    def moved(self) -> bool:
+        """Whether a device or a dtype has changed since the last call."""
+        before, self._kinds = self._kinds, self._kinds_now()
+        return before != self._kinds

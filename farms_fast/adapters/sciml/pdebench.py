@@ -23,8 +23,8 @@ __all__ = ["FIELDS", "CompressibleFlow", "read_pdebench", "write_pdebench"]
 
 #: The quantities of a flow, in the order of the channels.
 FIELDS = ("density", "pressure", "Vx", "Vy")
-_AXES = ("t-coordinate", "x-coordinate", "y-coordinate")
-_PARAMETERS = ("eta", "zeta", "M")
+_AXES = {"t": "t-coordinate", "x": "x-coordinate", "y": "y-coordinate"}
+_PARAMETERS = {"eta": "eta", "zeta": "zeta", "mach": "M"}
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def read_pdebench(
         raise ValueError(f"path: expected an HDF5 file, got {text!r} ({error})") from None
     with file:
         n, times, rows, columns = _layout(file, text, h5py.Dataset)
-        parameters = [_parameter(file, name, text) for name in _PARAMETERS]
+        parameters = [_parameter(file, name, text) for name in _PARAMETERS.values()]
         stop = n if count is None else start + count
         if start >= n or stop > n:
             raise ValueError(
@@ -111,7 +111,7 @@ def read_pdebench(
         pick = (slice(start, stop), slice(None, None, time), *2 * (slice(None, None, space),))
         try:
             parts = [np.asarray(file[name][pick], dtype=np.float32) for name in FIELDS]
-            t, x, y = (np.asarray(file[name], dtype=np.float32) for name in _AXES)
+            t, x, y = (np.asarray(file[name], dtype=np.float32) for name in _AXES.values())
         except OSError as error:  # cut off, or damaged
             raise ValueError(f"{text}: cannot be read ({error})") from error
     for name, part in zip(FIELDS, parts, strict=True):
@@ -147,17 +147,17 @@ def write_pdebench(path: str | os.PathLike[str], flow: CompressibleFlow) -> None
     with _h5py().File(target, "w") as file:
         for channel, name in enumerate(FIELDS):
             file.create_dataset(name, data=flow.fields[:, :, channel].float().cpu().numpy())
-        for name, axis in zip(_AXES, axes, strict=True):
+        for name, axis in zip(_AXES.values(), axes, strict=True):
             file.create_dataset(name, data=axis.float().cpu().numpy())
-        for name, value in zip(_PARAMETERS, (flow.eta, flow.zeta, flow.mach), strict=True):
-            file.attrs[name] = value
+        for entry, name in _PARAMETERS.items():
+            file.attrs[name] = getattr(flow, entry)
 
 
 def _check_flow(flow: CompressibleFlow) -> None:
     """Raises TypeError or ValueError for a flow that is not as `CompressibleFlow` says."""
-    for name in ("fields", "t", "x", "y"):
+    for name in ("fields", *_AXES):
         check_type(f"flow.{name}", getattr(flow, name), torch.Tensor, "a tensor")
-    for name in ("eta", "zeta", "mach"):
+    for name in _PARAMETERS:
         value = getattr(flow, name)
         if not is_real(value):
             raise TypeError(f"flow.{name}: expected a number, got {value!r}")
@@ -166,7 +166,7 @@ def _check_flow(flow: CompressibleFlow) -> None:
         raise ValueError(
             f"flow.fields: expected the shape (samples, times, {len(FIELDS)}, x, y), got {shape}"
         )
-    for name, size in (("t", shape[1]), ("x", shape[3]), ("y", shape[4])):
+    for name, size in zip(_AXES, (shape[1], *shape[3:]), strict=True):
         axis = tuple(getattr(flow, name).shape)
         if axis != (size,):
             raise ValueError(f"flow.{name}: expected {size} values, as fields has, got {axis}")
@@ -182,14 +182,15 @@ def _parameter(file: Any, name: str, path: str) -> float:
 
 def _layout(file: Any, path: str, dataset: Any) -> tuple[int, int, int, int]:
     """The shape that all quantities have; ValueError for any other layout."""
-    missing = [name for name in (*FIELDS, *_AXES) if name not in file]
-    missing += [f"attribute {name}" for name in _PARAMETERS if name not in file.attrs]
+    datasets = (*FIELDS, *_AXES.values())
+    missing = [name for name in datasets if name not in file]
+    missing += [f"attribute {name}" for name in _PARAMETERS.values() if name not in file.attrs]
     if missing:
         raise ValueError(
             f"{path}: expected PDEBench's layout of 2D compressible flow, without"
             f" {', '.join(missing)} (it has: {', '.join(sorted(file)) or 'nothing'})"
         )
-    for name in (*FIELDS, *_AXES):
+    for name in datasets:
         entry = file[name]
         if not isinstance(entry, dataset):
             raise ValueError(f"{path}: expected a dataset {name!r}, got a {type(entry).__name__}")
@@ -199,12 +200,10 @@ def _layout(file: Any, path: str, dataset: Any) -> tuple[int, int, int, int]:
     shape = shapes[FIELDS[0]]
     if len(shape) != 4 or 0 in shape or len(set(shapes.values())) > 1:
         raise ValueError(f"{path}: expected one shape (samples, times, x, y) for all, got {shapes}")
-    for name, size in zip(_AXES, shape[1:], strict=True):
-        length = file[name].shape[0] if file[name].ndim == 1 else -1
-        if length not in ((size, size + 1) if name == "t-coordinate" else (size,)):
-            raise ValueError(
-                f"{path}: expected {size} values of {name!r}, got shape {file[name].shape}"
-            )
+    for name, size in zip(_AXES.values(), shape[1:], strict=True):
+        got = file[name].shape
+        if got != (size,) and (name != "t-coordinate" or got != (size + 1,)):
+            raise ValueError(f"{path}: expected {size} values of {name!r}, got shape {got}")
     return shape  # type: ignore[return-value]
 
 

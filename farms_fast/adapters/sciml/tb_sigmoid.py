@@ -9,16 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from farms_fast.adapters.layer_rates import LayerRates
-from farms_fast.adapters.layer_rates.options import check_options
-from farms_fast.adapters.layer_rates.rates import DEFAULT_SAMPLING
+from farms_fast.adapters.layer_rates.rates import DEFAULT_SAMPLING, LayerRates
 from farms_fast.core.arguments import not_negative
 from farms_fast.spectra.windows import Sampling
 from farms_fast.weights.rules.operator_layers import factor_matrices
 
-__all__ = ["TBSigmoid"]
-
-_FACTORISED = ("reconstructed", "factors")
 # 10 to half of this, and the inverse of that, are normal numbers of double precision.
 _MAX_SCALE = 600.0
 
@@ -40,9 +35,8 @@ class TBSigmoid(LayerRates):
     `farms_fast.weights.rules.operator_layers`.
 
     Args:
-        model: as in `LayerRates`.
+        model, xmin: as in `LayerRates`.
         sampling: as in `LayerRates`; `FullMatrix()` for the rule as published without FARMS.
-        xmin: as in `LayerRates`.
         scale: (s_low, s_high), below and above the mean, or one number for both; from 0 to 600,
             beyond which a factor has no double precision. The published grid goes from 0.125 to
             1.5.
@@ -96,10 +90,11 @@ class TBSigmoid(LayerRates):
     ) -> None:
         if "evals_threshold" in options:
             raise TypeError("evals_threshold: expected its name here, filter_zeros")
-        check_options(type(self), LayerRates, options)
-        if factorised not in _FACTORISED:
-            known = " or ".join(map(repr, _FACTORISED))
-            raise ValueError(f"factorised: expected {known}, got {factorised!r}")
+        self._check_options(options)
+        if factorised not in ("reconstructed", "factors"):
+            raise ValueError(
+                f"factorised: expected 'reconstructed' or 'factors', got {factorised!r}"
+            )
         self.scale = _scale(scale)
         self.tau = not_negative("tau", tau)
         if self.tau == 0:
@@ -119,11 +114,7 @@ class TBSigmoid(LayerRates):
         return {"scale": list(self.scale), "tau": self.tau}
 
     def factors(self, scores: Sequence[float]) -> list[float]:
-        """Returns 10^φ for each alpha.
-
-        Args:
-            scores: at least one alpha, or mean of a block's alphas.
-        """
+        """Returns 10^φ for each of at least one alpha, or mean of a block's alphas."""
         low, high = self.scale
         mean = math.fsum(scores) / len(scores)
         # ½·tanh(x/2) is the sigmoid less one half, without an overflow far from the mean.

@@ -155,11 +155,8 @@ def _images(part: str, value: Any, classes: int) -> tuple[torch.Tensor, torch.Te
     if not is_array or (data.dtype, data.ndim, data.shape[-1:]) != (np.uint8, 2, (3 * 32 * 32,)):
         got = f"{data.dtype} {data.shape}" if is_array else type(data).__name__
         raise ValueError(f"path: expected uint8 (N, 3072) as 'data' of {part!r}, got {got}")
-    if (
-        not isinstance(labels, list)
-        or len(labels) != len(data)
-        or not all(isinstance(label, int) and 0 <= label < classes for label in labels)
-    ):
+    complete = isinstance(labels, list) and len(labels) == len(data)
+    if not complete or not all(isinstance(n, int) and 0 <= n < classes for n in labels):
         raise ValueError(
             f"path: expected {len(data)} labels below {classes} as 'fine_labels' of {part!r}"
         )

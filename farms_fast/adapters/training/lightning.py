@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from farms_fast.adapters.layer_rates import LayerRates
 from farms_fast.adapters.layer_rates.logs import scalars
 from farms_fast.adapters.layer_rates.rate_scheduler import StepCounter
+from farms_fast.adapters.layer_rates.rates import LayerRates
 from farms_fast.core.arguments import check_int, check_type
 from farms_fast.core.optional import optional_import
 

@@ -8,12 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from farms_fast.adapters.layer_rates import LayerRates
-from farms_fast.adapters.layer_rates.options import check_options
-from farms_fast.adapters.layer_rates.rates import DEFAULT_SAMPLING
+from farms_fast.adapters.layer_rates.rates import DEFAULT_SAMPLING, LayerRates
 from farms_fast.spectra.windows import Sampling
-
-__all__ = ["ASSIGNMENTS", "TempBalance"]
 
 ASSIGNMENTS = ("linear", "sqrt", "log2", "step")
 
@@ -33,13 +29,9 @@ class TempBalance(LayerRates):
     compare: one layer, or equal alphas.
 
     Args:
-        model: as in `LayerRates`.
-        sampling: as in `LayerRates`.
-        xmin: as in `LayerRates`.
+        model, sampling, xmin, skip_first, skip_last: as in `LayerRates`.
         assign: the rule.
         lr_range: (a, b), positive and in order; used by "linear" and "step".
-        skip_first: as in `LayerRates`.
-        skip_last: as in `LayerRates`.
         min_evals: as in `LayerRates`; 5 as published.
         **options: the other arguments of `LayerRates`, with the same defaults: `per="layer"`,
             `xmin_pos=2`, `bins=100`, `evals_threshold=0.0`, `norm="name"`, `every=1`,
@@ -82,21 +74,14 @@ class TempBalance(LayerRates):
         min_evals: int = 5,
         **options: Any,
     ) -> None:
-        check_options(type(self), LayerRates, options)
+        self._check_options(options)
         if assign not in ASSIGNMENTS:
             known = ", ".join(map(repr, ASSIGNMENTS))
             raise ValueError(f"assign: expected one of {known}, got {assign!r}")
         self.assign = assign
         self.lr_range = _range(lr_range)
-        super().__init__(
-            model,
-            sampling,
-            xmin,
-            skip_first=skip_first,
-            skip_last=skip_last,
-            min_evals=min_evals,
-            **options,
-        )
+        options |= {"skip_first": skip_first, "skip_last": skip_last, "min_evals": min_evals}
+        super().__init__(model, sampling, xmin, **options)
 
     @property
     def settings(self) -> dict[str, object]:
@@ -106,11 +91,7 @@ class TempBalance(LayerRates):
         return {"assign": self.assign}
 
     def factors(self, scores: Sequence[float]) -> list[float]:
-        """Returns rate over base rate for each alpha.
-
-        Args:
-            scores: at least two alphas, not all equal.
-        """
+        """Returns rate over base rate for each of at least two alphas, not all equal."""
         n = len(scores)
         low, high = self.lr_range
         if self.assign == "linear":

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from farms_fast.adapters.layer_rates import LayerRates
 from farms_fast.adapters.layer_rates.rate_scheduler import StepCounter
+from farms_fast.adapters.layer_rates.rates import LayerRates
 from farms_fast.core.arguments import check_type
 from farms_fast.core.optional import optional_import
 

@@ -21,9 +21,8 @@ from torch.optim import SGD, Optimizer
 from torch.optim import lr_scheduler as schedulers
 
 from farms_fast import FullMatrix
-from farms_fast.adapters.layer_rates import LayerRates, RateTable
 from farms_fast.adapters.sciml import TBSigmoid
-from farms_fast.adapters.training import TempBalance
+from farms_fast.adapters.training import LayerRates, RateTable, TempBalance
 from farms_fast.live import LayerAlpha, LiveAnalysis, PendingAlphas
 from tests.support.rate_models import TinyResNet, batches, linears, small, whole
 

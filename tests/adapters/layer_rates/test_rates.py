@@ -11,10 +11,9 @@ from neuralop.models import FNO
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from farms_fast.adapters.layer_rates import LayerRates, RateWarning
 from farms_fast.adapters.layer_rates.norm_partners import norm_partners
 from farms_fast.adapters.layer_rates.tuned_layers import tuned_layers
-from farms_fast.adapters.training import TempBalance
+from farms_fast.adapters.training import LayerRates, RateWarning, TempBalance
 from farms_fast.weights.layers import layers_from_module
 from tests.support.rate_models import TinyResNet, batches, linears, median_alpha, small, whole
 

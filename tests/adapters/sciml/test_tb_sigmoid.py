@@ -15,9 +15,8 @@ from torch import nn
 
 from benchmarks.effect.operators import TOY, DenoisingOperator, FourierOperator
 from farms_fast import FixedAspectSampling, FullMatrix, fit_power_law
-from farms_fast.adapters.layer_rates import LayerRates, RateWarning
 from farms_fast.adapters.sciml import TBSigmoid
-from farms_fast.adapters.training import TempBalance
+from farms_fast.adapters.training import LayerRates, RateWarning, TempBalance
 
 
 def by_hand(alpha: float, mean: float, s_low: float, s_high: float, tau: float) -> float:

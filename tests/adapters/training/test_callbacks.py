@@ -18,8 +18,8 @@ from torch import nn
 from torch.optim import lr_scheduler as schedulers
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from farms_fast.adapters.layer_rates import LayerRates, RateTable
 from farms_fast.adapters.layer_rates.rate_scheduler import StepCounter
+from farms_fast.adapters.training import LayerRates, RateTable
 from tests.support.rate_models import TinyResNet, batches, small
 
 with warnings.catch_warnings():  # deprecations inside of these libraries, at their import

@@ -15,9 +15,15 @@ import numpy as np
 import pytest
 import torch
 
-from farms_fast.adapters.layer_rates import CsvLog, LayerRate, RateTable, TensorBoardLog
-from farms_fast.adapters.layer_rates.logs import CSV_COLUMNS
-from farms_fast.adapters.training import TempBalance, cifar100
+from farms_fast.adapters.layer_rates.rate_table import COLUMNS
+from farms_fast.adapters.training import (
+    CsvLog,
+    LayerRate,
+    RateTable,
+    TempBalance,
+    TensorBoardLog,
+    cifar100,
+)
 from farms_fast.adapters.training.cifar100 import load_cifar100
 from tests.support.rate_models import linears, median_alpha, small, whole
 
@@ -120,7 +126,7 @@ def test_a_csv_log_has_a_line_for_every_layer_and_call(tmp_path: Path) -> None:
     again(tables[-1])
     with path.open(newline="") as file:
         header, *lines = csv.reader(file)
-    assert tuple(header) == CSV_COLUMNS
+    assert tuple(header) == COLUMNS
     assert [(line[0], line[2]) for line in lines] == [
         (call, name) for call in "0122" for name in "01234"
     ]
@@ -233,7 +239,7 @@ def test_a_table_is_found_by_name_and_becomes_a_data_frame() -> None:
     assert table is not None
     assert len(table) == 5
     frame = table.to_pandas()
-    assert tuple(frame.columns) == CSV_COLUMNS
+    assert tuple(frame.columns) == COLUMNS
     assert frame["name"].tolist() == list("01234")
     assert frame["factor"].tolist() == [row.factor for row in table]
     assert set(frame["call"]) == {0}
