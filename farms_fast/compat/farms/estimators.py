@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from farms_fast.compat.arguments import choice, positive
+from farms_fast.compat.arguments import positive
 from farms_fast.compat.farms.published_windows import (
     block_windows,
     sampled_windows,
@@ -200,7 +200,8 @@ def net_esd_estimator_farms(
     """
     rule = TailRule.published(fix_fingers, xmin_pos, bins, EVALS_THRESH, filter_zeros)
     min_evals = check_int("eigs_num_thresh", eigs_num_thresh)
-    choice("variant", variant, ("llm", "cv"))
+    if variant not in ("llm", "cv"):
+        raise ValueError(f"variant: expected 'llm' or 'cv', got {variant!r}")
     rows, q = check_int("num_row_samples", num_row_samples, least=1), positive("Q_ratio", Q_ratio)
     if sampling_ops_per_dim is None:
         step = check_int("step_size", step_size, least=1)
