@@ -6,8 +6,6 @@ import math
 
 from farms_fast.core.arguments import is_real
 
-__all__ = ["choice", "finite", "number", "positive"]
-
 
 def number(argument: str, value: object) -> float:
     """The value as a float; TypeError unless it is a number, ValueError for NaN."""

@@ -5,7 +5,7 @@ It is AlphaPruning's function with other defaults and other columns.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,7 @@ from farms_fast.compat.arguments import number
 from farms_fast.compat.farms.estimators import Results, results_of, whole_layers
 from farms_fast.compat.farms.spectra import FittedSpectrum
 from farms_fast.compat.farms.tails import TailRule
-from farms_fast.core.arguments import check_int
-
-__all__ = ["net_esd_estimator"]
+from farms_fast.core.arguments import check_int, check_type
 
 
 def net_esd_estimator(
@@ -76,11 +74,7 @@ def net_esd_estimator(
         raise ValueError(f"sr_mid_pos: expected None or a number above 1, got {sr_mid_pos!r}")
     layers = [layer for layer in whole_layers(net, conv_norm) if layer.count >= min_evals]
     if init_stable_rank is not None:
-        if not hasattr(init_stable_rank, "__len__"):
-            raise TypeError(
-                "init_stable_rank: expected None or a number for each layer, "
-                f"got {type(init_stable_rank).__name__}"
-            )
+        check_type("init_stable_rank", init_stable_rank, Sized, "None or a number for each layer")
         if len(init_stable_rank) < len(layers):
             raise ValueError(
                 f"init_stable_rank: expected a number for each of {len(layers)} layers, "

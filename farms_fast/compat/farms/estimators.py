@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from farms_fast.compat.arguments import choice, positive
+from farms_fast.compat.arguments import positive
 from farms_fast.compat.farms.published_windows import (
     block_windows,
     sampled_windows,
@@ -34,9 +34,10 @@ from farms_fast.compat.farms.spectra import (
 from farms_fast.compat.farms.tails import TailRule
 from farms_fast.core.arguments import check_int, check_module
 
-__all__ = ["net_esd_estimator", "net_esd_estimator_farms", "results_of", "whole_layers"]
-
 Results = dict[str, list[Any]]
+
+# The columns that every function has, in front of its own.
+_COLUMNS = ("alpha", "spectral_norm", "D", "longname", "eigs", "norm")
 
 
 def net_esd_estimator(
@@ -107,8 +108,7 @@ def net_esd_estimator(
     def row(spectra: Sequence[FittedSpectrum]) -> dict[str, Any]:
         return {"eigs": spectra[0].evals.astype(np.float32), "alphahat": spectra[0].alpha_hat}
 
-    columns = ("alpha", "spectral_norm", "D", "longname", "eigs", "norm", "alphahat")
-    return results_of(whole_layers(net, conv_norm), rule, memory, columns, row)
+    return results_of(whole_layers(net, conv_norm), rule, memory, (*_COLUMNS, "alphahat"), row)
 
 
 def net_esd_estimator_farms(
@@ -200,7 +200,8 @@ def net_esd_estimator_farms(
     """
     rule = TailRule.published(fix_fingers, xmin_pos, bins, EVALS_THRESH, filter_zeros)
     min_evals = check_int("eigs_num_thresh", eigs_num_thresh)
-    choice("variant", variant, ("llm", "cv"))
+    if variant not in ("llm", "cv"):
+        raise ValueError(f"variant: expected 'llm' or 'cv', got {variant!r}")
     rows, q = check_int("num_row_samples", num_row_samples, least=1), positive("Q_ratio", Q_ratio)
     if sampling_ops_per_dim is None:
         step = check_int("step_size", step_size, least=1)
@@ -228,8 +229,7 @@ def net_esd_estimator_farms(
         eigs = np.concatenate([one.entered for one in spectra]).astype(np.float32)
         return {"eigs": eigs, "eigs_num": len(eigs)}
 
-    columns = ["alpha", "spectral_norm", "D", "longname", "eigs", "norm"]
-    columns += ["alpha_hat", "stable_rank", "norm_stable_rank"]
+    columns = [*_COLUMNS, "alpha_hat", "stable_rank", "norm_stable_rank"]
     if variant == "cv":
         columns.insert(5, "eigs_num")
     return results_of(layers, rule, memory, columns, row)
@@ -242,15 +242,10 @@ def results_of(
     columns: Sequence[str],
     row: Callable[[Sequence[FittedSpectrum]], dict[str, Any]],
 ) -> Results:
-    """Solves and fits all layers, and lists what the columns ask for.
+    """Solves and fits all layers, and lists the columns, one entry a layer.
 
-    Args:
-        layers: one entry each.
-        rule: of every fit.
-        memory: bytes of workspace at most, None for the default.
-        columns: keys of the result, in this order.
-        row: columns of one function alone, from the spectra of a layer. The others are means over
-            the spectra, those of alpha and D over the spectra that have a fit.
+    `row` gives the columns that one function has alone. The others are means over a layer's
+    spectra, those of alpha and D over the spectra that have a fit.
     """
     budget = 0 if memory is None else check_int("memory", memory, least=1)
     results: Results = {column: [] for column in columns}
@@ -258,10 +253,8 @@ def results_of(
         # The line that called the published function.
         warn_of_missing_fit(layer.name, spectra, stacklevel=3)
         values = {"longname": layer.name, **row(spectra)}
-        for column in columns:
-            if column not in values:
-                values[column] = _mean(column, spectra)
-            results[column].append(values[column])
+        for column, entries in results.items():
+            entries.append(values[column] if column in values else _mean(column, spectra))
     return results
 
 
@@ -273,7 +266,7 @@ def _mean(column: str, spectra: Sequence[FittedSpectrum]) -> float:
 
 
 def whole_layers(net: nn.Module, conv_norm: float) -> list[WindowedLayer]:
-    """Every Linear and Conv2d as its whole matrices; raises what `net_esd_estimator` does."""
+    """Every Linear and Conv2d as its whole matrices."""
     scale = positive("conv_norm", conv_norm)
     return [_whole_layer(name, weight, scale) for name, weight in weights_of(net)]
 

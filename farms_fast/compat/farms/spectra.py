@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain, islice
 
 import numpy as np
 import torch
@@ -23,16 +24,6 @@ from farms_fast.engine.streams import STREAMS, make_streams
 from farms_fast.spectra.power_law import STATUSES
 from farms_fast.weights.layers import module_tensor, sparse_layout
 
-__all__ = [
-    "FitWarning",
-    "FittedSpectrum",
-    "WindowedLayer",
-    "fitted_spectra",
-    "kernel_positions",
-    "warn_of_missing_fit",
-    "weights_of",
-]
-
 # Eigenvalues that are held on the device at once, unless one layer has more.
 _VALUES_PER_BATCH = 2**24
 
@@ -43,14 +34,7 @@ class FitWarning(UserWarning):
 
 @dataclass(frozen=True)
 class WindowedLayer:
-    """A layer and its windows.
-
-    Attributes:
-        name: the module's.
-        stack: (S, R, C), any strides.
-        windows: of every matrix of the stack.
-        scale: what the eigenvalues are multiplied with.
-    """
+    """A layer's stack (S, R, C), the windows of every matrix, and a factor of the eigenvalues."""
 
     name: str
     stack: Tensor
@@ -65,15 +49,10 @@ class WindowedLayer:
 
 @dataclass(frozen=True)
 class FittedSpectrum:
-    """A spectrum and its fit.
+    """All eigenvalues, ascending with NaN last, those that entered the fit, and the fit.
 
-    Attributes:
-        evals: all eigenvalues, float64, ascending, NaN last.
-        entered: those that entered the fit.
-        alpha: NaN without a fit, 0 without a candidate for xmin, which is what the published scan
-            ends with.
-        D: NaN without a fit, 1 without a candidate.
-        status: one of `farms_fast.spectra.power_law.STATUSES`.
+    Without a fit alpha and D are NaN; without a candidate for xmin they are 0 and 1, which is what
+    the published scan ends with.
     """
 
     evals: NDArray[np.float64]
@@ -90,8 +69,8 @@ class FittedSpectrum:
     @property
     def alpha_hat(self) -> float:
         """Alpha times log10 of the largest eigenvalue; NaN for a zero matrix."""
-        largest = self.spectral_norm
-        return self.alpha * math.log10(largest) if largest > 0 else math.nan
+        norm = self.spectral_norm
+        return self.alpha * math.log10(norm) if norm > 0 else math.nan
 
     @cached_property
     def norm(self) -> float:
@@ -112,9 +91,7 @@ class FittedSpectrum:
 def weights_of(net: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Name and weight of every Linear and Conv2d, subclasses included, as named_modules has them.
 
-    Raises:
-        TypeError: not a module, or a weight that is not dense and real floating.
-        ValueError: a weight without data, or on a device that is neither CPU nor CUDA.
+    TypeError and ValueError as `net_esd_estimator` raises them.
     """
     check_module("net", net)
     for name, module in net.named_modules():
@@ -133,28 +110,14 @@ def weights_of(net: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def kernel_positions(weight: Tensor) -> Tensor:
-    """A convolution's (out, in, i, j) as the stack (i · j, out, in); a linear weight as (1, R, C).
-
-    Example:
-        >>> kernel_positions(torch.zeros(8, 4, 3, 3)).shape
-        torch.Size([9, 8, 4])
-    """
+    """A convolution's (out, in, i, j) as the stack (i · j, out, in), a linear weight as one."""
     return weight.flatten(2).permute(2, 0, 1) if weight.ndim == 4 else weight.unsqueeze(0)
 
 
 def fitted_spectra(
     layers: Sequence[WindowedLayer], rule: TailRule, memory: int = 0
 ) -> list[list[FittedSpectrum]]:
-    """Solves and fits all layers, windows of one order together.
-
-    Args:
-        layers: the layers; those without windows have one empty spectrum.
-        rule: of every fit.
-        memory: bytes of workspace, 0 for the default of `ops.window_eigvalsh`.
-
-    Returns:
-        The spectra of each layer, in the order given.
-    """
+    """The spectra of each layer, windows of one order solved together; one empty one for none."""
     spectra: list[list[FittedSpectrum]] = [[] for _ in layers]
     batches = group_by_budget(
         [index for index, layer in enumerate(layers) if layer.count],
@@ -169,9 +132,8 @@ def fitted_spectra(
         budget=_VALUES_PER_BATCH,
     ):
         solved = _solved([[layers[i] for i in batch] for batch in together], rule, memory)
-        for index in (i for batch in together for i in batch):
-            count = layers[index].windows.spectra
-            spectra[index] = [next(solved) for _ in range(count)]
+        for index in chain.from_iterable(together):
+            spectra[index] = list(islice(solved, layers[index].windows.spectra))
     empty = np.empty(0)
     return [own or [FittedSpectrum(empty, empty, math.nan, math.nan, "too_few")] for own in spectra]
 
@@ -180,7 +142,7 @@ def _solved(
     batches: Sequence[Sequence[WindowedLayer]], rule: TailRule, memory: int
 ) -> Iterator[FittedSpectrum]:
     """Every spectrum of every layer of batches of one device."""
-    layers = [layer for batch in batches for layer in batch]
+    layers = list(chain.from_iterable(batches))
     device = layers[0].stack.device
     tasks = [
         SolveTask.of([(x.windows, len(x.stack)) for x in batch], memory, number % STREAMS)
@@ -189,22 +151,17 @@ def _solved(
     current = torch.cuda.current_stream(device) if device.type == "cuda" else None
     streams = make_streams(device, current)
     evals = solve_side_by_side(tasks, [layer.stack for layer in layers], streams)
-    parts = [
-        part for task, own in zip(tasks, evals, strict=True) for part in own.split(task.windows)
-    ]
-    scaled = [part.flatten() * x.scale for x, part in zip(layers, parts, strict=True)]
-    lengths = [
-        len(part) // layer.windows.spectra
-        for layer, part in zip(layers, scaled, strict=True)
-        for _ in range(layer.windows.spectra)
-    ]
+    split = (own.split(task.windows) for task, own in zip(tasks, evals, strict=True))
+    parts = zip(layers, chain.from_iterable(split), strict=True)
+    scaled = [part.flatten() * layer.scale for layer, part in parts]
+    lengths: list[int] = []
+    for layer in layers:
+        lengths += [layer.count // layer.windows.spectra] * layer.windows.spectra
     ((spectra, fits),) = fit_pools(torch.cat(scaled), make_pools(lengths, device), rule)
     # The one place where the host waits for the device.
     results = torch.stack([fits.alpha, fits.D, fits.status.to(torch.float64)], dim=1).tolist()
-    values = spectra.cpu().numpy()
-    for own, (alpha, distance, code) in zip(
-        np.split(values, np.cumsum(lengths)[:-1]), results, strict=True
-    ):
+    values = np.split(spectra.cpu().numpy(), np.cumsum(lengths)[:-1])
+    for own, (alpha, distance, code) in zip(values, results, strict=True):
         yield _fitted(own, alpha, distance, STATUSES[int(code)], rule.threshold)
 
 

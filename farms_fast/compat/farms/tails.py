@@ -11,17 +11,10 @@ from farms_fast.compat.arguments import choice, number
 from farms_fast.spectra.bootstrap import FitRule
 from farms_fast.spectra.power_law import XMIN_RULES, PowerLawFits
 
-__all__ = ["TailRule"]
-
 
 @dataclass(frozen=True)
 class TailRule:
-    """Where a tail starts, and which eigenvalues there are at all.
-
-    Attributes:
-        rule: where the tail starts.
-        threshold: only eigenvalues above it enter the fit, unless none is; None for all.
-    """
+    """Where a tail starts; only eigenvalues above the threshold enter the fit, unless none is."""
 
     rule: FitRule
     threshold: float | None
@@ -35,12 +28,7 @@ class TailRule:
         EVALS_THRESH: float,
         filter_zeros: bool,
     ) -> TailRule:
-        """From the published arguments, checked.
-
-        Raises:
-            TypeError: an argument of another kind.
-            ValueError: an unknown rule or a number out of range.
-        """
+        """From the published arguments, checked."""
         if fix_fingers is not None:
             choice("fix_fingers", fix_fingers, (None, *XMIN_RULES))
         threshold = number("EVALS_THRESH", EVALS_THRESH)
@@ -48,12 +36,7 @@ class TailRule:
         return cls(rule, threshold if filter_zeros else None)
 
     def fit_at(self, evals: Tensor, offsets: Tensor) -> PowerLawFits:
-        """Fits of packed spectra.
-
-        Args:
-            evals: (total,), float64, each spectrum ascending with NaN last.
-            offsets: (spectra + 1,), int64, as for `farms_fast.spectra.power_law.fit_power_laws`.
-        """
+        """Fits of packed spectra, each ascending with NaN last, as `FitRule.fit_at`."""
         return self.rule.fit_at(self._entering(evals, offsets), offsets)
 
     def _entering(self, evals: Tensor, offsets: Tensor) -> Tensor:

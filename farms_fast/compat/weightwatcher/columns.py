@@ -9,14 +9,9 @@ import numpy.typing as npt
 
 from farms_fast.compat.weightwatcher.fits import TailFit
 from farms_fast.compat.weightwatcher.layers import WeightLayer
-from farms_fast.compat.weightwatcher.marchenko_pastur import (
-    MarchenkoPasturFit,
-    fit_marchenko_pastur,
-)
+from farms_fast.compat.weightwatcher.marchenko_pastur import fit_marchenko_pastur
 from farms_fast.compat.weightwatcher.options import Options
 from farms_fast.compat.weightwatcher.spectra import LayerSpectra
-
-__all__ = ["columns_of"]
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -38,7 +33,7 @@ def columns_of(
         row |= _spectrum_columns(layer, spectra.per_matrix, options.tolerance, known)
         row |= _fit_columns(fit, options)
         if options.mp_fit:
-            row |= _mp_columns(fit_marchenko_pastur(evals, layer.N, layer.M))
+            row |= _mp_columns(layer, evals)
         if options.randomize:
             row |= _random_columns(layer, spectra, known)
         if options.detX:
@@ -71,20 +66,15 @@ def _spectrum_columns(
 
 
 def _fit_columns(fit: TailFit, options: Options) -> dict[str, object]:
-    row: dict[str, object] = {
-        name: getattr(fit, name) for name in ("alpha", "xmin", "xmax", "D", "sigma")
-    }
-    row["num_pl_spikes"] = fit.num_pl_spikes
-    if options.fit == "truncated_power_law":
-        row["Lambda"] = fit.Lambda
-    if options.fix_fingers == "clip_xmax":
-        row |= {"num_fingers": fit.num_fingers, "raw_alpha": fit.raw_alpha}
-    return row | {"status": fit.status, "warning": fit.warning}
+    names = ["alpha", "xmin", "xmax", "D", "sigma", "num_pl_spikes", "status", "warning"]
+    names += ["Lambda"] if options.truncated else []
+    names += ["num_fingers", "raw_alpha"] if options.fix_fingers == "clip_xmax" else []
+    return {name: getattr(fit, name) for name in names}
 
 
-def _mp_columns(fit: MarchenkoPasturFit, prefix: str = "") -> dict[str, object]:
-    names = ("num_spikes", "sigma_mp", "mp_softrank", "W_scale", "bulk_max", "bulk_min")
-    return {prefix + name: getattr(fit, name) for name in names}
+def _mp_columns(layer: WeightLayer, evals: FloatArray, prefix: str = "") -> dict[str, object]:
+    fit = fit_marchenko_pastur(evals, layer.N, layer.M)
+    return {prefix + name: value for name, value in vars(fit).items()}
 
 
 def _random_columns(layer: WeightLayer, spectra: LayerSpectra, known: bool) -> dict[str, object]:
@@ -98,8 +88,8 @@ def _random_columns(layer: WeightLayer, spectra: LayerSpectra, known: bool) -> d
             "ww_softrank": float(np.float64(once.max()) / largest),
             "ww_maxdist": largest - float(once.max()),
         }
-    fit = fit_marchenko_pastur(spectra.shuffled, layer.N, layer.M)
-    return row | _mp_columns(fit, "rand_") | {"num_traps": fit.num_spikes}
+    row |= _mp_columns(layer, spectra.shuffled, "rand_")
+    return row | {"num_traps": row["rand_num_spikes"]}
 
 
 def _jensen_shannon(p: FloatArray, q: FloatArray) -> float:

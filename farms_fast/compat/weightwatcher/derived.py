@@ -12,23 +12,9 @@ from torch import Tensor
 from farms_fast.compat.weightwatcher.layers import WeightLayer, WeightLayers, layers_of
 from farms_fast.compat.weightwatcher.options import Options
 
-__all__ = ["find_layers"]
-
 
 def find_layers(model: object, base_model: object, options: Options) -> WeightLayers:
-    """The layers of a model, or their differences from a base model's.
-
-    Args:
-        model: a module, a mapping of names to tensors, or the path of a checkpoint.
-        base_model: likewise, or None.
-        options: checked options.
-
-    Raises:
-        FileNotFoundError: a path that does not exist.
-        TypeError: something that holds no weights.
-        ValueError: a filter that matches nothing, weights that cannot be read, or a base model
-            whose matrices have other shapes.
-    """
+    """The layers of a model, or what the options make of them: differences, products, slices."""
     own = layers_of(model, options)
     layers = own.layers
     if base_model is not None:

@@ -24,8 +24,6 @@ from farms_fast.core.optional import optional_import
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["weightwatcher"]
-
 Model = nn.Module | Mapping[str, Any] | str | os.PathLike[str]
 
 

@@ -16,8 +16,6 @@ from farms_fast.compat.weightwatcher.spectra import LayerSpectra
 from farms_fast.compat.weightwatcher.truncated_power_law import fit_truncated_power_law
 from farms_fast.spectra.bootstrap import FitRule
 
-__all__ = ["TailFit", "fit_tails"]
-
 FloatArray = npt.NDArray[np.float64]
 
 # Eigenvalues up to this are no part of a tail.
@@ -33,19 +31,10 @@ _UNDER_TRAINED = 6.0
 
 @dataclass(frozen=True)
 class TailFit:
-    """What the table says of a layer's tail; the defaults say that there is no fit.
+    """What the table says of a layer's tail, by its columns; the defaults say that there is no fit.
 
-    Attributes:
-        alpha: exponent.
-        xmin: start of the tail.
-        xmax: largest value that was fitted; None where powerlaw leaves it open.
-        D: Kolmogorov-Smirnov distance.
-        sigma: standard error of alpha.
-        num_pl_spikes: eigenvalues from xmin on.
-        Lambda: rate of a truncated power law's exponential.
-        num_fingers: eigenvalues clipped.
-        raw_alpha: alpha before clipping.
-        status: "success" or "failed".
+    `xmax` is None where powerlaw leaves it open, and `Lambda` the rate of a truncated power law's
+    exponential. `num_fingers` eigenvalues were clipped, and `raw_alpha` is alpha without clipping.
     """
 
     alpha: float = -1.0
@@ -80,10 +69,8 @@ class TailFit:
 def fit_tails(spectra: Sequence[LayerSpectra], options: Options) -> list[TailFit]:
     """Fits the tail of every layer; a layer that cannot be fitted has a fit that failed."""
     clipped = [_clipped(one.evals, options.clip) for one in spectra]
-    if options.fit == "truncated_power_law" or options.fix_fingers == "xmin_peak":
-        fits = [_fit_in_range(evals, options) for evals in clipped]
-    elif options.force_xmax:
-        fits = [_fit_to_xmax(evals) for evals in clipped]
+    if options.truncated or options.force_xmax or options.fix_fingers == "xmin_peak":
+        fits = [_fit_like_powerlaw(evals, options) for evals in clipped]
     elif options.fix_fingers == "clip_xmax":
         fits = _fit_without_fingers(spectra, options)
     else:
@@ -106,9 +93,7 @@ def _clipped(evals: FloatArray, clip: int) -> FloatArray:
 def _completed(fit: TailFit, evals: FloatArray, package: str) -> TailFit:
     if fit.failed:
         return fit
-    xmax = fit.xmax
-    if xmax is None and package == "ww":
-        xmax = float(evals[-1])
+    xmax = float(evals[-1]) if fit.xmax is None and package == "ww" else fit.xmax
     return replace(fit, xmax=xmax, num_pl_spikes=int(np.count_nonzero(evals >= fit.xmin)))
 
 
@@ -120,8 +105,7 @@ def _fit_power_laws(packed: Sequence[Tensor], small_rule: bool) -> list[TailFit]
     fits: list[TailFit] = []
     for spectrum, fit in zip(packed, results.to_list(), strict=True):
         if small_rule and fit.n < _SMALL:
-            small = spectrum.cpu().numpy()
-            fits.append(_fit_few(small[small > 0]))
+            fits.append(_fit_few(spectrum[spectrum > 0].cpu().numpy()))
         elif fit.status == "ok":
             fits.append(TailFit.of(fit.alpha, fit.xmin, fit.D, fit.sigma))
         else:
@@ -155,8 +139,8 @@ def _fit_few(values: FloatArray) -> TailFit:
     return best
 
 
-def _fit_in_range(evals: FloatArray, options: Options) -> TailFit:
-    """A truncated power law, or a power law whose xmin has to lie near the peak."""
+def _fit_like_powerlaw(evals: FloatArray, options: Options) -> TailFit:
+    """A law that is truncated, ends at the largest value, or has its xmin near the peak."""
     values = evals[evals > _THRESHOLD]
     if values.size < 2:
         return TailFit()
@@ -167,27 +151,19 @@ def _fit_in_range(evals: FloatArray, options: Options) -> TailFit:
         top = 1.5 * peak if options.xmin_max is None else options.xmin_max
         # The lower end is a logarithm beside an upper end that is none, as in WeightWatcher.
         low, high = sorted((float(np.log10(0.95 * peak)), float(top)))
-    if options.fit == "truncated_power_law":
+    if options.truncated:
         fit = fit_truncated_power_law(values, (low, high))
         if fit.status != "ok":
             return TailFit()
         return TailFit.of(fit.alpha, fit.xmin, fit.D, math.nan, fit.Lambda)
-    return _scanned(values, low, high, to_largest=False)
-
-
-def _fit_to_xmax(evals: FloatArray) -> TailFit:
-    """A power law that ends at the largest value, as powerlaw fits it."""
-    values = evals[evals > _THRESHOLD]
-    if values.size < 2:
-        return TailFit()
-    return replace(_scanned(values, 0.0, math.inf, to_largest=True), xmax=float(evals[-1]))
+    scanned = _scanned(values, low, high, options.force_xmax)
+    return replace(scanned, xmax=float(evals[-1])) if options.force_xmax else scanned
 
 
 def _scanned(values: FloatArray, low: float, high: float, to_largest: bool) -> TailFit:
-    """The candidate in a range with the least D; the range's own largest candidate is left out.
+    """The candidate of least D in a range, whose own largest candidate is left out.
 
-    alpha is the estimate for a tail without end either way; with `to_largest` D is taken to the law
-    that ends at the largest value.
+    With `to_largest` D is that of the law that ends at the largest value; alpha stays as it is.
     """
     starts, first = np.unique(values, return_index=True)
     candidates = first[(starts >= low) & (starts <= high)][:-1]

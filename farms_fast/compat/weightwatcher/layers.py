@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
 from typing import cast
 
 import numpy as np
@@ -20,12 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from farms_fast.compat.weightwatcher.options import LAYER_TYPES, Options
+from farms_fast.core.arguments import check_type
 from farms_fast.weights.module_tensors import ON_META
 from farms_fast.weights.sources import MappingSource, PickleSource, SafetensorsSource, open_source
-
-_Source = MappingSource | SafetensorsSource | PickleSource
-
-__all__ = ["WeightLayer", "WeightLayers", "layers_of"]
 
 # A class counts by the first of these words in its name, the name of its module included, or by
 # the first of these classes that it is derived from.
@@ -76,92 +74,67 @@ class WeightLayer:
         return min(self.shape[2:])
 
 
+# Long names, each with its layer or with the reason why there is none.
+_Weights = Iterator[tuple[str, WeightLayer | str]]
+_Source = MappingSource | SafetensorsSource | PickleSource
+
+
 @dataclass(frozen=True)
 class WeightLayers:
-    """Layers to analyse, and why the other weights are not.
-
-    Attributes:
-        layers: in order.
-        skipped: long names to reasons.
-    """
+    """Layers to analyse, and the long names of the other weights with the reasons."""
 
     layers: list[WeightLayer]
     skipped: dict[str, str]
 
 
-@dataclass(frozen=True)
-class _Weight:
-    layer_id: int
-    name: str
-    longname: str
-    layer_type: str
-    shape: tuple[int, ...]
-    load: Callable[[], Tensor]
-
-
 def layers_of(model: object, options: Options, argument: str = "model") -> WeightLayers:
-    """The layers of a model that are within the options' ranges.
-
-    Args:
-        model: a module, a mapping of names to tensors, or the path of a checkpoint.
-        options: checked options.
-        argument: what the caller knows the model as.
-
-    Raises:
-        FileNotFoundError: a path that does not exist.
-        TypeError: something that holds no weights.
-        ValueError: a filter that matches nothing, or weights that cannot be read.
-    """
-    weights, skipped = _weights(model, options.start_ids, argument)
+    """The layers of a model, as `weightwatcher` takes one, that are within the options' ranges."""
+    every: list[WeightLayer] = []
+    skipped: dict[str, str] = {}
+    for longname, layer in _weights(model, options, argument):
+        if isinstance(layer, WeightLayer):
+            every.append(layer)
+        else:
+            skipped[longname] = layer
     if without_data := [name for name, reason in skipped.items() if reason == ON_META]:
         told = f"{argument}: the weight of {', '.join(map(repr, without_data[:3]))}"
         told += f" and of {len(without_data) - 3} more" if len(without_data) > 3 else ""
-        if not weights:
+        if not every:
             raise ValueError(f"{told} {ON_META}")
         warnings.warn(f"{told} {ON_META}", stacklevel=4)
-    chosen = _filtered(weights, options.layers)
+    chosen = _filtered(every, options.layers)
     layers: list[WeightLayer] = []
-    for weight in weights:
-        if weight.layer_id not in chosen:
-            skipped[weight.longname] = "left out by layers"
-            continue
-        layer = _layer(weight, options.conv2d_norm)
-        if reason := _out_of_range(layer, options):
-            skipped[weight.longname] = reason
+    for layer in every:
+        if layer.layer_id not in chosen:
+            skipped[layer.longname] = "left out by layers"
+        elif reason := _out_of_range(layer, options):
+            skipped[layer.longname] = reason
         else:
             layers.append(layer)
     return WeightLayers(layers, skipped)
 
 
-def _weights(model: object, start_ids: int, argument: str) -> tuple[list[_Weight], dict[str, str]]:
+def _weights(model: object, options: Options, argument: str) -> _Weights:
     if isinstance(model, nn.Module):
-        return _module_weights(model, start_ids)
+        return _module_weights(model, options)
     if isinstance(model, Mapping):
         inner = model.get("state_dict", model)
         tensors = inner if isinstance(inner, Mapping) else model
         arrays = {name for name, value in tensors.items() if isinstance(value, np.ndarray)}
-        source = MappingSource(tensors)
-        names = [header.name for header in source.headers]
-        return _named_weights(source, names, start_ids or 1, arrays)
-    if not isinstance(model, (str, os.PathLike)):
-        expected = "a torch.nn.Module, a mapping of names to tensors, or a path"
-        raise TypeError(f"{argument}: expected {expected}, got {type(model).__name__}")
-    opened = open_source(model)
-    if not isinstance(opened, (SafetensorsSource, PickleSource)):
+        return _named_weights(MappingSource(tensors), options, options.start_ids or 1, arrays)
+    expected = "a torch.nn.Module, a mapping of names to tensors, or a path"
+    check_type(argument, model, (str, os.PathLike), expected)
+    source = open_source(cast(str, model))
+    if not isinstance(source, (SafetensorsSource, PickleSource)):
         raise ValueError(
             f"{argument}: expected a checkpoint of whole weights, got the adapter {str(model)!r}: "
             "give the module with the adapter in it, and peft=True"
         )
-    names = [header.name for header in opened.headers]
-    # safetensors files list their tensors by name, and so do their indexes.
-    ordered = sorted(names) if isinstance(opened, SafetensorsSource) else names
-    return _named_weights(opened, ordered, start_ids)
+    return _named_weights(source, options, options.start_ids)
 
 
-def _module_weights(model: nn.Module, start_ids: int) -> tuple[list[_Weight], dict[str, str]]:
-    weights: list[_Weight] = []
-    skipped: dict[str, str] = {}
-    for layer_id, (longname, module) in enumerate(model.named_modules(), start=start_ids):
+def _module_weights(model: nn.Module, options: Options) -> _Weights:
+    for layer_id, (longname, module) in enumerate(model.named_modules(), options.start_ids):
         weight = getattr(module, "weight", None)
         if not isinstance(weight, Tensor):
             continue
@@ -169,39 +142,34 @@ def _module_weights(model: nn.Module, start_ids: int) -> tuple[list[_Weight], di
         # The root has no name of its own.
         longname = longname or type(module).__name__
         if reason := _unusable(layer_type, weight):
-            skipped[longname] = reason
+            yield longname, reason
             continue
-        name, shape = longname.rpartition(".")[2], tuple(weight.shape)
-        load = partial(_module_weight, module)
-        weights.append(_Weight(layer_id, name, longname, layer_type, shape, load))
-    return weights, skipped
+        told = layer_id, longname.rpartition(".")[2], longname, layer_type
+        yield longname, _layer(told, weight.shape, partial(_module_weight, module), options)
 
 
 def _named_weights(
-    source: _Source, names: Sequence[str], start_id: int, arrays: Collection[str] = ()
-) -> tuple[list[_Weight], dict[str, str]]:
-    weights: list[_Weight] = []
-    skipped: dict[str, str] = {}
-    layer_id = start_id - 1
-    headers = {header.name: header for header in source.headers}
-    for full in names:
-        name = full.removesuffix(".weight")
-        if name == full:
-            skipped[full] = "its name does not end in .weight"
+    source: _Source, options: Options, start_id: int, arrays: Collection[str] = ()
+) -> _Weights:
+    headers = source.headers
+    if isinstance(source, SafetensorsSource):
+        # Such files list their tensors by name, and so do their indexes.
+        headers = sorted(headers, key=lambda header: header.name)
+    layer_ids = count(start_id)
+    for header in headers:
+        name, shape = header.name.removesuffix(".weight"), header.shape
+        if name == header.name:
+            yield name, "its name does not end in .weight"
             continue
-        layer_id += 1
-        header = headers[full]
-        layer_type = {2: "dense", 4: "conv2d"}.get(len(header.shape), "")
-        if header.shape and header.shape[0] < 2:
-            layer_type = ""
+        layer_id = next(layer_ids)
+        layer_type = {2: "dense", 4: "conv2d"}.get(len(shape), "")
         if not header.dtype.is_floating_point:
-            skipped[name] = f"dtype {header.dtype} is not of real numbers"
-        elif not layer_type:
-            skipped[name] = f"no matrix: shape {tuple(header.shape)}"
+            yield name, f"dtype {header.dtype} is not of real numbers"
+        elif not layer_type or shape[0] < 2:
+            yield name, f"no matrix: shape {tuple(shape)}"
         else:
-            load = partial(_stored_weight, source, full, full in arrays)
-            weights.append(_Weight(layer_id, name, name, layer_type, tuple(header.shape), load))
-    return weights, skipped
+            load = partial(_stored_weight, source, header.name, header.name in arrays)
+            yield name, _layer((layer_id, name, name, layer_type), shape, load, options)
 
 
 def _module_type(module: nn.Module) -> str:
@@ -237,7 +205,7 @@ def _stored_weight(source: _Source, name: str, is_array: bool) -> Tensor:
     return weight if is_array and weight.dtype == torch.float64 else weight.detach().float()
 
 
-def _filtered(weights: Sequence[_Weight], chosen: Iterable[int | str]) -> set[int]:
+def _filtered(weights: Sequence[WeightLayer], chosen: Iterable[int | str]) -> set[int]:
     """Ids of the weights that the filters leave; of names, ids and types the first kind decides."""
     every = {weight.layer_id for weight in weights}
     ids = [entry for entry in chosen if isinstance(entry, int)]
@@ -270,11 +238,17 @@ def _filtered(weights: Sequence[_Weight], chosen: Iterable[int | str]) -> set[in
     return every
 
 
-def _layer(weight: _Weight, conv2d_norm: bool) -> WeightLayer:
+def _layer(
+    told: tuple[int, str, str, str],
+    weight_shape: Sequence[int],
+    load_weight: Callable[[], Tensor],
+    options: Options,
+) -> WeightLayer:
+    """The layer of a weight, of which id, name, long name and type are told."""
     rf, scale = 1, 1.0
     shape: tuple[int, int, int, int]
-    if weight.layer_type == "conv2d":
-        out, inner, *kernel = weight.shape
+    if told[-1] == "conv2d":
+        out, inner, *kernel = weight_shape
         rf = math.prod(kernel)
         N, M = out, inner
         # Its sides change places once at every kernel position where there are fewer rows.
@@ -282,20 +256,19 @@ def _layer(weight: _Weight, conv2d_norm: bool) -> WeightLayer:
             N, M = inner, out
         # Matrices with more columns than rows are turned, which a shuffle's order depends on.
         shape = (rf, 1, max(out, inner), min(out, inner))
-        scale = 0.5 if conv2d_norm else 1.0
+        scale = 0.5 if options.conv2d_norm else 1.0
 
         def load() -> Tensor:
             order = (2, 3, 1, 0) if out < inner else (2, 3, 0, 1)
-            return weight.load().permute(order).reshape(shape)
+            return load_weight().permute(order).reshape(shape)
     else:
-        N, M = max(weight.shape), min(weight.shape)
-        rows, columns = weight.shape[-2:]
-        shape = (1, math.prod(weight.shape[:-2]), rows, columns)
+        N, M = max(weight_shape), min(weight_shape)
+        rows, columns = weight_shape[-2:]
+        shape = (1, math.prod(weight_shape[:-2]), rows, columns)
 
         def load() -> Tensor:
-            return weight.load().reshape(shape)
+            return load_weight().reshape(shape)
 
-    told = weight.layer_id, weight.name, weight.longname, weight.layer_type
     return WeightLayer(*told, N, M, rf, shape, load, components=M * rf, scale=scale)
 
 

@@ -16,8 +16,6 @@ import numpy.typing as npt
 
 from farms_fast.spectra.marchenko_pastur import marchenko_pastur_density
 
-__all__ = ["MarchenkoPasturFit", "fit_marchenko_pastur", "linear_kernel_density"]
-
 FloatArray = npt.NDArray[np.float64]
 
 _BANDWIDTH = 0.1
@@ -29,16 +27,11 @@ _REFUSED = 1000.0
 
 @dataclass(frozen=True)
 class MarchenkoPasturFit:
-    """The law that fits a spectrum, with what WeightWatcher derives from it.
+    """The law that fits a spectrum, by WeightWatcher's columns; the defaults say there is no fit.
 
-    Attributes:
-        num_spikes: eigenvalues beyond the bulk's edge and its Tracy-Widom width; -1 without a fit,
-            as are all of the following.
-        sigma_mp: standard deviation of the entries of the rescaled matrix.
-        mp_softrank: edge of the bulk over the largest eigenvalue.
-        bulk_min: lower edge of the bulk, in the spectrum's own scale.
-        bulk_max: upper edge of the bulk, likewise.
-        W_scale: square root of the factor that makes the mean eigenvalue 1.
+    `num_spikes` eigenvalues lie beyond the bulk's edge and its Tracy-Widom width. `sigma_mp` is
+    that of the spectrum rescaled to mean 1, by the factor `W_scale` squared; `bulk_min` and
+    `bulk_max` are in the spectrum's own scale.
     """
 
     num_spikes: int = -1
@@ -54,26 +47,8 @@ def fit_marchenko_pastur(evals: FloatArray, N: int, M: int) -> MarchenkoPasturFi
 
     With Q = N / M the bulk is `sigma^2 (1 -+ Q^(-1/2))^2`. A square matrix is fitted on singular
     values, with `sqrt(4 - x^2) / (pi sigma^2)`: the support stays at 2 whatever sigma is, as in
-    WeightWatcher.
-
-    Args:
-        evals: float64 (n,), eigenvalues, none negative.
-        N: longer side of the matrix.
-        M: shorter side.
-
-    Returns:
-        The fit. A spectrum of zeros or with a value that is not finite has none.
-
-    Example:
-        >>> rng = np.random.default_rng(0)
-        >>> W = rng.standard_normal((400, 100))
-        >>> fit = fit_marchenko_pastur(np.linalg.svd(W, compute_uv=False) ** 2, 400, 100)
-        >>> fit.num_spikes, abs(fit.sigma_mp - 1) < 0.02
-        (0, True)
-
-    References:
-        Martin, Mahoney, "Implicit self-regularization in deep neural networks", JMLR 22 (2021),
-        section 3.
+    WeightWatcher (Martin and Mahoney, "Implicit self-regularization in deep neural networks", JMLR
+    22, 2021, section 3). A spectrum of zeros, or with a value that is not finite, has no fit.
     """
     total = float(np.sum(evals))
     if evals.size == 0 or not (math.isfinite(total) and total > 0) or M < 1:
@@ -97,20 +72,7 @@ def fit_marchenko_pastur(evals: FloatArray, N: int, M: int) -> MarchenkoPasturFi
 
 
 def linear_kernel_density(values: FloatArray, at: FloatArray, bandwidth: float) -> FloatArray:
-    """Density estimate `1 / (n h) sum_i max(0, 1 - |x - v_i| / h)` at every x.
-
-    Args:
-        values: float64 (n,), the sample.
-        at: float64 (m,), where to estimate.
-        bandwidth: h.
-
-    Returns:
-        float64 (m,).
-
-    Example:
-        >>> linear_kernel_density(np.array([0.0, 1.0]), np.array([0.0, 0.25, 2.0]), 0.5)
-        array([1. , 0.5, 0. ])
-    """
+    """Density estimate `1 / (n h) sum_i max(0, 1 - |x - v_i| / h)` at every x."""
     ordered = np.sort(values)
     sums = np.concatenate([[0.0], np.cumsum(ordered)])
     low = np.searchsorted(ordered, at - bandwidth, side="right")

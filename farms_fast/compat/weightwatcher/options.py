@@ -10,17 +10,10 @@ from typing import Any
 from farms_fast.compat.arguments import choice, finite
 from farms_fast.core.arguments import check_int
 
-__all__ = ["LAYER_TYPES", "Options", "checked_options", "refuse_unsupported"]
-
 LAYER_TYPES = ("conv2d", "conv1d", "dense", "embedding", "norm")
 
-_FITS = {
-    "PL": "power_law",
-    "power_law": "power_law",
-    "TPL": "truncated_power_law",
-    "truncated_power_law": "truncated_power_law",
-    "E_TPL": "truncated_power_law",
-}
+_TRUNCATED = ("TPL", "truncated_power_law", "E_TPL")
+_FITS = ("PL", "power_law", *_TRUNCATED)
 _FLAGS = ("pool", "conv2d_norm", "randomize", "mp_fit", "detX", "ERG", "ww2x", "glorot_fix")
 _DEFAULT_TOLERANCE = 1e-6
 
@@ -47,13 +40,9 @@ _UNSUPPORTED: dict[str, tuple[tuple[object, ...], str]] = {
 class Options:
     """Options of `weightwatcher`, checked and brought to one form; see there for most of them.
 
-    Attributes:
-        min_evals: 0 for any, as `max_evals`.
-        fit: "power_law" or "truncated_power_law".
-        fix_fingers: "", "xmin_peak" or "clip_xmax".
-        clip: how many of the largest eigenvalues the fit leaves out.
-        force_xmax: the fitted law ends at the largest eigenvalue.
-        peft: "", "only" (the adapters) or "with_base".
+    `fix_fingers` is "", "xmin_peak" or "clip_xmax", `peft` "", "only" (the adapters) or
+    "with_base". `xmax` becomes `clip`, how many of the largest eigenvalues the fit leaves out, and
+    `force_xmax`, whether the fitted law ends at the largest.
     """
 
     layers: tuple[int | str, ...]
@@ -66,7 +55,7 @@ class Options:
     randomize: bool
     mp_fit: bool
     detX: bool
-    fit: str
+    truncated: bool
     pl_package: str
     fix_fingers: str
     xmin_max: float | None
@@ -80,12 +69,7 @@ class Options:
 
 
 def refuse_unsupported(given: Mapping[str, object], supported: Sequence[str]) -> None:
-    """Accepts values that ask for nothing and refuses the others by name.
-
-    Raises:
-        ValueError: an option of WeightWatcher that is not taken here.
-        TypeError: an option that WeightWatcher does not have.
-    """
+    """Accepts values that ask for nothing and refuses the others by name."""
     for name, value in given.items():
         if name not in _UNSUPPORTED:
             raise TypeError(f"{name}: no such option; expected one of {', '.join(supported)}")
@@ -97,12 +81,7 @@ def refuse_unsupported(given: Mapping[str, object], supported: Sequence[str]) ->
 
 
 def checked_options(given: Mapping[str, Any]) -> Options:
-    """The options, each checked.
-
-    Raises:
-        TypeError: an option of another kind.
-        ValueError: a value out of range, unknown, or in contradiction to another.
-    """
+    """The options of `weightwatcher` by their names, each checked."""
     for name in _FLAGS:
         if not isinstance(given[name], bool):
             raise TypeError(f"{name}: expected True or False, got {given[name]!r}")
@@ -119,7 +98,7 @@ def checked_options(given: Mapping[str, Any]) -> Options:
         )
     choice("svd_method", given["svd_method"], ("fast", "accurate"))
     package = choice("pl_package", given["pl_package"], ("ww", "powerlaw"))
-    fit = choice("fit", given["fit"], tuple(_FITS))
+    fit = choice("fit", given["fit"], _FITS)
     fingers = given["fix_fingers"]
     if fingers is None or fingers is False:
         fingers = ""
@@ -139,7 +118,7 @@ def checked_options(given: Mapping[str, Any]) -> Options:
         randomize=given["randomize"],
         mp_fit=given["mp_fit"],
         detX=given["detX"] or given["ERG"],
-        fit=_FITS[fit],
+        truncated=fit in _TRUNCATED,
         pl_package=package,
         fix_fingers="xmin_peak" if fit == "E_TPL" else fingers,
         xmin_max=None if xmin_max is None else finite("xmin_max", xmin_max),
@@ -165,39 +144,35 @@ def _xmax(value: object) -> tuple[int, bool]:
 
 
 def _check_consistent(fit: str, package: str, fingers: str, clip: int, force: bool) -> None:
-    if package == "ww":
-        for name, value, wrong in (
-            ("fit", fit, _FITS[fit] != "power_law"),
-            ("xmax", "force", force),
-            ("fix_fingers", fingers, fingers == "xmin_peak"),
-        ):
-            if wrong:
-                raise ValueError(
-                    f"{name}: {value!r} needs pl_package='powerlaw', as in WeightWatcher; "
-                    "got pl_package='ww'"
-                )
+    truncated, peak = fit in _TRUNCATED, fingers == "xmin_peak"
+    asked = (("fit", fit, truncated), ("xmax", "force", force), ("fix_fingers", fingers, peak))
+    for name, value, needs_powerlaw in asked:
+        if needs_powerlaw and package == "ww":
+            raise ValueError(
+                f"{name}: {value!r} needs pl_package='powerlaw', as in WeightWatcher; "
+                "got pl_package='ww'"
+            )
     if fingers and clip:
         raise ValueError(f"xmax: expected None with fix_fingers={fingers!r}, got {clip}")
-    if fingers == "clip_xmax" and _FITS[fit] != "power_law":
+    if fingers == "clip_xmax" and truncated:
         raise ValueError(f"fix_fingers: 'clip_xmax' fits power laws only, got fit={fit!r}")
-    if force and (fingers or _FITS[fit] != "power_law"):
+    if force and (fingers or truncated):
         raise ValueError("xmax: 'force' is supported with fit='PL' and without fix_fingers only")
 
 
 def _layers(value: object) -> tuple[int | str, ...]:
-    entries = [value] if isinstance(value, (str, Integral)) else value
-    if entries is None:
-        entries = []
+    entries = [value] if isinstance(value, (str, Integral)) else () if value is None else value
     try:
         listed = list(entries)  # type: ignore[call-overload]
     except TypeError:
         raise TypeError(
             f"layers: expected a list of ids, names or types, got {type(value).__name__}"
         ) from None
+    chosen: list[int | str] = []
     for entry in listed:
         if not isinstance(entry, (str, Integral)) or isinstance(entry, bool):
             raise TypeError(f"layers: expected ids, names or types, got {entry!r}")
-    chosen = [entry if isinstance(entry, str) else int(entry) for entry in listed]
+        chosen.append(entry if isinstance(entry, str) else int(entry))
     ids = [entry for entry in chosen if isinstance(entry, int)]
     if ids and min(ids) < 0 < max(ids):
         raise ValueError(f"layers: expected ids to keep or negative ids to drop, got both: {ids}")

@@ -18,8 +18,6 @@ from farms_fast.core.packing import group_by_budget
 from farms_fast.engine.solve import SolveTask, make_pools
 from farms_fast.spectra.windows import FullMatrix
 
-__all__ = ["LayerSpectra", "layer_spectra", "shuffled"]
-
 FloatArray = npt.NDArray[np.float64]
 
 _EPS = float(np.finfo(np.float64).eps)
@@ -35,16 +33,12 @@ _BUCKETS = 256
 
 @dataclass(frozen=True)
 class LayerSpectra:
-    """The eigenvalues of a layer.
+    """The eigenvalues of a layer, ascending; empty where a weight is not finite.
 
-    Attributes:
-        evals: (n,), float64, ascending, of all matrices together; empty where a weight is not
-            finite.
-        packed: the same on the device.
-        per_matrix: (P, c), ascending by row.
-        shuffled: of the shuffled weights, all replicas together; empty unless asked for.
-        shuffled_once: of the first replica. WeightWatcher shuffles once more for it; whatever is
-            made of it has the same distribution either way.
+    `evals` and, on the device, `packed` are those of all matrices together, `per_matrix` (P, c)
+    those of each, and `shuffled` those of the shuffled weights, all replicas together.
+    `shuffled_once` are those of the first replica: WeightWatcher shuffles once more for them, and
+    whatever is made of them has the same distribution either way.
     """
 
     evals: FloatArray
@@ -57,13 +51,9 @@ class LayerSpectra:
 def layer_spectra(
     layers: Sequence[WeightLayer], device: torch.device, *, shuffle: bool, seed: int
 ) -> list[LayerSpectra]:
-    """Solves the matrices of all layers, those of equal order together.
+    """Solves all layers, those of equal order together, shuffled as well where asked for.
 
-    Args:
-        layers: what to solve.
-        device: where.
-        shuffle: solve every layer with its elements shuffled as well.
-        seed: of the shuffles; a layer's depend on it, its id, its slice and the device alone.
+    A layer's shuffles depend on the seed, its id, its slice and the device alone.
     """
 
     def weight_bytes(index: int) -> int:
@@ -82,19 +72,7 @@ def layer_spectra(
 
 
 def shuffled(values: Tensor, key: tuple[int, ...]) -> Tensor:
-    """The values in a random order that depends on their number, the key and the device alone.
-
-    Args:
-        values: (n,), on the CPU or on CUDA; not written.
-        key: integers, none negative.
-
-    Example:
-        >>> import torch
-        >>> from farms_fast.compat.weightwatcher.spectra import shuffled
-        >>> first, second = (shuffled(torch.arange(9.0), (0, i)) for i in range(2))
-        >>> bool((first == second).all()), first.sort().values.tolist() == list(range(9))
-        (False, True)
-    """
+    """The values (n,) in a random order that depends on n, the key and the device alone."""
     seed = np.random.SeedSequence(key)
     if values.device.type == "cuda":
         number = int(seed.generate_state(1, np.uint64)[0])
@@ -181,12 +159,9 @@ def _replicas(weights: Sequence[Tensor], layers: Sequence[WeightLayer], seed: in
 
 
 def _eigenvalues(weights: Sequence[Tensor], exact: Sequence[int]) -> list[Tensor]:
-    """(S, order) of all matrices of each weight.
+    """(S, order) of all matrices of each weight (..., R, C).
 
-    Args:
-        weights: (..., R, C) each, of one order.
-        exact: how many of each weight's largest eigenvalues are right even where they almost
-            vanish.
+    The `exact` largest of each weight are right even where they almost vanish.
     """
     stacks = [weight.flatten(0, -3) for weight in weights]
     if len({stack.dtype for stack in stacks}) > 1:

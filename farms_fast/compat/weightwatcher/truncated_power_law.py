@@ -22,8 +22,6 @@ import numpy.typing as npt
 
 from farms_fast.spectra.power_law import one_spectrum
 
-__all__ = ["TruncatedPowerLawFit", "fit_truncated_power_law"]
-
 FloatArray = npt.NDArray[np.float64]
 
 # Where the integrand has fallen by exp(-42), less than a rounding error is left of the integral.
@@ -177,15 +175,7 @@ def _fitted(
 def maximum_likelihood(
     mean_log: FloatArray, mean: FloatArray
 ) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Alpha >= 1, z >= 0 and ln Z of the tails with these means of ln t and of t.
-
-    Args:
-        mean_log: float64 (n,), <ln t>, positive.
-        mean: float64 (n,), <t>, above 1.
-
-    Returns:
-        alpha, z and ln Z, float64 (n,) each.
-    """
+    """Alpha >= 1, z >= 0 and ln Z of the tails whose ln t and t have these means, (n,) each."""
     parts = [
         _maximum_likelihood(mean_log[i : i + _CHUNK], mean[i : i + _CHUNK])
         for i in range(0, mean_log.size, _CHUNK)
