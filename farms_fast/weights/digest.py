@@ -19,8 +19,6 @@ from torch import Tensor
 from farms_fast.weights.recipes import Recipe, recipe_id
 from farms_fast.weights.stacks import LayerSpec
 
-__all__ = ["layer_digest_of", "tensor_digest"]
-
 # Part of the digest: another size of piece is another digest.
 _PIECE = 16 * 2**20
 _SIZE = 20

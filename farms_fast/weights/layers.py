@@ -20,7 +20,6 @@ from farms_fast.weights.formats.lora_modules import Wrapper, module_wrappers, vi
 from farms_fast.weights.formats.quantised import dequantised_headers
 from farms_fast.weights.model_config import ModelConfig
 from farms_fast.weights.module_tensors import (
-    module_tensor,
     own_tensors,
     sparse_layout,
     tensor_identity,
@@ -39,17 +38,6 @@ from farms_fast.weights.stacks import (
     WeightCandidate,
     WeightTransform,
 )
-
-__all__ = [
-    "LayerSpec",
-    "Skipped",
-    "TensorHeader",
-    "layers_from_headers",
-    "layers_from_module",
-    "module_tensor",
-    "sparse_layout",
-    "tensor_identity",
-]
 
 
 class _Owned(NamedTuple):

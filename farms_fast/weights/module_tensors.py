@@ -12,8 +12,6 @@ from torch.nn.utils import parametrize
 
 from farms_fast.weights.formats.quantised import QUANTISED_BUFFERS
 
-__all__ = ["ON_META", "dequantised", "module_tensor", "own_tensors", "tensor_identity"]
-
 ON_META = (
     "is on the meta device: load the weights first (model.load_state_dict(state_dict, "
     "assign=True), or from_pretrained without offloading)"

@@ -14,8 +14,6 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-__all__ = ["AsStored", "Computed", "HeadRows", "Recipe", "Rows", "TrailingPositions", "recipe_id"]
-
 
 class Recipe:
     """Base of all recipes; a subclass declares its name: `class Rows(Recipe, name="rows/1")`."""

@@ -9,8 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["LayerSpec", "Part", "Skipped", "TensorHeader", "WeightCandidate", "WeightTransform"]
-
 Patterns = str | Sequence[str] | None
 # A recipe of `farms_fast.weights.recipes`, or a caller's own function.
 ToTensor = Callable[..., Tensor]

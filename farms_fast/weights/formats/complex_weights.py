@@ -9,8 +9,6 @@ from torch import Tensor
 
 from farms_fast.weights.recipes import Recipe
 
-__all__ = ["ComplexPairs", "FactorisedTensor", "RealAndImaginary", "TensorTrainCore"]
-
 
 def _not_half(weight: Tensor) -> Tensor:
     """16-bit numbers as float32: torch has no complex type for them."""

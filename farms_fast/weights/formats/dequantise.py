@@ -15,8 +15,6 @@ from torch import Tensor
 
 from farms_fast.weights.recipes import Recipe
 
-__all__ = ["BitsAndBytesInt8", "GroupQuantised", "Mxfp4", "Packed", "Scaled", "scale_layout"]
-
 # DeepSeek's blocks, when no config says otherwise.
 _USUAL_BLOCK = 128
 # 4-bit numbers e2m1, by their code.

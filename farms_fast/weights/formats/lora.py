@@ -20,8 +20,6 @@ from torch import Tensor
 from farms_fast.weights.recipes import Recipe
 from farms_fast.weights.stacks import TensorHeader, ToTensor, WeightCandidate
 
-__all__ = ["Adapter", "ApplyLoraUpdates", "LoraUpdate"]
-
 UPDATED_PARAMETER = "parameter with a LoRA update, which is read of layers only"
 # Rows that are updated at once, in float64.
 _ROWS = 512

@@ -21,8 +21,6 @@ from farms_fast.weights.formats.lora import (
 )
 from farms_fast.weights.stacks import TensorHeader, WeightCandidate
 
-__all__ = ["Wrapper", "module_wrappers", "visible_name"]
-
 
 @dataclass(frozen=True)
 class Wrapper:

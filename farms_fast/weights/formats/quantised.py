@@ -23,8 +23,6 @@ from farms_fast.weights.model_config import ModelConfig
 from farms_fast.weights.recipes import Recipe
 from farms_fast.weights.stacks import TensorHeader, WeightCandidate
 
-__all__ = ["QUANTISED_BUFFERS", "dequantised_headers"]
-
 _FLOAT8 = tuple(
     getattr(torch, f"float8_{kind}") for kind in ("e4m3fn", "e4m3fnuz", "e5m2", "e5m2fnuz")
 )

@@ -12,8 +12,6 @@ from collections.abc import Mapping
 from farms_fast.weights.formats.complex_weights import ComplexPairs
 from farms_fast.weights.stacks import TensorHeader
 
-__all__ = ["afno_layout", "is_afno_bias", "says_afno"]
-
 _AFNO = re.compile(r"afno|adaptive_?fourier", re.IGNORECASE)
 _OTHER = {"w1": "w2", "w2": "w1"}
 _REAL_LAYOUTS = ("leading", "trailing")

@@ -8,8 +8,6 @@ from functools import cached_property
 from farms_fast.weights.model_config import ModelConfig
 from farms_fast.weights.stacks import TensorHeader
 
-__all__ = ["HeaderIndex", "Weight", "leaf_name"]
-
 # Names of layers that GPT-2 stores (in, out).
 _GPT2_LEAVES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 

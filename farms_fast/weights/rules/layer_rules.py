@@ -17,8 +17,6 @@ from farms_fast.weights.rules.header_index import Weight, leaf_name
 from farms_fast.weights.rules.operator_layers import spectral_layers
 from farms_fast.weights.stacks import Part
 
-__all__ = ["RULES", "Answer", "unusable"]
-
 Answer = list[Part] | str | None
 
 # Families that store q, k and v one after the other. `query_key_value` (GPT-NeoX, BLOOM) is not

@@ -19,8 +19,6 @@ from farms_fast.weights.rules.layer_rules import (
     stack,
 )
 
-__all__ = ["layers_by_owner"]
-
 # RMSNorm came to torch later than the rest; LayerNorm alone can have a weight of several dims.
 _NORMALISATIONS = tuple(getattr(nn, n) for n in ("LayerNorm", "RMSNorm") if hasattr(nn, n))
 

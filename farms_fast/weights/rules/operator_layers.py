@@ -28,8 +28,6 @@ from farms_fast.weights.rules.afno_layers import afno_layout, is_afno_bias, says
 from farms_fast.weights.rules.header_index import Weight
 from farms_fast.weights.stacks import Part, TensorHeader, WeightCandidate
 
-__all__ = ["factor_matrices", "merge_complex_parts", "module_notes", "spectral_layers"]
-
 _FACTOR = re.compile(r"(.+)\.factors\.factor_(\d+)")
 _FILTER = "complex_weight"  # of GFNet, (height, width, channels, 2)
 # How plain models call a complex weight that they store as pairs of real numbers.

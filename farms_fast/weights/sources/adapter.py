@@ -12,8 +12,6 @@ from farms_fast.weights.sources.base import HeaderSource
 from farms_fast.weights.sources.memory import ModuleSource
 from farms_fast.weights.stacks import LayerSpec, Patterns, Skipped
 
-__all__ = ["AdapterSource"]
-
 _PREFIX = "adapter:"
 
 

@@ -10,8 +10,6 @@ from farms_fast.weights.layers import layers_from_headers
 from farms_fast.weights.model_config import ModelConfig
 from farms_fast.weights.stacks import LayerSpec, Patterns, Skipped, TensorHeader, WeightTransform
 
-__all__ = ["HeaderSource", "Source"]
-
 
 class Source(Protocol):
     """What the rest of the package asks of whatever holds weights."""

@@ -26,8 +26,6 @@ from farms_fast.weights.sources.base import HeaderSource
 from farms_fast.weights.sources.memory import MappingSource
 from farms_fast.weights.stacks import Skipped, TensorHeader
 
-__all__ = ["PICKLE_SUFFIXES", "PickleSource", "SafetensorsSource", "parse_json"]
-
 # Each file with the names to read from it, or with None for all of its names.
 Files = Mapping[Path, Sequence[str] | None]
 

@@ -16,8 +16,6 @@ from farms_fast.weights.sources.files import (
     parse_json,
 )
 
-__all__ = ["adapter_config", "checkpoint_holds", "named_base", "open_adapter", "open_folder"]
-
 _ADAPTER_CONFIG = "adapter_config.json"
 # How the names of a checkpoint's files end; analyses that lie beside them have other names.
 _PARTS = (

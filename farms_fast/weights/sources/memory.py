@@ -22,8 +22,6 @@ from farms_fast.weights.module_tensors import (
 from farms_fast.weights.sources.base import HeaderSource
 from farms_fast.weights.stacks import LayerSpec, Patterns, Skipped, TensorHeader, WeightTransform
 
-__all__ = ["MappingSource", "ModuleSource"]
-
 # Names under which training scripts put the weights, beside an optimiser's state and the like.
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 
