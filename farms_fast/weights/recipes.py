@@ -24,27 +24,18 @@ class Recipe:
         cls.recipe_name = name
 
     def __call__(self, *tensors: Any, **options: Any) -> Tensor:
-        """The weight or the stack: a view wherever strides allow one; tensors are never written."""
+        """`(S, count, C)`."""
+        """The weight or the `(S, R, C)` stack, a view where strides allow one."""
         raise NotImplementedError
 
     def region(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The rows, of as many dimensions as the weight has."""
         """Views of what the recipe reads of its tensors."""
         return tensors
 
 
 def recipe_id(recipe: object) -> str:
-    """The identity of a recipe as canonical JSON, recipes within it included.
-
-    Args:
-        recipe: a `Recipe`, or a plain function, which is known by its module and name alone.
-
-    Raises:
-        TypeError: it is any other callable, whose parameters cannot be told.
-
-    Example:
-        >>> recipe_id(Rows(0, 768))
-        '{"count":768,"recipe":"rows/1","start":0,"step":1,"transposed":false}'
-    """
+    """The identity as canonical JSON; TypeError for what is no recipe and no plain function."""
     return json.dumps(recipe, default=_declared, sort_keys=True, separators=(",", ":"))
 
 
@@ -62,10 +53,7 @@ def _declared(value: object) -> dict[str, object]:
 
 @dataclass(frozen=True)
 class Rows(Recipe, name="rows/1"):
-    """`count` rows from `start`, each `step` apart, of a matrix or of each matrix of a stack.
-
-    `transposed` transposes the matrices first.
-    """
+    """`count` rows from `start`, each `step` apart, of each matrix, transposed first if so."""
 
     start: int
     count: int
@@ -73,12 +61,10 @@ class Rows(Recipe, name="rows/1"):
     transposed: bool = False
 
     def region(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """The rows, of as many dimensions as the weight has."""
         matrix = tensors[0].mT if self.transposed else tensors[0]
         return (matrix[..., self.start : self.start + self.count * self.step : self.step, :],)
 
     def __call__(self, weight: Tensor) -> Tensor:
-        """`(S, count, C)`."""
         (rows,) = self.region(weight)
         return rows if rows.dim() == 3 else rows.unsqueeze(0)
 

@@ -1,8 +1,7 @@
-"""Rules that turn one weight tensor, known by name, shape and dtype alone, into stacks of matrices.
+"""Rules that turn one weight tensor, by name, shape, dtype and owner, into stacks of matrices.
 
-`RULES` has them in order, for tensors that are not `unusable`. Each answers with the layers that a
-tensor gives, with the reason why it gives none, or with None, which leaves the tensor to the next
-rule. No rule reads a value: planning needs headers only.
+`RULES` has them in order. Each answers with the layers that a tensor gives, with the reason why it
+gives none, or with None, which leaves the tensor to the next rule.
 """
 
 from __future__ import annotations
@@ -10,6 +9,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from farms_fast.core.arrays import FLOATING
 from farms_fast.weights.recipes import AsStored, HeadRows, Rows, TrailingPositions
@@ -94,9 +96,9 @@ def _is_gate_and_up(weight: Weight, rows: int) -> bool:
 
 
 def convolution(weight: Weight, groups: int = 1, transposed: bool = False) -> list[Part]:
-    """A kernel as one out x in matrix for each group and kernel position.
+    """One out x in matrix for each group and position of a kernel `(out, in/groups, *positions)`.
 
-    It is stored as `(out, in/groups, *kernel)`, or `(in, out/groups, *kernel)` when `transposed`.
+    A `transposed` kernel is `(in, out/groups, *positions)`.
     """
     shape = weight.shape
     first, second = shape[0] // groups, shape[1]
@@ -122,8 +124,7 @@ def embedding(weight: Weight) -> list[Part]:
 def is_stack(weight: Weight) -> bool:
     """Whether a 3-D weight looks like `(steps, in, out)`, not like a kernel `(out, in, width)`.
 
-    Such as one matrix for each time step or block: fewer of them than channels, as a kernel has
-    fewer positions than channels.
+    Fewer matrices than channels, as a kernel has fewer positions than channels.
     """
     shape = weight.shape
     return len(shape) == 3 and not weight.header.dtype.is_complex and shape[0] < shape[2]
@@ -132,9 +133,8 @@ def is_stack(weight: Weight) -> bool:
 def expert_stack(weight: Weight) -> list[Part]:
     """A 3-D weight of experts as out x in matrices, gate and up apart where names tell them.
 
-    `gate_up_proj` and `down_proj` of one module tell by their shapes whether they are stored
-    `(experts, out, in)` or `(experts, in, out)`. Gate comes before up, but for gpt-oss, whose
-    rows alternate: it is the one of these families whose experts have a bias.
+    Gate comes before up, but for gpt-oss, whose rows alternate: it is the one of these families
+    whose experts have a bias.
     """
     name, shape = weight.name, weight.shape
     transposed = _experts_transposed(weight)
@@ -210,7 +210,7 @@ def _recurrent(weight: Weight) -> Answer:
     if match[1] == "hr":  # the projection of the hidden state, which only an LSTM has
         return _cut_rows(name, shape, {"": shape[0]}, kind="lstm")
     hidden, projection = (
-        weight.index.same_module(name, f"weight_{which}{match[2] or ''}") for which in ("hh", "hr")
+        weight.same_module(f"weight_{which}{match[2] or ''}") for which in ("hh", "hr")
     )
     if hidden is None or len(hidden.shape) != 2:
         return _cut_rows(name, shape, {"": shape[0]})
@@ -279,3 +279,30 @@ RULES: tuple[Callable[[Weight], Answer], ...] = (
     _stack,
     _convolution,
 )
+
+
+# --- rules that need the module that owns a tensor ---
+
+
+def layers_by_owner(weight: Weight, owner: nn.Module) -> Answer:
+    """What the type of the module that owns the tensor says."""
+    if isinstance(owner, (nn.LayerNorm, nn.RMSNorm)):
+        return "elementwise scale of a normalisation, not a matrix"
+    kind, leaf = type(owner).__name__.lower(), weight.leaf
+    if leaf == "weight":
+        if isinstance(owner, nn.Linear):
+            return linear(weight)
+        if isinstance(owner, _ConvNd):
+            return convolution(weight, owner.groups, owner.transposed)
+        if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)):
+            return embedding(weight)
+        if isinstance(owner, nn.Bilinear):
+            return stack(weight, kind="bilinear")
+        # Hugging Face's Conv1D is a linear layer that stores its weight (in, out).
+        if type(owner).__name__ == "Conv1D" and hasattr(owner, "nf") and weight.rank == 2:
+            return linear(weight, transposed=True)
+    if weight.rank == 3 and "expert" in kind and "bias" not in leaf:
+        return expert_stack(weight)
+    if leaf.startswith("weight") and is_stack(weight) and "conv" not in kind:
+        return stack(weight, kind="stacked")
+    return None
