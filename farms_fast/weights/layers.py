@@ -17,19 +17,16 @@ from farms_fast.core.arguments import check_module, unmatched_pattern
 from farms_fast.weights.formats.lora_modules import Wrapper, module_wrappers, visible_name
 from farms_fast.weights.formats.quantised import dequantised_headers
 from farms_fast.weights.model_config import ModelConfig
-from farms_fast.weights.module_tensors import (
-    own_tensors,
-    sparse_layout,
-    tensor_identity,
-)
+from farms_fast.weights.module_tensors import own_tensors, sparse_layout, tensor_identity
 from farms_fast.weights.recipes import Computed
 from farms_fast.weights.rules.header_index import HeaderIndex, Weight
-from farms_fast.weights.rules.layer_rules import RULES, layers_by_owner, unusable
+from farms_fast.weights.rules.layer_rules import layers_of
 from farms_fast.weights.rules.operator_layers import merge_complex_parts, module_notes
 from farms_fast.weights.stacks import (
+    Globs,
+    Layers,
     LayerSpec,
     Part,
-    Patterns,
     Skipped,
     TensorHeader,
     WeightCandidate,
@@ -47,12 +44,12 @@ class _Owned(NamedTuple):
 
 def layers_from_headers(
     headers: Sequence[TensorHeader],
-    include: Patterns = None,
-    exclude: Patterns = None,
+    include: Globs = None,
+    exclude: Globs = None,
     *,
     config: ModelConfig | None = None,
     change: WeightTransform | None = None,
-) -> tuple[list[LayerSpec], list[Skipped]]:
+) -> Layers:
     """Layers of a checkpoint and what is skipped, from names, shapes and dtypes; reads no weight.
 
     `include` and `exclude` are globs of layer names; `include` brings in what is left out by
@@ -66,17 +63,17 @@ def layers_from_headers(
         raise ValueError(f"headers: expected each name once, got {twice!r} more than once")
     weights = _changed(merge_complex_parts(dequantised_headers(headers, config)), change)
     index = HeaderIndex((header for header, _ in weights), config)
-    answers = [(header, reason or _layers_of(Weight(header, index))) for header, reason in weights]
+    answers = [(header, reason or layers_of(Weight(header, index))) for header, reason in weights]
     return _select(answers, index, include, exclude)
 
 
 def layers_from_module(
     module: nn.Module,
-    include: Patterns = None,
-    exclude: Patterns = None,
+    include: Globs = None,
+    exclude: Globs = None,
     *,
     change: WeightTransform | None = None,
-) -> tuple[list[LayerSpec], list[Skipped]]:
+) -> Layers:
     """As `layers_from_headers`, from the types of a module's submodules too; the module is not run.
 
     Buffers count only where they hold a quantised weight. A parametrised, pruned or normalised
@@ -118,7 +115,7 @@ def layers_from_module(
     for header, reason in weights:
         position = min((positions[n] for n in header.stored if n in positions), default=len(owned))
         owner = owned[position].owner if position < len(owned) else None
-        answers.append((position, header, reason or _layers_of(Weight(header, index), owner)))
+        answers.append((position, header, reason or layers_of(Weight(header, index), owner)))
     answers.sort(key=lambda answer: answer[0])
     return _select([(header, answer) for _, header, answer in answers], index, include, exclude)
 
@@ -151,28 +148,12 @@ def _config_of(module: nn.Module) -> ModelConfig | None:
     return ModelConfig.of(entries) if isinstance(entries, Mapping) else None
 
 
-def _layers_of(weight: Weight, owner: nn.Module | None = None) -> list[Part] | str:
-    """What the first rule with an answer makes of a weight, or why there are no layers."""
-    answer = unusable(weight)
-    if not answer and owner is not None:
-        answer = layers_by_owner(weight, owner)
-    for rule in RULES:
-        answer = answer or rule(weight)
-    if not answer or isinstance(answer, str):
-        return answer or f"{weight.rank}-D tensor: no rule makes matrices of it"
-    count, rows, cols = answer[0].shape
-    if min(rows, cols) > 1:
-        return answer
-    what = "depthwise or single-channel: " if count > 1 else ""
-    return f"{what}a {rows} x {cols} matrix has one singular value, no spectrum"
-
-
 def _select(
     answers: Sequence[tuple[TensorHeader, list[Part] | str]],
     index: HeaderIndex,
-    include: Patterns,
-    exclude: Patterns,
-) -> tuple[list[LayerSpec], list[Skipped]]:
+    include: Globs,
+    exclude: Globs,
+) -> Layers:
     """Applies the patterns, and takes tied weights once."""
     included, excluded = _patterns("include", include), _patterns("exclude", exclude)
     layers: list[LayerSpec] = []
@@ -219,7 +200,7 @@ def _left_out(part: Part, included: list[str] | None, excluded: list[str] | None
     return "not matched by include"
 
 
-def _patterns(argument: str, value: Patterns) -> list[str] | None:
+def _patterns(argument: str, value: Globs) -> list[str] | None:
     if value is None:
         return None
     patterns = [value] if isinstance(value, str) else value

@@ -24,12 +24,10 @@ class Recipe:
         cls.recipe_name = name
 
     def __call__(self, *tensors: Any, **options: Any) -> Tensor:
-        """`(S, count, C)`."""
         """The weight or the `(S, R, C)` stack, a view where strides allow one."""
         raise NotImplementedError
 
     def region(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """The rows, of as many dimensions as the weight has."""
         """Views of what the recipe reads of its tensors."""
         return tensors
 
@@ -53,7 +51,7 @@ def _declared(value: object) -> dict[str, object]:
 
 @dataclass(frozen=True)
 class Rows(Recipe, name="rows/1"):
-    """`count` rows from `start`, each `step` apart, of each matrix, transposed first if so."""
+    """`count` rows from `start`, each `step` apart, of each (transposed) matrix."""
 
     start: int
     count: int
@@ -61,10 +59,12 @@ class Rows(Recipe, name="rows/1"):
     transposed: bool = False
 
     def region(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The rows, of as many dimensions as the weight has."""
         matrix = tensors[0].mT if self.transposed else tensors[0]
         return (matrix[..., self.start : self.start + self.count * self.step : self.step, :],)
 
     def __call__(self, weight: Tensor) -> Tensor:
+        """`(S, count, C)`."""
         (rows,) = self.region(weight)
         return rows if rows.dim() == 3 else rows.unsqueeze(0)
 

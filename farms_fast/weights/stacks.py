@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-Patterns = str | Sequence[str] | None
+Globs = str | Sequence[str] | None
 # A recipe of `farms_fast.weights.recipes`, or a caller's own function.
 ToTensor = Callable[..., Tensor]
 
@@ -49,6 +49,9 @@ class Skipped:
     name: str
     shape: tuple[int, ...]
     reason: str
+
+
+Layers = tuple[list[LayerSpec], list[Skipped]]
 
 
 @dataclass(frozen=True)

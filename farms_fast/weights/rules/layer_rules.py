@@ -1,14 +1,14 @@
 """Rules that turn one weight tensor, by name, shape, dtype and owner, into stacks of matrices.
 
-`RULES` has them in order. Each answers with the layers that a tensor gives, with the reason why it
-gives none, or with None, which leaves the tensor to the next rule.
+Each answers with the layers that a tensor gives, with the reason why it gives none, or with None,
+which leaves the tensor to the next rule.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -28,6 +28,7 @@ _FUSED_QKV_LEAVES = frozenset({"qkv", "c_attn", "Wqkv", "qkv_proj", "to_qkv"})
 _SEPARATE_QKV = {"q_proj_weight": "q", "k_proj_weight": "k", "v_proj_weight": "v"}
 _RECURRENT = re.compile(r"weight_(ih|hh|hr)(_l\d+(?:_reverse)?)?")
 _GATES = {4: ("lstm", "ifgo"), 3: ("gru", "rzn"), 1: ("rnn", "")}
+_EMBEDDINGS = ("wte", "wpe", "relative_attention_bias")
 _NOT_WEIGHTS = (
     (re.compile(r"(^|_)bias(_|$)"), "a bias"),
     (re.compile(r"(^|_)mask$"), "a mask"),
@@ -169,7 +170,24 @@ def _experts_transposed(weight: Weight) -> bool | None:
 # --- the rules ---
 
 
-def unusable(weight: Weight) -> Answer:
+def layers_of(weight: Weight, owner: nn.Module | None = None) -> list[Part] | str:
+    """What the first rule with an answer makes of a weight, or why there are no layers."""
+    answer = _unusable(weight)
+    if not answer and owner is not None:
+        answer = _by_owner(weight, owner)
+    for rule in (_not_a_weight, spectral_layers, _attention, _recurrent, _experts, _embedding):
+        answer = answer or rule(weight)
+    answer = answer or _by_rank(weight)
+    if isinstance(answer, str):
+        return answer
+    count, rows, cols = answer[0].shape
+    if min(rows, cols) > 1:
+        return answer
+    what = "depthwise or single-channel: " if count > 1 else ""
+    return f"{what}a {rows} x {cols} matrix has one singular value, no spectrum"
+
+
+def _unusable(weight: Weight) -> Answer:
     """Why no rule can take a spectrum of the tensor; None when one may."""
     dtype = str(weight.header.dtype).removeprefix("torch.")
     if dtype.startswith(("float8", "float4")):
@@ -239,52 +257,25 @@ def _experts(weight: Weight) -> Answer:
 
 def _embedding(weight: Weight) -> Answer:
     # A table of embeddings has no bias; a projection whose name says "embed" usually has one.
-    is_table = (
-        weight.bias is None if weight.rank == 2 else weight.rank == 3 and weight.shape[0] == 1
-    )
+    flat_table = weight.rank == 2 and weight.bias is None
+    is_table = flat_table or (weight.rank == 3 and weight.shape[0] == 1)
     leaf = leaf_name(weight.name).lower()
-    named = weight.name == "shared" or (
-        leaf != "embed_out"  # GPT-NeoX's output layer
-        and (
-            "embed" in leaf
-            or "emb" in leaf.split("_")
-            or leaf in ("wte", "wpe", "relative_attention_bias")
-        )
-    )
+    named = "embed" in leaf or "emb" in leaf.split("_") or leaf in _EMBEDDINGS
+    named = weight.name == "shared" or (named and leaf != "embed_out")  # GPT-NeoX's output layer
     return embedding(weight) if is_table and named else None
 
 
-def _linear(weight: Weight) -> Answer:
-    return linear(weight, transposed=weight.is_transposed) if weight.rank == 2 else None
+def _by_rank(weight: Weight) -> list[Part] | str:
+    if weight.rank == 2:
+        return linear(weight, transposed=weight.is_transposed)
+    if is_stack(weight) and not weight.leaf.startswith("weight"):
+        return stack(weight, kind="stacked")
+    if weight.rank <= 5:
+        return convolution(weight, transposed=weight.bias_proves_transposed)
+    return f"{weight.rank}-D tensor: no rule makes matrices of it"
 
 
-def _stack(weight: Weight) -> Answer:
-    named = weight.leaf.startswith("weight")
-    return stack(weight, kind="stacked") if is_stack(weight) and not named else None
-
-
-def _convolution(weight: Weight) -> Answer:
-    transposed = weight.bias_proves_transposed
-    return convolution(weight, transposed=transposed) if weight.rank <= 5 else None
-
-
-RULES: tuple[Callable[[Weight], Answer], ...] = (
-    _not_a_weight,
-    spectral_layers,
-    _attention,
-    _recurrent,
-    _experts,
-    _embedding,
-    _linear,
-    _stack,
-    _convolution,
-)
-
-
-# --- rules that need the module that owns a tensor ---
-
-
-def layers_by_owner(weight: Weight, owner: nn.Module) -> Answer:
+def _by_owner(weight: Weight, owner: nn.Module) -> Answer:
     """What the type of the module that owns the tensor says."""
     if isinstance(owner, (nn.LayerNorm, nn.RMSNorm)):
         return "elementwise scale of a normalisation, not a matrix"

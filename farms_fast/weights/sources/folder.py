@@ -19,7 +19,7 @@ from farms_fast.weights.sources.files import (
     parse_json,
 )
 from farms_fast.weights.sources.memory import HeaderSource, ModuleSource
-from farms_fast.weights.stacks import LayerSpec, Patterns, Skipped
+from farms_fast.weights.stacks import Globs, Layers
 
 _ADAPTER_CONFIG = "adapter_config.json"
 _PREFIX = "adapter:"
@@ -41,9 +41,7 @@ class AdapterSource:
         self._adapter = adapter
         self._apply = Adapter(config, adapter.headers, adapter.description, _PREFIX)
 
-    def layers(
-        self, include: Patterns = None, exclude: Patterns = None
-    ) -> tuple[list[LayerSpec], list[Skipped]]:
+    def layers(self, include: Globs = None, exclude: Globs = None) -> Layers:
         """The base's layers, in effect; ValueError when the adapter has none of its weights."""
         layers, skipped = self.base.layers(include, exclude, change=self._apply)
         return layers, skipped + self._adapter.skipped

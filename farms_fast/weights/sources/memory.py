@@ -19,7 +19,13 @@ from farms_fast.weights.module_tensors import (
     sparse_layout,
     tensor_identity,
 )
-from farms_fast.weights.stacks import LayerSpec, Patterns, Skipped, TensorHeader, WeightTransform
+from farms_fast.weights.stacks import (
+    Globs,
+    Layers,
+    Skipped,
+    TensorHeader,
+    WeightTransform,
+)
 
 # Names under which training scripts put the weights, beside an optimiser's state and the like.
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
@@ -32,9 +38,7 @@ class Source(Protocol):
     def description(self) -> str:
         """A path or a class name, for titles."""
 
-    def layers(
-        self, include: Patterns = None, exclude: Patterns = None
-    ) -> tuple[list[LayerSpec], list[Skipped]]:
+    def layers(self, include: Globs = None, exclude: Globs = None) -> Layers:
         """Layers to analyse, and what is not analysed with the reason; reads no weight."""
 
     def load(self, name: str) -> Tensor:
@@ -52,12 +56,8 @@ class HeaderSource:
         self._stored: dict[str, Any] = {}
 
     def layers(
-        self,
-        include: Patterns = None,
-        exclude: Patterns = None,
-        *,
-        change: WeightTransform | None = None,
-    ) -> tuple[list[LayerSpec], list[Skipped]]:
+        self, include: Globs = None, exclude: Globs = None, *, change: WeightTransform | None = None
+    ) -> Layers:
         """As `layers_from_headers`; what is no tensor to load is listed as skipped too."""
         layers, skipped = layers_from_headers(
             self.headers, include, exclude, config=self._config, change=change
@@ -82,12 +82,8 @@ class ModuleSource:
         self.description = type(module).__name__
 
     def layers(
-        self,
-        include: Patterns = None,
-        exclude: Patterns = None,
-        *,
-        change: WeightTransform | None = None,
-    ) -> tuple[list[LayerSpec], list[Skipped]]:
+        self, include: Globs = None, exclude: Globs = None, *, change: WeightTransform | None = None
+    ) -> Layers:
         """As `layers_from_module`."""
         return layers_from_module(self.module, include, exclude, change=change)
 
