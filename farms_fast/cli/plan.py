@@ -25,8 +25,8 @@ from farms_fast.engine.cost import Cost, Machine, measured_on, total
 from farms_fast.engine.machine import machine_of
 from farms_fast.engine.plan import Batch, Plan
 from farms_fast.engine.plan import plan as plan_layers
-from farms_fast.weights.layers import Skipped
 from farms_fast.weights.sources import open_source
+from farms_fast.weights.stacks import Skipped
 
 
 def plan(

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 
 from farms_fast.core.text import printable
-from farms_fast.weights.layers import Skipped
+from farms_fast.weights.stacks import Skipped
 
 _GAP = 2
 _NAME_FLOOR = 28

@@ -33,7 +33,7 @@ from farms_fast.engine.memory import (
 )
 from farms_fast.spectra.power_law import xmin_rule
 from farms_fast.spectra.windows import Sampling, WindowGrid
-from farms_fast.weights.layers import LayerSpec, Skipped
+from farms_fast.weights.stacks import LayerSpec, Skipped
 
 _H200 = Machine()
 # Batches that a run has on the device at a time.
@@ -215,7 +215,8 @@ def plan(
     Example:
         >>> import torch
         >>> from farms_fast import FullMatrix
-        >>> from farms_fast.weights.layers import TensorHeader, layers_from_headers
+        >>> from farms_fast.weights.layers import layers_from_headers
+        >>> from farms_fast.weights.stacks import TensorHeader
         >>> shapes = {"a": (8, 4), "b": (6, 6), "c": (4, 9)}
         >>> headers = [TensorHeader(n, s, torch.float32) for n, s in shapes.items()]
         >>> specs, _ = layers_from_headers(headers)

@@ -16,8 +16,8 @@ from farms_fast.engine.streams import use_on_current_stream
 from farms_fast.spectra.bootstrap import FitRule, LayerFits, fit_layers
 from farms_fast.spectra.power_law import nonfinite_message
 from farms_fast.weights.digest import layer_digest_of
-from farms_fast.weights.layers import LayerSpec
 from farms_fast.weights.sources import Source
+from farms_fast.weights.stacks import LayerSpec
 
 # Whether the results of a layer of that name and digest are there already.
 IsKnown = Callable[[str, str], bool]

@@ -26,8 +26,9 @@ from farms_fast.live.pending import EvalFilter, LayerAlpha, PendingAlphas
 from farms_fast.live.weights import LiveWeights
 from farms_fast.spectra.bootstrap import FitRule
 from farms_fast.spectra.windows import FixedAspectSampling, Sampling
-from farms_fast.weights.layers import LayerSpec, layers_from_module, module_tensor
-from farms_fast.weights.stacks import WeightTransform
+from farms_fast.weights.layers import layers_from_module
+from farms_fast.weights.module_tensors import module_tensor
+from farms_fast.weights.stacks import LayerSpec, WeightTransform
 
 _DEFAULT_SAMPLING = FixedAspectSampling()
 

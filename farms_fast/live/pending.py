@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from farms_fast.spectra.power_law import STATUSES, PowerLawFit, fit_message, nonfinite_message
-from farms_fast.weights.layers import LayerSpec
+from farms_fast.weights.stacks import LayerSpec
 
 # One row a layer, all float64: integers up to 2^53 keep their value.
 RESULT_COLUMNS = ("alpha", "D", "xmin", "n_tail", "status", "dropped", "bad windows")

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from farms_fast.weights.layers import LayerSpec, module_tensor, tensor_identity
+from farms_fast.weights.module_tensors import module_tensor, tensor_identity
+from farms_fast.weights.stacks import LayerSpec
 
 # A tensor, or why it cannot be had.
 LiveTensor = Tensor | Exception

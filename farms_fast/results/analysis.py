@@ -27,7 +27,7 @@ from farms_fast.views.html import write_report
 from farms_fast.views.notebook import analysis_html
 from farms_fast.views.plots import plot_alpha
 from farms_fast.views.values import Side
-from farms_fast.weights.layers import Skipped
+from farms_fast.weights.stacks import Skipped
 
 if TYPE_CHECKING:
     import pandas as pd

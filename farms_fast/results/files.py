@@ -29,7 +29,7 @@ from farms_fast.results.record import (
     field_value,
 )
 from farms_fast.results.settings import AnalysisSettings
-from farms_fast.weights.layers import Skipped
+from farms_fast.weights.stacks import Skipped
 
 if TYPE_CHECKING:
     import pandas as pd

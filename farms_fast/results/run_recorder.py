@@ -17,7 +17,7 @@ from farms_fast.results.analysis import Analysis
 from farms_fast.results.record import LayerRecord
 from farms_fast.results.settings import AnalysisSettings
 from farms_fast.results.store import ResultsStore, StoredRun, merge
-from farms_fast.weights.layers import Skipped
+from farms_fast.weights.stacks import Skipped
 
 _LOCK = ".lock"
 

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from farms_fast.weights.layers import Skipped
+from farms_fast.weights.stacks import Skipped
 
 __all__ = ["DifferenceValues", "LayerValues", "Side"]
 

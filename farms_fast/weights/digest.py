@@ -19,8 +19,6 @@ from torch import Tensor
 from farms_fast.weights.recipes import Recipe, recipe_id
 from farms_fast.weights.stacks import LayerSpec
 
-__all__ = ["layer_digest_of", "tensor_digest"]
-
 # Part of the digest: another size of piece is another digest.
 _PIECE = 16 * 2**20
 _SIZE = 20
@@ -49,10 +47,8 @@ def tensor_digest(tensor: Tensor) -> str:
         raise ValueError(f"tensor: expected a dense tensor with data, got one of {what}")
     tensor = tensor.detach()
     per_piece = _PIECE // tensor.element_size()
-    bounds = [
-        (start, min(start + per_piece, tensor.numel()))
-        for start in range(0, tensor.numel(), per_piece)
-    ]
+    size = tensor.numel()
+    bounds = [(start, min(start + per_piece, size)) for start in range(0, size, per_piece)]
 
     def digest(bound: tuple[int, int]) -> bytes:
         state = hashlib.blake2b(digest_size=_SIZE)
@@ -71,14 +67,10 @@ def tensor_digest(tensor: Tensor) -> str:
 
 
 def layer_digest_of(spec: LayerSpec, tensors: Sequence[Tensor]) -> str:
-    """Digest of a layer whose tensors are loaded.
+    """Digest of a layer from its loaded tensors, as `LayerSpec.to_stack` takes them.
 
     It covers the layer's name, kind and shape, the identity of its recipe, and what the stack is
     made from: of a fused tensor, the rows of this layer alone.
-
-    Args:
-        spec: the layer.
-        tensors: as `LayerSpec.to_stack` takes them.
 
     Raises:
         ValueError: there are more or fewer tensors than the layer has, or one has no data.

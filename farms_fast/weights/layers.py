@@ -1,8 +1,6 @@
 """From the tensors of a model to layers, each a stack of equal matrices.
 
-`layers_from_headers` knows names, shapes and dtypes only; `layers_from_module` also knows what
-kind of module owns a tensor. Neither reads a weight. Every tensor ends either in a layer or in the
-list of skipped ones, with its reason.
+Every tensor ends either in a layer or in the list of skipped ones, with its reason.
 """
 
 from __future__ import annotations
@@ -19,37 +17,21 @@ from farms_fast.core.arguments import check_module, unmatched_pattern
 from farms_fast.weights.formats.lora_modules import Wrapper, module_wrappers, visible_name
 from farms_fast.weights.formats.quantised import dequantised_headers
 from farms_fast.weights.model_config import ModelConfig
-from farms_fast.weights.module_tensors import (
-    module_tensor,
-    own_tensors,
-    sparse_layout,
-    tensor_identity,
-)
+from farms_fast.weights.module_tensors import own_tensors, sparse_layout, tensor_identity
 from farms_fast.weights.recipes import Computed
 from farms_fast.weights.rules.header_index import HeaderIndex, Weight
-from farms_fast.weights.rules.layer_rules import RULES, unusable
-from farms_fast.weights.rules.module_rules import layers_by_owner
+from farms_fast.weights.rules.layer_rules import layers_of
 from farms_fast.weights.rules.operator_layers import merge_complex_parts, module_notes
 from farms_fast.weights.stacks import (
+    Globs,
+    Layers,
     LayerSpec,
     Part,
-    Patterns,
     Skipped,
     TensorHeader,
     WeightCandidate,
     WeightTransform,
 )
-
-__all__ = [
-    "LayerSpec",
-    "Skipped",
-    "TensorHeader",
-    "layers_from_headers",
-    "layers_from_module",
-    "module_tensor",
-    "sparse_layout",
-    "tensor_identity",
-]
 
 
 class _Owned(NamedTuple):
@@ -62,39 +44,18 @@ class _Owned(NamedTuple):
 
 def layers_from_headers(
     headers: Sequence[TensorHeader],
-    include: Patterns = None,
-    exclude: Patterns = None,
+    include: Globs = None,
+    exclude: Globs = None,
     *,
     config: ModelConfig | None = None,
     change: WeightTransform | None = None,
-) -> tuple[list[LayerSpec], list[Skipped]]:
-    """Layers of a checkpoint, from the names, shapes and dtypes of its tensors.
+) -> Layers:
+    """Layers of a checkpoint and what is skipped, from names, shapes and dtypes; reads no weight.
 
-    A header does not say whether a convolution is grouped or, without a bias, transposed: all are
-    read as `(out, in, *kernel)`. Their modules tell more.
-
-    Args:
-        headers: one for each tensor; the layers come in this order.
-        include: None, a glob or several, matched with case against layer names. It brings in
-            layers that are left out by default, as embeddings are.
-        exclude: as `include`; it has the last word.
-        config: the model's, for what headers do not tell: how many key heads a fused projection
-            has, how a weight is quantised.
-        change: what an adapter makes of the weights, once quantised ones have been restored.
-
-    Returns:
-        The layers to analyse and the tensors that are not analysed, both in order.
-
-    Raises:
-        ValueError: two headers have one name, `include` is empty, or a pattern matches no name.
-        TypeError: a pattern is not a string, or `change` no function.
-
-    Example:
-        >>> import torch
-        >>> headers = [TensorHeader("conv.weight", (8, 4, 3, 3), torch.float32)]
-        >>> (layer,), skipped = layers_from_headers(headers)
-        >>> layer.name, layer.kind, layer.shape
-        ('conv', 'conv2d', (9, 8, 4))
+    `include` and `exclude` are globs of layer names; `include` brings in what is left out by
+    default, and `exclude` has the last word. `change` gets the weights once quantised ones have
+    their headers. A header does not say whether a convolution is grouped or, without a bias,
+    transposed: all are read as `(out, in, *kernel)`.
     """
     names = [header.name for header in headers]
     if len(set(names)) != len(names):
@@ -102,42 +63,22 @@ def layers_from_headers(
         raise ValueError(f"headers: expected each name once, got {twice!r} more than once")
     weights = _changed(merge_complex_parts(dequantised_headers(headers, config)), change)
     index = HeaderIndex((header for header, _ in weights), config)
-    answers = [(header, reason or _layers_of(Weight(header, index))) for header, reason in weights]
+    answers = [(header, reason or layers_of(Weight(header, index))) for header, reason in weights]
     return _select(answers, index, include, exclude)
 
 
 def layers_from_module(
     module: nn.Module,
-    include: Patterns = None,
-    exclude: Patterns = None,
+    include: Globs = None,
+    exclude: Globs = None,
     *,
     change: WeightTransform | None = None,
-) -> tuple[list[LayerSpec], list[Skipped]]:
-    """Layers of a module, from the types of its submodules and the shapes of their parameters.
+) -> Layers:
+    """As `layers_from_headers`, from the types of a module's submodules too; the module is not run.
 
     Buffers count only where they hold a quantised weight. A parametrised, pruned or normalised
-    weight, and one in a LoRA layer of PEFT, is taken as the module uses it. The `config` of a
-    Hugging Face model is read. The first of tied weights is analysed, the others are skipped.
-
-    Args:
-        module: any module; it is neither run nor changed.
-        include: as in `layers_from_headers`.
-        exclude: as in `layers_from_headers`.
-        change: as in `layers_from_headers`.
-
-    Returns:
-        The layers to analyse and the tensors that are not analysed, both in module order.
-
-    Raises:
-        ValueError: `include` is empty, or a pattern matches no name.
-        TypeError: `module` is not a module, a pattern is not a string, or `change` no function.
-
-    Example:
-        >>> layers, skipped = layers_from_module(nn.Sequential(nn.Linear(8, 4), nn.ReLU()))
-        >>> [(layer.name, layer.tensors, layer.shape) for layer in layers]
-        [('0', ('0.weight',), (1, 4, 8))]
-        >>> skipped
-        [Skipped(name='0.bias', shape=(4,), reason='vector, not a matrix')]
+    weight, and one in a LoRA layer of PEFT, is taken as the module uses it. The first of tied
+    weights is analysed.
     """
     check_module("module", module)
     wrappers = module_wrappers(module)
@@ -168,12 +109,13 @@ def layers_from_module(
     notes = module_notes(module)
     weights = _changed(merge_complex_parts(weights, notes), change)
     index = HeaderIndex((header for header, _ in weights), config, notes)
-    answers: list[tuple[int, TensorHeader, list[Part] | str]] = []
-    answers += [(n, item.header, item.reason) for n, item in enumerate(owned) if item.reason]
+    answers: list[tuple[int, TensorHeader, list[Part] | str]] = [
+        (n, item.header, item.reason) for n, item in enumerate(owned) if item.reason
+    ]
     for header, reason in weights:
         position = min((positions[n] for n in header.stored if n in positions), default=len(owned))
         owner = owned[position].owner if position < len(owned) else None
-        answers.append((position, header, reason or _layers_of(Weight(header, index), owner)))
+        answers.append((position, header, reason or layers_of(Weight(header, index), owner)))
     answers.sort(key=lambda answer: answer[0])
     return _select([(header, answer) for _, header, answer in answers], index, include, exclude)
 
@@ -201,34 +143,17 @@ def _as_wrapped(header: TensorHeader, wrappers: Mapping[str, Wrapper]) -> Weight
 
 
 def _config_of(module: nn.Module) -> ModelConfig | None:
-    """What a Hugging Face model knows of itself."""
     to_dict = getattr(getattr(module, "config", None), "to_dict", None)
     entries = to_dict() if callable(to_dict) else None
     return ModelConfig.of(entries) if isinstance(entries, Mapping) else None
 
 
-def _layers_of(weight: Weight, owner: nn.Module | None = None) -> list[Part] | str:
-    """What the first rule with an answer makes of a weight, or why there are no layers."""
-    answer = unusable(weight)
-    if not answer and owner is not None:
-        answer = layers_by_owner(weight, owner)
-    for rule in RULES:
-        answer = answer or rule(weight)
-    if not answer or isinstance(answer, str):
-        return answer or f"{weight.rank}-D tensor: no rule makes matrices of it"
-    count, rows, cols = answer[0].shape
-    if min(rows, cols) > 1:
-        return answer
-    what = "depthwise or single-channel: " if count > 1 else ""
-    return f"{what}a {rows} x {cols} matrix has one singular value, no spectrum"
-
-
 def _select(
     answers: Sequence[tuple[TensorHeader, list[Part] | str]],
     index: HeaderIndex,
-    include: Patterns,
-    exclude: Patterns,
-) -> tuple[list[LayerSpec], list[Skipped]]:
+    include: Globs,
+    exclude: Globs,
+) -> Layers:
     """Applies the patterns, and takes tied weights once."""
     included, excluded = _patterns("include", include), _patterns("exclude", exclude)
     layers: list[LayerSpec] = []
@@ -275,7 +200,7 @@ def _left_out(part: Part, included: list[str] | None, excluded: list[str] | None
     return "not matched by include"
 
 
-def _patterns(argument: str, value: Patterns) -> list[str] | None:
+def _patterns(argument: str, value: Globs) -> list[str] | None:
     if value is None:
         return None
     patterns = [value] if isinstance(value, str) else value

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["ModelConfig"]
-
 _HEADS = ("num_attention_heads", "n_head", "n_heads")
 _KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "kv_n_heads")
 # query_key_value of these goes head by head: q, k and v of one head together.
@@ -18,12 +16,7 @@ _HEAD_BY_HEAD = frozenset({"gpt_neox", "gpt_neox_japanese", "bloom", "persimmon"
 class ModelConfig:
     """The entries of a config that matter here; zero or empty where it has none.
 
-    Attributes:
-        model_type: Hugging Face's name of the architecture.
-        heads: query heads.
-        key_heads: key heads, each with one value head.
-        head_dim: size of a head.
-        quantization: `quantization_config`.
+    `heads` counts query heads, `key_heads` key heads, each with one value head.
     """
 
     model_type: str = ""
@@ -36,13 +29,7 @@ class ModelConfig:
 
     @classmethod
     def of(cls, entries: Mapping[str, Any]) -> ModelConfig:
-        """From the entries of a config.json; ignores what it does not understand.
-
-        Example:
-            >>> config = ModelConfig.of({"num_attention_heads": 8, "hidden_size": 64})
-            >>> config.heads, config.key_heads, config.head_dim
-            (8, 8, 8)
-        """
+        """From the entries of a config.json; ignores what it does not understand."""
         quantization = entries.get("quantization_config") or entries.get("compression_config")
         # Models of several modalities nest the language model's entries.
         text = entries.get("text_config")
@@ -69,9 +56,8 @@ class ModelConfig:
     def grouped_heads(self, leaf: str) -> tuple[int, int] | None:
         """The number of head groups of a fused projection and of query heads in each, if known.
 
-        Args:
-            leaf: `query_key_value` (GPT-NeoX, BLOOM, Falcon), `wqkv` (InternLM2) or `c_attn`
-                (GPT-BigCode).
+        `query_key_value` is of GPT-NeoX, BLOOM and Falcon, `wqkv` of InternLM2, `c_attn` of
+        GPT-BigCode.
         """
         if not self.heads or not self.key_heads or self.heads % self.key_heads:
             return None

@@ -12,8 +12,6 @@ from torch.nn.utils import parametrize
 
 from farms_fast.weights.formats.quantised import QUANTISED_BUFFERS
 
-__all__ = ["ON_META", "dequantised", "module_tensor", "own_tensors", "tensor_identity"]
-
 ON_META = (
     "is on the meta device: load the weights first (model.load_state_dict(state_dict, "
     "assign=True), or from_pretrained without offloading)"
@@ -23,11 +21,7 @@ _HOOKED = re.compile(r"(.+)_(?:orig|g|v)")
 
 
 def module_tensor(module: nn.Module, name: str) -> Tensor:
-    """The tensor behind a name of `LayerSpec.tensors`, detached and not copied.
-
-    Raises:
-        ValueError: the module has no such tensor, or the tensor has no data.
-    """
+    """The tensor behind a name of `LayerSpec.tensors`, detached and not copied."""
     prefix, _, leaf = name.rpartition(".")
     try:
         tensor = _effective(module.get_submodule(prefix), leaf)
@@ -41,10 +35,7 @@ def module_tensor(module: nn.Module, name: str) -> Tensor:
 
 
 def dequantised(tensor: Tensor) -> Tensor:
-    """The values of a tensor of a class that holds a quantised weight, such as torchao's.
-
-    Such a tensor shows the shape and dtype of its values. Any other tensor is returned as it is.
-    """
+    """The values of a tensor, also of a class that holds a quantised weight, as torchao's do."""
     if type(tensor).dequantize is Tensor.dequantize:
         return tensor
     values: Tensor = tensor.dequantize()
@@ -66,7 +57,7 @@ def tensor_identity(tensor: Tensor) -> Hashable | None:
 
 
 def sparse_layout(tensor: Tensor) -> str:
-    """Why a tensor that is not dense cannot be analysed; empty for a dense one."""
+    """Why a tensor cannot be analysed that is not dense."""
     if tensor.layout is torch.strided:
         return ""
     return f"layout {str(tensor.layout).removeprefix('torch.')}: make it dense first"
@@ -87,7 +78,7 @@ def _effective(owner: nn.Module, leaf: str) -> Tensor:
 
 
 def own_tensors(owner: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor, str]]:
-    """A module's own tensors: leaf name, tensor, and why it is not analysed (or nothing)."""
+    """A module's own tensors: leaf name, tensor, and why it is not analysed."""
     parameters = owner.named_parameters(recurse=False, remove_duplicate=False)
     if "parametrizations" in prefix.split("."):
         reason = "original of a parametrised weight, which is analysed as the module uses it"

@@ -14,8 +14,6 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-__all__ = ["AsStored", "Computed", "HeadRows", "Recipe", "Rows", "TrailingPositions", "recipe_id"]
-
 
 class Recipe:
     """Base of all recipes; a subclass declares its name: `class Rows(Recipe, name="rows/1")`."""
@@ -26,7 +24,7 @@ class Recipe:
         cls.recipe_name = name
 
     def __call__(self, *tensors: Any, **options: Any) -> Tensor:
-        """The weight or the stack: a view wherever strides allow one; tensors are never written."""
+        """The weight or the `(S, R, C)` stack, a view where strides allow one."""
         raise NotImplementedError
 
     def region(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -35,18 +33,7 @@ class Recipe:
 
 
 def recipe_id(recipe: object) -> str:
-    """The identity of a recipe as canonical JSON, recipes within it included.
-
-    Args:
-        recipe: a `Recipe`, or a plain function, which is known by its module and name alone.
-
-    Raises:
-        TypeError: it is any other callable, whose parameters cannot be told.
-
-    Example:
-        >>> recipe_id(Rows(0, 768))
-        '{"count":768,"recipe":"rows/1","start":0,"step":1,"transposed":false}'
-    """
+    """The identity as canonical JSON; TypeError for what is no recipe and no plain function."""
     return json.dumps(recipe, default=_declared, sort_keys=True, separators=(",", ":"))
 
 
@@ -64,10 +51,7 @@ def _declared(value: object) -> dict[str, object]:
 
 @dataclass(frozen=True)
 class Rows(Recipe, name="rows/1"):
-    """`count` rows from `start`, each `step` apart, of a matrix or of each matrix of a stack.
-
-    `transposed` transposes the matrices first.
-    """
+    """`count` rows from `start`, each `step` apart, of each (transposed) matrix."""
 
     start: int
     count: int

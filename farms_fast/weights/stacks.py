@@ -9,9 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["LayerSpec", "Part", "Skipped", "TensorHeader", "WeightCandidate", "WeightTransform"]
-
-Patterns = str | Sequence[str] | None
+Globs = str | Sequence[str] | None
 # A recipe of `farms_fast.weights.recipes`, or a caller's own function.
 ToTensor = Callable[..., Tensor]
 
@@ -23,12 +21,10 @@ class LayerSpec:
     Attributes:
         name: module name, or tensor name without a trailing `.weight`; a part of a fused tensor
             has its role appended (`attn.in_proj.q`, `lstm.weight_ih_l0.f`).
-        kind: `linear`, `attention`, `conv1d`..`conv3d`, `conv_transpose1d`..
-            `conv_transpose3d`, `lstm`, `gru`, `rnn`, `experts`, `bilinear`,
-            `spectral`, `stacked` (any other stack of matrices) or `embedding`.
-        tensors: names of the source tensors in the order in which `to_stack` takes them. There are
-            several where a weight is computed: a quantised one with its scales, one with its LoRA
-            update.
+        kind: `linear`, `attention`, `conv1d`..`conv3d`, `conv_transpose1d`..`conv_transpose3d`,
+            `lstm`, `gru`, `rnn`, `experts`, `bilinear`, `spectral`, `stacked` (any other stack of
+            matrices) or `embedding`.
+        tensors: what `to_stack` takes; several where a weight is computed, as from its scales.
         shape: `(S, R, C)`: S equal matrices of R rows and C columns.
         dtype: of the stored tensor, or of the computed weight. A `spectral` layer that stores
             real and imaginary parts apart has a real dtype and gives a complex stack.
@@ -45,12 +41,9 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A tensor, or a part of one, that is not analysed, and why.
+    """A tensor, or a part of one, that is not analysed, and why; `name` is its layer name.
 
-    Attributes:
-        name: its layer name.
-        shape: of the tensor; of the stack when a whole layer was left out.
-        reason: one line for the reader of a report.
+    `shape` is the tensor's, or the stack's when a whole layer was left out.
     """
 
     name: str
@@ -58,13 +51,16 @@ class Skipped:
     reason: str
 
 
+Layers = tuple[list[LayerSpec], list[Skipped]]
+
+
 @dataclass(frozen=True)
 class TensorHeader:
     """What is known of a weight before it is loaded.
 
     Attributes:
-        name: its name in the checkpoint or module.
-        shape: its dimensions.
+        name: in the checkpoint or module.
+        shape: the tensor's, or the computed weight's.
         dtype: as stored, or as `combine` returns it.
         identity: equal for two names of one and the same memory, None when that is not known.
         tensors: names of the stored tensors that it is computed from; empty for a stored one.
@@ -98,6 +94,15 @@ class TensorHeader:
         """Names of the tensors to load."""
         return self.tensors or (self.name,)
 
+    @property
+    def leaf(self) -> str:
+        """The name within the module."""
+        return self.name.rpartition(".")[2]
+
+    def neighbour(self, leaf: str) -> str:
+        """The name of the tensor `leaf` of the same module."""
+        return self.name.removesuffix(self.leaf) + leaf
+
 
 class WeightCandidate(NamedTuple):
     """A weight that may become layers, and why it does not; an empty reason leaves it to rules."""
@@ -112,15 +117,9 @@ WeightTransform = Callable[[Sequence[WeightCandidate]], list[WeightCandidate]]
 
 @dataclass(frozen=True)
 class Part:
-    """A layer that a rule makes of one tensor.
+    """A layer that a rule makes of one tensor, with the fields of `LayerSpec`.
 
-    Attributes:
-        name: as in `LayerSpec`.
-        kind: as in `LayerSpec`.
-        shape: `(S, R, C)`.
-        to_stack: as in `LayerSpec`, of one tensor.
-        left_out: why only an include pattern brings the layer into an analysis; empty for a layer
-            that is analysed by default.
+    `left_out` is why only an include pattern brings the layer into an analysis, empty by default.
     """
 
     name: str

@@ -25,7 +25,7 @@ from farms_fast.core.progress import reporter
 from farms_fast.results.analysis import Analysis
 from farms_fast.results.record import LayerRecord
 from farms_fast.spectra.windows import FixedAspectSampling, FullMatrix
-from farms_fast.weights.layers import Skipped
+from farms_fast.weights.stacks import Skipped
 from tests.support.records import SETTINGS
 
 HOSTILE = "a\x1b[31mred\x1b[0m\n[bold]b[/bold]\u202e\x07"

@@ -10,7 +10,8 @@ import torch
 from farms_fast import FullMatrix
 from farms_fast.engine.pipeline import run
 from farms_fast.engine.plan import Batch, plan
-from farms_fast.weights.layers import TensorHeader, layers_from_headers
+from farms_fast.weights.layers import layers_from_headers
+from farms_fast.weights.stacks import TensorHeader
 
 CPU = torch.device("cpu")
 

@@ -18,7 +18,8 @@ from farms_fast import FixedAspectSampling, FullMatrix
 from farms_fast.engine import plan as planning
 from farms_fast.engine.cost import Cost, Machine
 from farms_fast.engine.plan import UNDER_WAY, Batch, LayerWindows, Plan, plan
-from farms_fast.weights.layers import LayerSpec, TensorHeader, layers_from_headers
+from farms_fast.weights.layers import layers_from_headers
+from farms_fast.weights.stacks import LayerSpec, TensorHeader
 from tests.support.sparse_checkpoints import LLAMA_7B, LLAMA_70B, Llama
 
 no_deadline = settings(deadline=None)

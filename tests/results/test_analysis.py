@@ -27,7 +27,7 @@ from farms_fast.results.settings import AnalysisSettings
 from farms_fast.spectra.metrics import METRIC_NAMES, spectrum_metrics
 from farms_fast.spectra.power_law import PowerLawFit
 from farms_fast.spectra.windows import FixedAspectSampling
-from farms_fast.weights.layers import Skipped
+from farms_fast.weights.stacks import Skipped
 from tests.support.records import SETTINGS
 
 WINDOWS = np.array([[0.5, 1.0, 3.0], [0.1, 2.0, 7.0]])

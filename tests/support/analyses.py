@@ -8,7 +8,7 @@ from farms_fast.results.analysis import Analysis
 from farms_fast.results.record import LayerRecord, Uncertainty
 from farms_fast.results.settings import AnalysisSettings
 from farms_fast.spectra.power_law import fit_power_law
-from farms_fast.weights.layers import Skipped
+from farms_fast.weights.stacks import Skipped
 
 HOSTILE = "</script><img src=x onerror=\"document.title='taken'\">'&amp;<!--<script>{{data}}\u2028"
 RIGHT_TO_LEFT = "\u05d0\u05d1\u05d2.\u202eevil.\u0627\u0644"

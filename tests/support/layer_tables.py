@@ -5,14 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from farms_fast.weights.layers import (
-    LayerSpec,
-    Skipped,
-    TensorHeader,
-    layers_from_headers,
-    layers_from_module,
-    module_tensor,
-)
+from farms_fast.weights.layers import layers_from_headers, layers_from_module
+from farms_fast.weights.module_tensors import module_tensor
+from farms_fast.weights.stacks import LayerSpec, Skipped, TensorHeader
 
 
 def header(name: str, *shape: int, dtype: torch.dtype = torch.float32) -> TensorHeader:

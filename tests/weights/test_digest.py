@@ -25,7 +25,6 @@ from farms_fast.weights.formats.complex_weights import (
     TensorTrainCore,
 )
 from farms_fast.weights.formats.lora import ApplyLoraUpdates, LoraUpdate
-from farms_fast.weights.layers import LayerSpec
 from farms_fast.weights.recipes import (
     AsStored,
     Computed,
@@ -36,6 +35,7 @@ from farms_fast.weights.recipes import (
     recipe_id,
 )
 from farms_fast.weights.sources import Source, open_source
+from farms_fast.weights.stacks import LayerSpec
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64]
 

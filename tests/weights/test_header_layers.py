@@ -9,12 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from farms_fast.weights.layers import (
-    LayerSpec,
-    TensorHeader,
-    layers_from_headers,
-)
+from farms_fast.weights.layers import layers_from_headers
 from farms_fast.weights.model_config import ModelConfig
+from farms_fast.weights.stacks import LayerSpec, TensorHeader
 from tests.support.layer_tables import by_header, header, reasons, shares_memory
 
 # --- headers ---

@@ -9,13 +9,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from farms_fast.weights.layers import (
-    LayerSpec,
-    Skipped,
-    layers_from_headers,
-    layers_from_module,
-    module_tensor,
-)
+from farms_fast.weights.layers import layers_from_headers, layers_from_module
+from farms_fast.weights.module_tensors import module_tensor
+from farms_fast.weights.stacks import LayerSpec, Skipped
 from tests.support.layer_tables import by_module, header, reasons, shares_memory, stack_of
 
 # --- modules, each against an explicit loop ---

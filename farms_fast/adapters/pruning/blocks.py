@@ -10,7 +10,8 @@ from torch import nn
 
 from farms_fast.core.arguments import check_module
 from farms_fast.weights.formats.quantised import QUANTISED_BUFFERS
-from farms_fast.weights.layers import Skipped, tensor_identity
+from farms_fast.weights.module_tensors import tensor_identity
+from farms_fast.weights.stacks import Skipped
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

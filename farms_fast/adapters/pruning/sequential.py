@@ -24,7 +24,7 @@ from farms_fast.adapters.pruning.statistics import InputStatistics
 from farms_fast.adapters.pruning.tokens import check_tokens
 from farms_fast.core.arguments import check_int
 from farms_fast.core.progress import Progress, reporter
-from farms_fast.weights.layers import Skipped
+from farms_fast.weights.stacks import Skipped
 
 NM = tuple[int, int]
 # A ratio or an N:M, the other None.

@@ -22,7 +22,7 @@ from farms_fast.core.packing import group_by_budget
 from farms_fast.engine.solve import SolveTask, fit_pools, make_pools, solve_side_by_side
 from farms_fast.engine.streams import STREAMS, make_streams
 from farms_fast.spectra.power_law import STATUSES
-from farms_fast.weights.layers import module_tensor, sparse_layout
+from farms_fast.weights.module_tensors import module_tensor, sparse_layout
 
 # Eigenvalues that are held on the device at once, unless one layer has more.
 _VALUES_PER_BATCH = 2**24

@@ -28,7 +28,7 @@ from farms_fast.results.store.rows import (
     sql_text,
     unpack,
 )
-from farms_fast.weights.layers import Skipped
+from farms_fast.weights.stacks import Skipped
 
 __all__ = ["ResultsStore", "RunInfo", "StoredRun"]
 

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from farms_fast.weights.recipes import Recipe
 
-__all__ = ["ComplexPairs", "FactorisedTensor", "RealAndImaginary", "TensorTrainCore"]
-
 
 def _not_half(weight: Tensor) -> Tensor:
     """16-bit numbers as float32: torch has no complex type for them."""
@@ -28,10 +26,7 @@ class RealAndImaginary(Recipe, name="real-and-imaginary/1"):
 
 @dataclass(frozen=True)
 class ComplexPairs(Recipe, name="complex-pairs/1"):
-    """`(..., 2)` of real and imaginary parts to a complex tensor: a view where that is possible.
-
-    `joint` is as in `FactorisedTensor`.
-    """
+    """`(..., 2)` of real and imaginary parts to a complex tensor; `joint` as `FactorisedTensor`."""
 
     joint: bool = False
 
@@ -66,7 +61,7 @@ class FactorisedTensor(Recipe, name="factorised-tensor/1"):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the tensor."""
+        """The tensor's."""
         if self.kind == "tt":
             sizes = tuple(core[1] for core in self.shapes)
         else:
@@ -106,10 +101,7 @@ class FactorisedTensor(Recipe, name="factorised-tensor/1"):
 
 @dataclass(frozen=True)
 class TensorTrainCore(Recipe, name="tensor-train-core/1"):
-    """A core of a tensor train `(left, size, right)` to `(left · size, right)`.
-
-    The last core, whose right rank is 1, becomes `(left, size)`.
-    """
+    """A core `(left, size, right)` to `(left · size, right)`, the last to `(left, size)`."""
 
     pairs: bool = False
 

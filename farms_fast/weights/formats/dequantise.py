@@ -1,8 +1,4 @@
-"""Recipes of quantised weights: float32 values as each format defines them.
-
-Each takes a weight's stored tensors and returns a new one. Only the product of number and scale is
-rounded.
-"""
+"""Recipes of quantised weights: new float32 tensors; only number times scale is rounded."""
 
 from __future__ import annotations
 
@@ -15,10 +11,7 @@ from torch import Tensor
 
 from farms_fast.weights.recipes import Recipe
 
-__all__ = ["BitsAndBytesInt8", "GroupQuantised", "Mxfp4", "Packed", "Scaled", "scale_layout"]
-
-# DeepSeek's blocks, when no config says otherwise.
-_USUAL_BLOCK = 128
+_USUAL_BLOCK = 128  # DeepSeek's, when no config says otherwise
 # 4-bit numbers e2m1, by their code.
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 # AWQ: nibble i of a word holds column _AWQ_ORDER[i] of its eight.
@@ -72,8 +65,7 @@ def scale_layout(
 ) -> ScaleLayout | None:
     """How a scale of one shape lies over a weight of another; None when it does not.
 
-    Blocks have the configured sizes. Without any they have 128, as is usual, or what divides
-    evenly.
+    Without `configured` sizes blocks have 128, as is usual, or what divides evenly.
     """
     rank = len(shape)
     if math.prod(scale) == 1:
@@ -184,9 +176,8 @@ class Mxfp4(Recipe, name="mxfp4/1"):
 
     def __call__(self, blocks: Tensor, scales: Tensor) -> Tensor:
         """float32, the last dimension that of all blocks together."""
-        table = torch.tensor(
-            [*_E2M1, *(-value for value in _E2M1)], dtype=torch.float32, device=blocks.device
-        )
+        signed = [*_E2M1, *(-value for value in _E2M1)]
+        table = torch.tensor(signed, dtype=torch.float32, device=blocks.device)
         values = torch.empty((*blocks.shape, 2), dtype=torch.float32, device=blocks.device)
         values[..., 0] = table[(blocks & 15).int()]
         values[..., 1] = table[(blocks >> 4).int()]

@@ -2,8 +2,6 @@
 
 The effective weight is `W + scaling * B @ A`, with `scaling = alpha / r` or, rank-stabilised
 (arXiv 2312.03732), `alpha / sqrt(r)`. DoRA (arXiv 2402.09353) scales each row to a trained length.
-`Adapter` reads checkpoints of PEFT; `farms_fast.weights.formats.lora_modules` finds LoRA layers in
-modules.
 """
 
 from __future__ import annotations
@@ -19,8 +17,6 @@ from torch import Tensor
 
 from farms_fast.weights.recipes import Recipe
 from farms_fast.weights.stacks import TensorHeader, ToTensor, WeightCandidate
-
-__all__ = ["Adapter", "ApplyLoraUpdates", "LoraUpdate"]
 
 UPDATED_PARAMETER = "parameter with a LoRA update, which is read of layers only"
 # Rows that are updated at once, in float64.
@@ -39,10 +35,7 @@ _FOREIGN = re.compile(r"(?P<target>.+?)\.(?:lora_\w+|token_adapter|trainable_tok
 class LoraUpdate:
     """One update `scaling * B @ A`.
 
-    Attributes:
-        scaling: alpha / r or alpha / sqrt(r).
-        transposed: whether the weight is stored (in, out).
-        dora: whether a third tensor holds the length of each row.
+    `transposed` says that the weight is stored (in, out), `dora` that rows have trained lengths.
     """
 
     scaling: float
@@ -52,7 +45,7 @@ class LoraUpdate:
 
 @dataclass(frozen=True)
 class ApplyLoraUpdates(Recipe, name="lora/1"):
-    """A weight with its updates, each computed in float64 and rounded once.
+    """A weight with its updates, computed in float64 and rounded once.
 
     Takes the tensors of the base weight, then A, B and, for DoRA, the magnitudes of each update.
     """
@@ -63,29 +56,27 @@ class ApplyLoraUpdates(Recipe, name="lora/1"):
 
     def __call__(self, *tensors: Tensor) -> Tensor:
         """A new tensor of the weight's shape, in float32 at least."""
-        base, rest = tensors[: self.base_tensors], list(tensors[self.base_tensors :])
+        base, others = tensors[: self.base_tensors], tensors[self.base_tensors :]
         weight = base[0] if self.base is None else self.base(*base)
-        result = torch.empty(
-            weight.shape,
-            dtype=torch.promote_types(weight.dtype, torch.float32),
-            device=weight.device,
-        )
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        result = torch.empty(weight.shape, dtype=dtype, device=weight.device)
         transposed = self.updates[0].transposed
         before = _as_matrix(weight, transposed)
         after = _as_matrix(result, transposed)  # a view: `result` is contiguous
         factors: list[tuple[LoraUpdate, Tensor, Tensor, Tensor | None]] = []
+        rest = iter([tensor.to(weight.device, torch.float64) for tensor in others])
         for update in self.updates:
-            a, b = (rest.pop(0).to(weight.device, torch.float64).flatten(1) for _ in "AB")
-            length = rest.pop(0).to(weight.device, torch.float64) if update.dora else None
-            factors.append((update, a, b, length))
+            a, b = next(rest).flatten(1), next(rest).flatten(1)
+            factors.append((update, a, b, next(rest).flatten() if update.dora else None))
         for start in range(0, len(before), _ROWS):
             rows = slice(start, start + _ROWS)
             block = before[rows].to(torch.float64)
             for update, a, b, length in factors:
                 block = torch.addmm(block, b[rows], a, alpha=update.scaling)
                 if length is not None:
-                    trained = length.flatten()[rows].unsqueeze(1)
-                    block *= trained / torch.linalg.vector_norm(block, dim=1, keepdim=True)
+                    block *= length[rows].unsqueeze(1) / torch.linalg.vector_norm(
+                        block, dim=1, keepdim=True
+                    )
             after[rows] = block
         return result
 
@@ -107,7 +98,7 @@ def is_transposed(
 
 
 def not_applied(base: TensorHeader, problem: str) -> WeightCandidate:
-    """A weight that is not analysed, because its update is not understood."""
+    """The weight, not analysed because its update is not understood."""
     return WeightCandidate(base, f"weight whose LoRA update cannot be applied: {problem}")
 
 
@@ -132,14 +123,7 @@ class _Target:
 class Adapter:
     """The tensors of a PEFT adapter, and what they make of the weights of a base model.
 
-    Args:
-        config: the entries of `adapter_config.json`.
-        headers: of the adapter's tensors.
-        description: where it comes from, for messages.
-        prefix: put before the adapter's names in `LayerSpec.tensors`, to tell them from the base's.
-
-    Raises:
-        ValueError: it is not of LoRA, or needs more than its tensors and its base.
+    `prefix` is put before the adapter's names in `LayerSpec.tensors`, to tell them from the base's.
     """
 
     def __init__(
@@ -149,9 +133,7 @@ class Adapter:
         description: str,
         prefix: str = "",
     ) -> None:
-        self._config = config
-        self._description = description
-        self._prefix = prefix
+        self._config, self._description, self._prefix = config, description, prefix
         self._check_config()
         self._targets: dict[str, _Target] = {}
         self._replaced: dict[str, TensorHeader] = {}
@@ -175,19 +157,14 @@ class Adapter:
                 plain = re.sub(r"\.(base_layer|modules_to_save(\.default)?)(?=\.)", "", name)
                 self._replaced[plain] = header
         if len(adapters) > 1:
-            raise ValueError(
-                f"{description}: expected the tensors of one adapter, got {len(adapters)}: "
-                + ", ".join(sorted(adapters))
-            )
+            names = ", ".join(sorted(adapters))
+            raise self._error(f"expected the tensors of one adapter, got {len(adapters)}: {names}")
+
+    def _error(self, problem: str) -> ValueError:
+        return ValueError(f"{self._description}: {problem}")
 
     def __call__(self, weights: Sequence[WeightCandidate]) -> list[WeightCandidate]:
-        """The weights of the base with the adapter's changes, in their order.
-
-        A target that the base lacks, or that does not fit, is in the result with a reason.
-
-        Raises:
-            ValueError: none of the targets is a weight of the base, or a rank is not the config's.
-        """
+        """The weights of the base with the adapter's changes, or why one does not fit."""
         by_name = {weight.header.name: number for number, weight in enumerate(weights)}
         result = [self._unless_parameter(weight) for weight in weights]
         appended = [WeightCandidate(header) for header in self._biases]
@@ -213,10 +190,9 @@ class Adapter:
                 result[number] = self._updated(target, entry, result[number].header)
         if self._targets and missing == len(self._targets):
             first = next(iter(self._targets))
-            raise ValueError(
-                f"{self._description}: expected updates of weights of the base, got none among"
-                f" {len(self._targets)} (the first is for {first + '.weight'!r}): is it another"
-                " model's adapter?"
+            raise self._error(
+                f"expected updates of weights of the base, got none among {missing} (the first is"
+                f" for {first + '.weight'!r}): is it another model's adapter?"
             )
         return result + appended
 
@@ -250,13 +226,11 @@ class Adapter:
         rank = a.shape[0]
         expected = self._of_pattern("rank_pattern", target, "r", rank)
         if expected != rank:
-            raise ValueError(
-                f"{self._description}: {a.name}: expected rank {expected:g} as in the config, "
-                f"got shape {a.shape}"
-            )
+            wanted = f"expected rank {expected:g} as in the config"
+            raise self._error(f"{a.name}: {wanted}, got shape {a.shape}")
         alpha = self._of_pattern("alpha_pattern", target, "lora_alpha", math.nan)
         if math.isnan(alpha):
-            raise ValueError(f"{self._description}: expected a number as lora_alpha, got none")
+            raise self._error("expected a number as lora_alpha, got none")
         return alpha / (math.sqrt(rank) if self._config.get("use_rslora") is True else rank)
 
     def _of_pattern(self, patterns: str, target: str, entry: str, default: float) -> float:
@@ -267,36 +241,33 @@ class Adapter:
             try:
                 matches = re.match(rf"(.*\.)?({pattern})$", target)
             except re.error as error:
-                raise ValueError(
-                    f"{self._description}: expected a regular expression in {patterns}, "
-                    f"got {pattern!r}: {error}"
+                raise self._error(
+                    f"expected a regular expression in {patterns}, got {pattern!r}: {error}"
                 ) from None
             if matches:
                 value = other
                 break
         if not isinstance(value, (int, float)) or isinstance(value, bool):
-            raise ValueError(f"{self._description}: expected a number as {entry}, got {value!r}")
+            raise self._error(f"expected a number as {entry}, got {value!r}")
         return float(value)
 
     def _check_config(self) -> None:
         kind = self._config.get("peft_type", "LORA")
         if kind != "LORA":
-            raise ValueError(
-                f"{self._description}: expected an adapter of peft_type 'LORA', got {kind!r}"
-            )
+            raise self._error(f"expected an adapter of peft_type 'LORA', got {kind!r}")
         start = self._config.get("init_lora_weights", True)
         if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
-            raise ValueError(
-                f"{self._description}: expected an adapter of the base as it is, got one with"
-                f" init_lora_weights={start!r}, which has changed its base: convert it to a plain"
-                " LoRA adapter first (PEFT's save_pretrained does so)"
+            raise self._error(
+                "expected an adapter of the base as it is, got one with init_lora_weights="
+                f"{start!r}, which has changed its base: convert it to a plain LoRA adapter first"
+                " (PEFT's save_pretrained does so)"
             )
         if self._config.get("layer_replication"):
-            raise ValueError(f"{self._description}: expected no layer_replication, got one")
+            raise self._error("expected no layer_replication, got one")
 
 
 def _number_of(name: str, by_name: Mapping[str, int]) -> int | None:
-    """The number of a weight among the base's; one of the two names may have a prefix more."""
+    """The number of a weight of the base; one of the two names may have a prefix more."""
     pieces = name.split(".")
     for first in range(len(pieces) - 1):
         number = by_name.get(".".join(pieces[first:]))

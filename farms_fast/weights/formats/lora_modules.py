@@ -21,19 +21,13 @@ from farms_fast.weights.formats.lora import (
 )
 from farms_fast.weights.stacks import TensorHeader, WeightCandidate
 
-__all__ = ["Wrapper", "module_wrappers", "visible_name"]
-
 
 @dataclass(frozen=True)
 class Wrapper:
     """A module of PEFT around another one.
 
-    Attributes:
-        path: its name.
-        module: the wrapping module.
-        children: the names of its submodules on the way to the module in use, such as
-            `("base_layer",)` or `("modules_to_save", "default")`.
-        adapters: active LoRA adapters, empty when they are merged already or switched off.
+    `children` are the names on the way to the module in use, `("base_layer",)` or for example
+    `("modules_to_save", "default")`; `adapters` are active and not merged.
     """
 
     path: str
@@ -54,11 +48,8 @@ class Wrapper:
         problem = ""
         for adapter in self.adapters:
             embedding = adapter in getattr(owner, "lora_embedding_A", {})
-            parts = (
-                [f"lora_embedding_{what}.{adapter}" for what in "AB"]
-                if embedding
-                else [f"lora_{what}.{adapter}.weight" for what in "AB"]
-            )
+            start, end = ("lora_embedding_", "") if embedding else ("lora_", ".weight")
+            parts = [f"{start}{factor}.{adapter}{end}" for factor in "AB"]
             dora = bool(getattr(owner, "use_dora", {}).get(adapter))
             a, b = (_parameter(owner, part) for part in parts)
             fan_in_fan_out = getattr(owner, "fan_in_fan_out", False) is True
@@ -85,7 +76,7 @@ def _parameter(owner: nn.Module, name: str) -> Tensor:
 
 
 def module_wrappers(module: nn.Module) -> dict[str, Wrapper]:
-    """The LoRA layers and retrained modules in a module as PEFT makes them, by name."""
+    """The LoRA layers and retrained modules in a module, by name."""
     wrappers: dict[str, Wrapper] = {}
     for path, owner in module.named_modules(remove_duplicate=False):
         children = owner._modules
@@ -112,15 +103,7 @@ def _active(owner: nn.Module) -> tuple[str, ...]:
 
 
 def visible_name(name: str, wrappers: Mapping[str, Wrapper]) -> tuple[str, str]:
-    """The name of a tensor as if nothing were wrapped, or why it is not the one in use.
-
-    Args:
-        name: in the wrapped module.
-        wrappers: from `module_wrappers`.
-
-    Returns:
-        The name and an empty reason, or the name unchanged and the reason.
-    """
+    """The name as if nothing were wrapped, or the name as it is and why it is not in use."""
     if not wrappers:
         return name, ""
     pieces, visible, at = name.split("."), [], 0

@@ -1,8 +1,4 @@
-"""Quantised weights as common formats store them: which tensors belong together.
-
-`dequantised_headers` finds them by names, dtypes and shapes, and puts one header in the place of
-each group: float32, `(out, in)`. A recipe computes the values when a layer is loaded.
-"""
+"""Quantised weights as common formats store them: which tensors belong together."""
 
 from __future__ import annotations
 
@@ -23,8 +19,6 @@ from farms_fast.weights.model_config import ModelConfig
 from farms_fast.weights.recipes import Recipe
 from farms_fast.weights.stacks import TensorHeader, WeightCandidate
 
-__all__ = ["QUANTISED_BUFFERS", "dequantised_headers"]
-
 _FLOAT8 = tuple(
     getattr(torch, f"float8_{kind}") for kind in ("e4m3fn", "e4m3fnuz", "e5m2", "e5m2fnuz")
 )
@@ -37,23 +31,9 @@ QUANTISED_BUFFERS |= {"weight_scale", "weight_scale_inv", "weight_zero_point"}
 def dequantised_headers(
     headers: Sequence[TensorHeader], config: ModelConfig | None = None
 ) -> list[WeightCandidate]:
-    """Puts the header of the weight in the place of those that a quantised one is stored as.
+    """Puts the header of the float32 `(out, in)` weight in the place of what it is stored as.
 
-    Args:
-        headers: of all tensors of a model.
-        config: its config.json, for what headers do not tell: block sizes and bits.
-
-    Returns:
-        One entry for each weight and for each other tensor, in order. Quantised weights of formats
-        that are not read have a reason with the format's name.
-
-    Example:
-        >>> import torch
-        >>> headers = [TensorHeader("fc.weight", (4, 8), torch.float8_e4m3fn),
-        ...            TensorHeader("fc.weight_scale", (4, 1), torch.float32)]
-        >>> ((weight, _),) = dequantised_headers(headers)
-        >>> weight.name, weight.dtype, weight.tensors
-        ('fc.weight', torch.float32, ('fc.weight', 'fc.weight_scale'))
+    The config tells block sizes and bits. Weights of formats that are not read get a reason.
     """
     by_name = {header.name: header for header in headers}
     config = config or ModelConfig()
@@ -71,8 +51,7 @@ def dequantised_headers(
 class _Stored:
     """A tensor that may be the main one of a quantised weight, and the model around it.
 
-    `prefix` and `leaf` make the tensor's name; `name` is the weight's, the same unless the format
-    says otherwise.
+    `name` is the weight's: the tensor's unless the format says otherwise.
     """
 
     def __init__(
@@ -80,22 +59,21 @@ class _Stored:
     ) -> None:
         self.header, self.headers, self.config = header, headers, config
         self.shape, self.dtype, self.name = header.shape, header.dtype, header.name
-        parent, dot, self.leaf = header.name.rpartition(".")
-        self.prefix = parent + dot
 
     def same_module(self, leaf: str) -> TensorHeader | None:
-        """The tensor `leaf` of the same module."""
-        return self.headers.get(self.prefix + leaf)
+        return self.headers.get(self.header.neighbour(leaf))
+
+    def refused(self, why: str) -> WeightCandidate:
+        header = TensorHeader(self.name, self.shape, self.dtype)
+        return WeightCandidate(header, f"quantised weight {why}")
 
     def not_read(self, what: str) -> WeightCandidate:
         dtype = str(self.dtype).removeprefix("torch.")
-        reason = f"quantised weight in a format that is not read: {what}, stored as {dtype}"
-        return WeightCandidate(TensorHeader(self.name, self.shape, self.dtype), reason)
+        return self.refused(f"in a format that is not read: {what}, stored as {dtype}")
 
     def misfit(self, parts: Sequence[TensorHeader], what: str) -> WeightCandidate:
-        shapes = ", ".join(f"{p.name.rpartition('.')[2]} {tuple(p.shape)}" for p in parts)
-        reason = f"quantised weight whose tensors do not fit together as {what}: {shapes}"
-        return WeightCandidate(TensorHeader(self.name, self.shape, self.dtype), reason)
+        shapes = ", ".join(f"{part.leaf} {tuple(part.shape)}" for part in parts)
+        return self.refused(f"whose tensors do not fit together as {what}: {shapes}")
 
     def computed(
         self, shape: tuple[int, ...], parts: Sequence[TensorHeader], recipe: Recipe
@@ -106,7 +84,7 @@ class _Stored:
 
 def _weight_of(stored: _Stored) -> WeightCandidate | None:
     """The weight of which this is the main tensor; None for any other tensor."""
-    name, leaf, dtype, rank = stored.name, stored.leaf, stored.dtype, len(stored.shape)
+    name, leaf, dtype, rank = stored.name, stored.header.leaf, stored.dtype, len(stored.shape)
     if leaf == "qweight" and dtype == torch.int32 and rank == 2:
         return _gptq_or_awq(stored)
     if leaf == "weight_packed":
@@ -171,7 +149,7 @@ def _bitsandbytes_int8(stored: _Stored) -> WeightCandidate:
 
 
 def _gptq_or_awq(stored: _Stored) -> WeightCandidate:
-    stored.name = f"{stored.prefix}weight"
+    stored.name = stored.header.neighbour("weight")
     header, config = stored.header, stored.config.quantization
     zeros, scales, index = map(stored.same_module, ("qzeros", "scales", "g_idx"))
     if zeros is None or scales is None or len(scales.shape) != 2 or len(zeros.shape) != 2:
@@ -213,7 +191,8 @@ def _gptq_or_awq(stored: _Stored) -> WeightCandidate:
 
 
 def _compressed_pack(stored: _Stored) -> WeightCandidate:
-    stored.name, what = f"{stored.prefix}weight", "compressed-tensors pack-quantized"
+    stored.name = stored.header.neighbour("weight")
+    what = "compressed-tensors pack-quantized"
     if stored.dtype != torch.int32 or stored.same_module("weight_global_scale"):
         return stored.not_read("compressed-tensors 4-bit floats (NVFP4)")
     scale, bits = stored.same_module("weight_scale"), _compressed_bits(stored.config)

@@ -8,8 +8,6 @@ from functools import cached_property
 from farms_fast.weights.model_config import ModelConfig
 from farms_fast.weights.stacks import TensorHeader
 
-__all__ = ["HeaderIndex", "Weight", "leaf_name"]
-
 # Names of layers that GPT-2 stores (in, out).
 _GPT2_LEAVES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 
@@ -20,13 +18,7 @@ def leaf_name(name: str) -> str:
 
 
 class HeaderIndex:
-    """The tensors of a model by name.
-
-    Args:
-        headers: of all of its weights.
-        config: of the model.
-        notes: what the modules tell, from `farms_fast.weights.rules.operator_layers.module_notes`.
-    """
+    """The weights of a model by name, its config, and `operator_layers.module_notes` of it."""
 
     def __init__(
         self,
@@ -43,16 +35,8 @@ class HeaderIndex:
         base = tensor_name.removesuffix(".weight")
         return tensor_name if base in self.by_name else base
 
-    def same_module(self, tensor_name: str, leaf: str) -> TensorHeader | None:
-        """The tensor `leaf` of the same module, if there is one."""
-        parent, dot, _ = tensor_name.rpartition(".")
-        return self.by_name.get(parent + dot + leaf)
-
     def sibling_layer(self, tensor_name: str, leaf: str) -> TensorHeader | None:
-        """The weight of the layer `leaf` beside the tensor's.
-
-        `a.down_proj` for `a.up_proj`, and `a.down_proj.weight` for `a.up_proj.weight`.
-        """
+        """`a.down_proj` for `a.up_proj`, and `a.down_proj.weight` for `a.up_proj.weight`."""
         parent, dot, _ = tensor_name.removesuffix(".weight").rpartition(".")
         suffix = ".weight" if leaf_name(tensor_name) == "weight" else ""
         return self.by_name.get(f"{parent}{dot}{leaf}{suffix}")
@@ -69,23 +53,20 @@ class HeaderIndex:
 
 
 class Weight:
-    """A tensor that the rules make layers of.
+    """A tensor that the rules make layers of, in its model.
 
-    Attributes:
-        header: of the tensor.
-        index: of its model.
-        name: of the layer.
-        leaf: the tensor's name within its module, `weight` of most.
-        shape: of the tensor.
-        rank: the number of its dimensions.
-        bias: the bias beside a tensor called `weight`.
+    `name` is the layer's, `leaf` the tensor's within its module; `bias` is beside a `weight`.
     """
 
     def __init__(self, header: TensorHeader, index: HeaderIndex) -> None:
         self.header, self.index = header, index
         self.shape, self.rank = header.shape, len(header.shape)
-        self.name, self.leaf = index.layer_name(header.name), leaf_name(header.name)
-        self.bias = index.same_module(header.name, "bias") if self.leaf == "weight" else None
+        self.name, self.leaf = index.layer_name(header.name), header.leaf
+        self.bias = self.same_module("bias") if self.leaf == "weight" else None
+
+    def same_module(self, leaf: str) -> TensorHeader | None:
+        """The tensor `leaf` of the same module, if there is one."""
+        return self.index.by_name.get(self.header.neighbour(leaf))
 
     @property
     def bias_proves_transposed(self) -> bool:
@@ -97,7 +78,7 @@ class Weight:
 
     @property
     def has_gpt2_name(self) -> bool:
-        """Whether the layer is called like one of GPT-2's that are stored (in, out)."""
+        """Whether GPT-2 stores a layer of this name (in, out)."""
         return leaf_name(self.name) in _GPT2_LEAVES
 
     @property

@@ -1,23 +1,23 @@
-"""Rules that turn one weight tensor, known by name, shape and dtype alone, into stacks of matrices.
+"""Rules that turn one weight tensor, by name, shape, dtype and owner, into stacks of matrices.
 
-`RULES` has them in order, for tensors that are not `unusable`. Each answers with the layers that a
-tensor gives, with the reason why it gives none, or with None, which leaves the tensor to the next
-rule. No rule reads a value: planning needs headers only.
+Each answers with the layers that a tensor gives, with the reason why it gives none, or with None,
+which leaves the tensor to the next rule.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from farms_fast.core.arrays import FLOATING
 from farms_fast.weights.recipes import AsStored, HeadRows, Rows, TrailingPositions
 from farms_fast.weights.rules.header_index import Weight, leaf_name
 from farms_fast.weights.rules.operator_layers import spectral_layers
 from farms_fast.weights.stacks import Part
-
-__all__ = ["RULES", "Answer", "unusable"]
 
 Answer = list[Part] | str | None
 
@@ -28,6 +28,7 @@ _FUSED_QKV_LEAVES = frozenset({"qkv", "c_attn", "Wqkv", "qkv_proj", "to_qkv"})
 _SEPARATE_QKV = {"q_proj_weight": "q", "k_proj_weight": "k", "v_proj_weight": "v"}
 _RECURRENT = re.compile(r"weight_(ih|hh|hr)(_l\d+(?:_reverse)?)?")
 _GATES = {4: ("lstm", "ifgo"), 3: ("gru", "rzn"), 1: ("rnn", "")}
+_EMBEDDINGS = ("wte", "wpe", "relative_attention_bias")
 _NOT_WEIGHTS = (
     (re.compile(r"(^|_)bias(_|$)"), "a bias"),
     (re.compile(r"(^|_)mask$"), "a mask"),
@@ -96,9 +97,9 @@ def _is_gate_and_up(weight: Weight, rows: int) -> bool:
 
 
 def convolution(weight: Weight, groups: int = 1, transposed: bool = False) -> list[Part]:
-    """A kernel as one out x in matrix for each group and kernel position.
+    """One out x in matrix for each group and position of a kernel `(out, in/groups, *positions)`.
 
-    It is stored as `(out, in/groups, *kernel)`, or `(in, out/groups, *kernel)` when `transposed`.
+    A `transposed` kernel is `(in, out/groups, *positions)`.
     """
     shape = weight.shape
     first, second = shape[0] // groups, shape[1]
@@ -124,8 +125,7 @@ def embedding(weight: Weight) -> list[Part]:
 def is_stack(weight: Weight) -> bool:
     """Whether a 3-D weight looks like `(steps, in, out)`, not like a kernel `(out, in, width)`.
 
-    Such as one matrix for each time step or block: fewer of them than channels, as a kernel has
-    fewer positions than channels.
+    Fewer matrices than channels, as a kernel has fewer positions than channels.
     """
     shape = weight.shape
     return len(shape) == 3 and not weight.header.dtype.is_complex and shape[0] < shape[2]
@@ -134,9 +134,8 @@ def is_stack(weight: Weight) -> bool:
 def expert_stack(weight: Weight) -> list[Part]:
     """A 3-D weight of experts as out x in matrices, gate and up apart where names tell them.
 
-    `gate_up_proj` and `down_proj` of one module tell by their shapes whether they are stored
-    `(experts, out, in)` or `(experts, in, out)`. Gate comes before up, but for gpt-oss, whose
-    rows alternate: it is the one of these families whose experts have a bias.
+    Gate comes before up, but for gpt-oss, whose rows alternate: it is the one of these families
+    whose experts have a bias.
     """
     name, shape = weight.name, weight.shape
     transposed = _experts_transposed(weight)
@@ -171,7 +170,24 @@ def _experts_transposed(weight: Weight) -> bool | None:
 # --- the rules ---
 
 
-def unusable(weight: Weight) -> Answer:
+def layers_of(weight: Weight, owner: nn.Module | None = None) -> list[Part] | str:
+    """What the first rule with an answer makes of a weight, or why there are no layers."""
+    answer = _unusable(weight)
+    if not answer and owner is not None:
+        answer = _by_owner(weight, owner)
+    for rule in (_not_a_weight, spectral_layers, _attention, _recurrent, _experts, _embedding):
+        answer = answer or rule(weight)
+    answer = answer or _by_rank(weight)
+    if isinstance(answer, str):
+        return answer
+    count, rows, cols = answer[0].shape
+    if min(rows, cols) > 1:
+        return answer
+    what = "depthwise or single-channel: " if count > 1 else ""
+    return f"{what}a {rows} x {cols} matrix has one singular value, no spectrum"
+
+
+def _unusable(weight: Weight) -> Answer:
     """Why no rule can take a spectrum of the tensor; None when one may."""
     dtype = str(weight.header.dtype).removeprefix("torch.")
     if dtype.startswith(("float8", "float4")):
@@ -212,7 +228,7 @@ def _recurrent(weight: Weight) -> Answer:
     if match[1] == "hr":  # the projection of the hidden state, which only an LSTM has
         return _cut_rows(name, shape, {"": shape[0]}, kind="lstm")
     hidden, projection = (
-        weight.index.same_module(name, f"weight_{which}{match[2] or ''}") for which in ("hh", "hr")
+        weight.same_module(f"weight_{which}{match[2] or ''}") for which in ("hh", "hr")
     )
     if hidden is None or len(hidden.shape) != 2:
         return _cut_rows(name, shape, {"": shape[0]})
@@ -241,43 +257,43 @@ def _experts(weight: Weight) -> Answer:
 
 def _embedding(weight: Weight) -> Answer:
     # A table of embeddings has no bias; a projection whose name says "embed" usually has one.
-    is_table = (
-        weight.bias is None if weight.rank == 2 else weight.rank == 3 and weight.shape[0] == 1
-    )
+    flat_table = weight.rank == 2 and weight.bias is None
+    is_table = flat_table or (weight.rank == 3 and weight.shape[0] == 1)
     leaf = leaf_name(weight.name).lower()
-    named = weight.name == "shared" or (
-        leaf != "embed_out"  # GPT-NeoX's output layer
-        and (
-            "embed" in leaf
-            or "emb" in leaf.split("_")
-            or leaf in ("wte", "wpe", "relative_attention_bias")
-        )
-    )
+    named = "embed" in leaf or "emb" in leaf.split("_") or leaf in _EMBEDDINGS
+    named = weight.name == "shared" or (named and leaf != "embed_out")  # GPT-NeoX's output layer
     return embedding(weight) if is_table and named else None
 
 
-def _linear(weight: Weight) -> Answer:
-    return linear(weight, transposed=weight.is_transposed) if weight.rank == 2 else None
+def _by_rank(weight: Weight) -> list[Part] | str:
+    if weight.rank == 2:
+        return linear(weight, transposed=weight.is_transposed)
+    if is_stack(weight) and not weight.leaf.startswith("weight"):
+        return stack(weight, kind="stacked")
+    if weight.rank <= 5:
+        return convolution(weight, transposed=weight.bias_proves_transposed)
+    return f"{weight.rank}-D tensor: no rule makes matrices of it"
 
 
-def _stack(weight: Weight) -> Answer:
-    named = weight.leaf.startswith("weight")
-    return stack(weight, kind="stacked") if is_stack(weight) and not named else None
-
-
-def _convolution(weight: Weight) -> Answer:
-    transposed = weight.bias_proves_transposed
-    return convolution(weight, transposed=transposed) if weight.rank <= 5 else None
-
-
-RULES: tuple[Callable[[Weight], Answer], ...] = (
-    _not_a_weight,
-    spectral_layers,
-    _attention,
-    _recurrent,
-    _experts,
-    _embedding,
-    _linear,
-    _stack,
-    _convolution,
-)
+def _by_owner(weight: Weight, owner: nn.Module) -> Answer:
+    """What the type of the module that owns the tensor says."""
+    if isinstance(owner, (nn.LayerNorm, nn.RMSNorm)):
+        return "elementwise scale of a normalisation, not a matrix"
+    kind, leaf = type(owner).__name__.lower(), weight.leaf
+    if leaf == "weight":
+        if isinstance(owner, nn.Linear):
+            return linear(weight)
+        if isinstance(owner, _ConvNd):
+            return convolution(weight, owner.groups, owner.transposed)
+        if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)):
+            return embedding(weight)
+        if isinstance(owner, nn.Bilinear):
+            return stack(weight, kind="bilinear")
+        # Hugging Face's Conv1D is a linear layer that stores its weight (in, out).
+        if type(owner).__name__ == "Conv1D" and hasattr(owner, "nf") and weight.rank == 2:
+            return linear(weight, transposed=True)
+    if weight.rank == 3 and "expert" in kind and "bias" not in leaf:
+        return expert_stack(weight)
+    if leaf.startswith("weight") and is_stack(weight) and "conv" not in kind:
+        return stack(weight, kind="stacked")
+    return None

@@ -3,8 +3,9 @@
 A spectral convolution multiplies the channels of each Fourier mode by a complex matrix of its own:
 its weight `(in, out, *modes)` is a stack of one matrix per mode. It may be stored as complex
 numbers, as real ones with a last dimension of real and imaginary part, or as the factors of a
-Tucker, CP or tensor-train decomposition, in the way of tensorly-torch, on which `neuraloperator`
-builds. `merge_complex_parts` puts one header of the complex weight in the place of all of these.
+Tucker, CP or tensor-train decomposition, as tensorly-torch and so `neuraloperator` name them.
+An AFNO block (adaptive Fourier neural operator; Guibas et al., ICLR 2022) multiplies blocks of
+channels by complex matrices, the same for all modes: `w1` and `w2`, a small network.
 """
 
 from __future__ import annotations
@@ -24,11 +25,8 @@ from farms_fast.weights.formats.complex_weights import (
     RealAndImaginary,
 )
 from farms_fast.weights.recipes import AsStored, TrailingPositions
-from farms_fast.weights.rules.afno_layers import afno_layout, is_afno_bias, says_afno
 from farms_fast.weights.rules.header_index import Weight
 from farms_fast.weights.stacks import Part, TensorHeader, WeightCandidate
-
-__all__ = ["factor_matrices", "merge_complex_parts", "module_notes", "spectral_layers"]
 
 _FACTOR = re.compile(r"(.+)\.factors\.factor_(\d+)")
 _FILTER = "complex_weight"  # of GFNet, (height, width, channels, 2)
@@ -37,6 +35,10 @@ _PAIRS = re.compile(r"(^|\.)weights\d+$|spectral|fourier", re.IGNORECASE)
 _PAIRS_OWNER = re.compile(r"spectral|fourier|(?<!a)fno", re.IGNORECASE)
 _SEPARABLE = "one number for each channel and mode (a separable spectral convolution), no matrix"
 _GLOBAL_FILTER = "one number for each channel and mode (a global filter), no matrix"
+_AFNO = re.compile(r"afno|adaptive_?fourier", re.IGNORECASE)
+_OTHER = {"w1": "w2", "w2": "w1"}
+_REAL_LAYOUTS = ("leading", "trailing")
+Shape = tuple[int, ...]
 
 
 def merge_complex_parts(
@@ -44,16 +46,8 @@ def merge_complex_parts(
 ) -> list[WeightCandidate]:
     """Puts the complex weight in the place of the real pairs or the factors it is stored as.
 
-    Real tensors whose last dimension is 2 are taken for pairs where something says so: a complex
-    factorisation of tensorly-torch, the class of the module, or a name such as `weights1` or one
-    with "spectral" or "fourier" in it. All others are left to the rules for real weights.
-
-    Args:
-        weights: of a model, in order.
-        notes: what the modules tell, from `module_notes`; None where there are no modules.
-
-    Returns:
-        The weights in order; a merged one takes the position of the first of its parts.
+    `notes` are from `module_notes`, None where there are no modules. Real tensors whose last
+    dimension is 2 are pairs only where a note or the name says so.
     """
     by_name = {weight.header.name: weight.header for weight in weights if not weight.reason}
     groups = _groups(by_name)
@@ -70,7 +64,7 @@ def merge_complex_parts(
 
 
 def _groups(by_name: Mapping[str, TensorHeader]) -> dict[str, tuple[str, list[TensorHeader]]]:
-    """Name and parts of the factorised weight that each tensor belongs to, by the tensor's name."""
+    """Name and parts of the factorised weight that each tensor belongs to."""
     factors: dict[str, dict[int, TensorHeader]] = {}
     for name, header in by_name.items():
         if match := _FACTOR.fullmatch(name):
@@ -136,9 +130,9 @@ def _single(
     pairs = not dtype.is_complex and shape[-1:] == (2,) and len(shape) > 3
     note = (notes or {}).get(name, "")
     if notes is None:
-        bias = by_name.get(f"{header.name.rpartition('.')[0]}.bias")
+        bias = by_name.get(header.neighbour("bias"))
         convolution = bias is not None and bias.shape == shape[:1]
-        if header.name.rpartition(".")[2] == _FILTER and "conv" not in header.name.lower():
+        if header.leaf == _FILTER and "conv" not in header.name.lower():
             note = "global filter"
         elif dense or (_PAIRS.search(header.name) and not convolution):
             note = "pairs"
@@ -146,9 +140,8 @@ def _single(
         return WeightCandidate(header, _SEPARABLE)
     if note == "global filter" and pairs and len(shape) == 4:
         return WeightCandidate(header, _GLOBAL_FILTER)
-    says_so = note == "afno" or says_afno(header.name)
-    layout = afno_layout(header, by_name, says_so)
-    if layout:
+    says_so = note == "afno" or bool(_AFNO.search(header.name))
+    if layout := _afno_layout(header, by_name, says_so):
         note = "joint pairs" if layout == "trailing" else ""
     pairs = pairs and "pairs" in note
     if header.combine is not None or not (dense or pairs):
@@ -183,7 +176,7 @@ def module_notes(module: nn.Module) -> dict[str, str]:
             kind = type(owner).__name__
             says_so = _PAIRS_OWNER.search(kind)
             for leaf, _ in owner.named_parameters(recurse=False):
-                if says_afno(kind) and leaf in ("w1", "w2", "b1", "b2"):
+                if _AFNO.search(kind) and leaf in ("w1", "w2", "b1", "b2"):
                     notes[dot + leaf] = "afno"
                 elif leaf == _FILTER and "conv" not in kind.lower():
                     notes[dot + leaf] = "global filter"
@@ -210,22 +203,11 @@ def _spectral_weights(owner: nn.Module, dot: str) -> Iterator[tuple[str, int]]:
 
 
 def factor_matrices(weights: Sequence[WeightCandidate]) -> list[WeightCandidate]:
-    """Gives a layer to each factor of a factorised weight, in the place of the weight itself.
+    """A `WeightTransform` that puts the factors of each factorised weight in its place.
 
-    The matrices are the factors as they are: (dimension, rank) of Tucker and CP; of a tensor train
-    the unfolding (left rank · dimension, right rank), the last one (left rank, dimension). The core
-    of a Tucker weight is a stack like a spectral convolution's. A CP weight's vector of scales has
-    no spectrum.
-
-    For `change=` of `farms_fast.weights.layers.layers_from_module` and of sources.
-
-    Example:
-        >>> names = ["c.weight.core", *(f"c.weight.factors.factor_{n}" for n in range(3))]
-        >>> shapes = [(2, 2, 3), (8, 2), (6, 2), (5, 3)]
-        >>> headers = [TensorHeader(*each, torch.complex64) for each in zip(names, shapes)]
-        >>> merged = merge_complex_parts([WeightCandidate(header) for header in headers])
-        >>> [weight.header.shape for weight in factor_matrices(merged)]
-        [(2, 2, 3), (8, 2), (6, 2), (5, 3)]
+    The matrices are (dimension, rank) of Tucker and CP; of a tensor train the unfolding
+    (left rank · dimension, right rank), the last one (left rank, dimension). The core of a Tucker
+    weight is a stack like a spectral convolution's.
     """
     results: list[WeightCandidate] = []
     for weight in weights:
@@ -245,11 +227,10 @@ def factor_matrices(weights: Sequence[WeightCandidate]) -> list[WeightCandidate]
 def spectral_layers(weight: Weight) -> list[Part] | str | None:
     """The layers of a complex weight or of an AFNO block's, or why there are none."""
     header, shape, by_name = weight.header, weight.shape, weight.index.by_name
-    says_so = weight.index.notes.get(header.name) == "afno" or says_afno(header.name)
-    if is_afno_bias(header, by_name, says_so):
+    says_so = weight.index.notes.get(header.name) == "afno" or bool(_AFNO.search(header.name))
+    if _is_afno_bias(header, by_name, says_so):
         return "a bias (of an AFNO block), not a weight"
-    layout = afno_layout(header, by_name, says_so)
-    if layout:
+    if layout := _afno_layout(header, by_name, says_so):
         to_stack = AsStored() if layout == "complex" else RealAndImaginary()
         return [Part(weight.name, "spectral", (shape[-3], shape[-2], shape[-1]), to_stack)]
     if header.dtype.is_complex and weight.rank > 2:
@@ -257,3 +238,63 @@ def spectral_layers(weight: Weight) -> list[Part] | str | None:
         stack = (math.prod(shape[2:]), shape[0], shape[1])
         return [Part(weight.name, "spectral", stack, TrailingPositions())]
     return None
+
+
+def _afno_layout(header: TensorHeader, by_name: Mapping[str, TensorHeader], says_so: bool) -> str:
+    """How `w1` or `w2` of an AFNO block is stored; empty for any other tensor.
+
+    `"leading"` is `(2, blocks, in, out)`, real parts first; `"trailing"` is `(blocks, in, out, 2)`;
+    `"complex"` is `(blocks, in, out)`. The shape of the bias tells. Where it does not, `says_so`
+    counts: the class of the module, or the tensor's name, speaks of an AFNO.
+    """
+    shape, leaf = header.shape, header.leaf
+    if leaf not in _OTHER or header.combine is not None:
+        return ""
+    bias_header = by_name.get(header.neighbour(leaf.replace("w", "b")))
+    bias = None if bias_header is None else bias_header.shape
+    if header.dtype.is_complex:
+        fits = len(shape) == 3 and (says_so or bias == (shape[0], shape[2]))
+        return "complex" if fits else ""
+    if len(shape) != 4:
+        return ""
+    fitting = [layout for layout in _REAL_LAYOUTS if _bias_fits(layout, shape, bias)]
+    if not fitting and says_so:
+        fitting = [layout for layout in _REAL_LAYOUTS if _parts_first(layout, shape)[0] == 2]
+    if len(fitting) > 1:
+        # Of two readings that is the one in which the two weights make a network.
+        other = by_name.get(header.neighbour(_OTHER[leaf]))
+        pair = [shape, shape if other is None else other.shape]
+        first, second = pair if leaf == "w1" else pair[::-1]
+        fitting = [layout for layout in fitting if _chained(layout, first, second)] or fitting
+    return fitting[0] if fitting else ""
+
+
+def _parts_first(layout: str, shape: Shape) -> Shape:
+    """(parts, blocks, in, out) whatever the layout."""
+    return shape if layout == "leading" else (shape[-1], *shape[:-1])
+
+
+def _bias_fits(layout: str, shape: Shape, bias: Shape | None) -> bool:
+    parts, blocks, inputs, outputs = _parts_first(layout, shape)
+    if layout == "leading":
+        return parts == 2 and bias == (2, blocks, outputs)
+    flat = [(1, blocks * size, 1, 1) for size in (inputs, outputs)]  # real, one for each channel
+    return parts == 2 and bias in ((blocks, outputs, 2), (blocks, outputs, 1, 1, 2), *flat)
+
+
+def _chained(layout: str, first: Shape, second: Shape) -> bool:
+    """Whether the outputs of the first weight are the inputs of the second."""
+    if len(second) != len(first):
+        return False
+    first, second = _parts_first(layout, first), _parts_first(layout, second)
+    return first[:2] == second[:2] and first[3] == second[2]
+
+
+def _is_afno_bias(header: TensorHeader, by_name: Mapping[str, TensorHeader], says_so: bool) -> bool:
+    """Whether it is `b1` or `b2` beside a weight of an AFNO block, of whatever shape."""
+    weight = by_name.get(header.neighbour(header.leaf.replace("b", "w")))
+    if weight is None or header.leaf not in ("b1", "b2"):
+        return False
+    # What is stored as pairs has been made complex by now.
+    made = isinstance(weight.combine, ComplexPairs) and weight.combine.joint
+    return made or bool(_afno_layout(weight, by_name, says_so))

@@ -1,7 +1,7 @@
 """Where weights come from: a module, a mapping of tensors, or a checkpoint on disk.
 
-A source tells its layers from headers alone and loads one tensor at a time. Nothing here writes to
-a caller's tensor or to a file, and nothing in a file is ever executed.
+A source tells its layers from headers alone and loads one tensor at a time; it writes nowhere, and
+nothing in a file is ever executed.
 """
 
 from __future__ import annotations
@@ -13,17 +13,16 @@ from typing import Any
 
 from torch import nn
 
-from farms_fast.weights.sources.adapter import AdapterSource
-from farms_fast.weights.sources.base import HeaderSource, Source
 from farms_fast.weights.sources.files import PICKLE_SUFFIXES, PickleSource, SafetensorsSource
 from farms_fast.weights.sources.folder import (
+    AdapterSource,
     adapter_config,
     checkpoint_holds,
     named_base,
     open_adapter,
     open_folder,
 )
-from farms_fast.weights.sources.memory import MappingSource, ModuleSource
+from farms_fast.weights.sources.memory import HeaderSource, MappingSource, ModuleSource, Source
 
 __all__ = [
     "AdapterSource",
@@ -47,11 +46,10 @@ def open_source(
 
     Args:
         model: a module; a mapping of names to tensors or NumPy arrays; or a path. A path may be a
-            `.safetensors` file, a pickled state dict (`.pt`, `.pth`, `.bin`, `.ckpt`), or
-            a folder with, in this order of preference, `adapter_config.json` (a PEFT adapter),
+            `.safetensors` file, a pickled state dict (`.pt`, `.pth`, `.bin`, `.ckpt`), or a folder
+            with, in this order of preference, `adapter_config.json` (a PEFT adapter),
             `model.safetensors`, an index of safetensors shards, a single safetensors file,
-            `pytorch_model.bin` or its index. A folder's `config.json` is read where headers do
-            not tell enough.
+            `pytorch_model.bin` or its index. Its `config.json` tells what headers do not.
         base: for the folder of a LoRA adapter, the model that it changes: anything that `model`
             may be but an adapter. None takes the config's `base_model_name_or_path` if that is a
             path that exists.

@@ -22,11 +22,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from farms_fast.weights.model_config import ModelConfig
-from farms_fast.weights.sources.base import HeaderSource
-from farms_fast.weights.sources.memory import MappingSource
+from farms_fast.weights.sources.memory import HeaderSource, MappingSource
 from farms_fast.weights.stacks import Skipped, TensorHeader
-
-__all__ = ["PICKLE_SUFFIXES", "PickleSource", "SafetensorsSource", "parse_json"]
 
 # Each file with the names to read from it, or with None for all of its names.
 Files = Mapping[Path, Sequence[str] | None]
@@ -50,7 +47,7 @@ _DTYPES |= {"F8_E8M0": torch.float8_e8m0fnu}
 
 @dataclass(frozen=True)
 class _Extent:
-    """Where in a file the bytes of a tensor are."""
+    """The bytes of a tensor in a file."""
 
     offset: int
     bytes: int
@@ -59,17 +56,6 @@ class _Extent:
 
 
 class _FileSource(HeaderSource):
-    """Tensors of one file or of several.
-
-    Args:
-        files: each file with the names to read from it, or with None for all of its names.
-        description: for titles and messages.
-        config: of the model.
-
-    Raises:
-        ValueError: a file is damaged, holds more than tensors, or lacks a name expected in it.
-    """
-
     def __init__(self, files: Files, description: str, config: ModelConfig | None = None) -> None:
         super().__init__(description, config)
         self._states: dict[Path, tuple[int, int]] = {}
@@ -91,16 +77,11 @@ class _FileSource(HeaderSource):
                     self._stored[name] = path
 
     def _read_headers(self, path: Path) -> Mapping[str, TensorHeader | Skipped]:
-        """What a file holds, by the names that it has there."""
         raise NotImplementedError
 
 
 class SafetensorsSource(_FileSource):
-    """Tensors of safetensors files; pages of a large one come from the file when they are read.
-
-    safetensors keeps no order of its own, so layers come in the order of their names, with numbers
-    compared as numbers.
-    """
+    """Tensors of safetensors files, which keep no order: sorted by name, numbers as numbers."""
 
     def __init__(self, files: Files, description: str, config: ModelConfig | None = None) -> None:
         self._extents: dict[Path, dict[str, _Extent]] = {}
@@ -157,7 +138,7 @@ def parse_json(path: Path, text: bytes) -> Any:
 
 
 def _safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The entries of a file that safetensors itself finds sound, and where its data begin."""
+    """The entries of a sound file, and where its data begin."""
     try:
         with safe_open(path, framework="pt"):
             pass
@@ -198,11 +179,7 @@ def _bytes_of(descriptor: int, extent: _Extent) -> Tensor | None:
 
 
 class PickleSource(_FileSource):
-    """Pickled state dicts in one file or several, by torch's restricted reader.
-
-    Files in torch's zip format are memory-mapped, one at a time. The older format cannot be: one
-    file at a time is held in memory then.
-    """
+    """Pickled state dicts; one file at a time is mapped, or held in memory if not a zip file."""
 
     _opened: tuple[Path, MappingSource] | None = None
     _read_bytes = 0
@@ -216,7 +193,7 @@ class PickleSource(_FileSource):
         return tensor
 
     def __getstate__(self) -> dict[str, object]:
-        """A source can be sent to another process, which opens the files anew."""
+        """Another process opens the files anew."""
         return {**self.__dict__, "_opened": None}
 
     def _open(self, path: Path) -> MappingSource:
@@ -238,7 +215,7 @@ class PickleSource(_FileSource):
 
 
 def _read_pickle(path: Path) -> Mapping[str, Any]:
-    """A pickled mapping, by torch's restricted reader; memory-mapped if the format allows."""
+    """A pickled mapping, by torch's restricted reader."""
     with path.open("rb") as file:
         is_zip = file.read(4) == b"PK\x03\x04"
     try:
@@ -250,13 +227,13 @@ def _read_pickle(path: Path) -> Mapping[str, Any]:
         # load the file with arbitrary code allowed.
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         got = "one that is damaged or not of torch"
-        if refused:
+        if "TorchScript" in str(error):
+            got = "a TorchScript archive"
+        elif refused:
             got = (
                 f"one that holds {refused[1]}; save model.state_dict() instead, or load the file "
                 "yourself and pass the module"
             )
-        if "TorchScript" in str(error):
-            got = "a TorchScript archive"
         raise ValueError(f"{path}: expected a pickle of plain tensors only, got {got}") from None
     if not isinstance(loaded, Mapping):
         raise ValueError(

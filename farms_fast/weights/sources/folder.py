@@ -8,6 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from farms_fast.weights.formats.lora import Adapter
 from farms_fast.weights.model_config import ModelConfig
 from farms_fast.weights.sources.files import (
     PICKLE_SUFFIXES,
@@ -15,15 +18,39 @@ from farms_fast.weights.sources.files import (
     SafetensorsSource,
     parse_json,
 )
-
-__all__ = ["adapter_config", "checkpoint_holds", "named_base", "open_adapter", "open_folder"]
+from farms_fast.weights.sources.memory import HeaderSource, ModuleSource
+from farms_fast.weights.stacks import Globs, Layers
 
 _ADAPTER_CONFIG = "adapter_config.json"
+_PREFIX = "adapter:"
 # How the names of a checkpoint's files end; analyses that lie beside them have other names.
 _PARTS = (
     *(".safetensors", *PICKLE_SUFFIXES, ".index.json", "config.json"),
     *("tokenizer.json", "vocab.json", "tokens.json", "tokens_map.json"),
 )
+
+
+class AdapterSource:
+    """The weights of a base model as an adapter changes them; `config` is `adapter_config.json`."""
+
+    def __init__(
+        self, base: HeaderSource | ModuleSource, adapter: HeaderSource, config: Mapping[str, Any]
+    ) -> None:
+        self.description = f"{base.description} with {adapter.description}"
+        self.base = base
+        self._adapter = adapter
+        self._apply = Adapter(config, adapter.headers, adapter.description, _PREFIX)
+
+    def layers(self, include: Globs = None, exclude: Globs = None) -> Layers:
+        """The base's layers, in effect; ValueError when the adapter has none of its weights."""
+        layers, skipped = self.base.layers(include, exclude, change=self._apply)
+        return layers, skipped + self._adapter.skipped
+
+    def load(self, name: str) -> Tensor:
+        """One tensor of the base, or of the adapter where the name begins with `adapter:`."""
+        if name.startswith(_PREFIX):
+            return self._adapter.load(name.removeprefix(_PREFIX))
+        return self.base.load(name)
 
 
 def open_folder(folder: Path) -> PickleSource | SafetensorsSource:
@@ -75,9 +102,7 @@ def named_base(config: Mapping[str, Any]) -> Path | None:
 def checkpoint_holds(checkpoint: Path, file: Path) -> bool:
     """Whether writing a file would change a checkpoint, or what lies beside a checkpoint's file.
 
-    Args:
-        checkpoint: a file or folder of weights; it need not exist.
-        file: any path. Links are followed, because caches of downloads store files as links.
+    Links are followed, because caches of downloads store files as links.
     """
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
     target = file.resolve()
@@ -116,7 +141,6 @@ def _model_config(folder: Path) -> ModelConfig | None:
 
 
 def _json_object(path: Path, what: str = "a JSON object") -> dict[str, Any]:
-    """A JSON file that holds one object."""
     entries = parse_json(path, path.read_bytes())
     if not isinstance(entries, dict):
         raise ValueError(f"{path}: expected {what}")

@@ -1,16 +1,16 @@
-"""Weights in memory: modules and mappings."""
+"""What all sources share, and weights in memory: modules and mappings."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from farms_fast.core.arrays import from_numpy
-from farms_fast.weights.layers import layers_from_module
+from farms_fast.weights.layers import layers_from_headers, layers_from_module
 from farms_fast.weights.model_config import ModelConfig
 from farms_fast.weights.module_tensors import (
     ON_META,
@@ -19,13 +19,59 @@ from farms_fast.weights.module_tensors import (
     sparse_layout,
     tensor_identity,
 )
-from farms_fast.weights.sources.base import HeaderSource
-from farms_fast.weights.stacks import LayerSpec, Patterns, Skipped, TensorHeader, WeightTransform
-
-__all__ = ["MappingSource", "ModuleSource"]
+from farms_fast.weights.stacks import (
+    Globs,
+    Layers,
+    Skipped,
+    TensorHeader,
+    WeightTransform,
+)
 
 # Names under which training scripts put the weights, beside an optimiser's state and the like.
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
+
+
+class Source(Protocol):
+    """What the rest of the package asks of whatever holds weights."""
+
+    @property
+    def description(self) -> str:
+        """A path or a class name, for titles."""
+
+    def layers(self, include: Globs = None, exclude: Globs = None) -> Layers:
+        """Layers to analyse, and what is not analysed with the reason; reads no weight."""
+
+    def load(self, name: str) -> Tensor:
+        """One tensor, named as in `LayerSpec.tensors`, where it lives; not to be written."""
+
+
+class HeaderSource:
+    """A source that knows its tensors by `headers`; `skipped` is what else it holds."""
+
+    def __init__(self, description: str, config: ModelConfig | None) -> None:
+        self.description = description
+        self.headers: list[TensorHeader] = []
+        self.skipped: list[Skipped] = []
+        self._config = config
+        self._stored: dict[str, Any] = {}
+
+    def layers(
+        self, include: Globs = None, exclude: Globs = None, *, change: WeightTransform | None = None
+    ) -> Layers:
+        """As `layers_from_headers`; what is no tensor to load is listed as skipped too."""
+        layers, skipped = layers_from_headers(
+            self.headers, include, exclude, config=self._config, change=change
+        )
+        return layers, skipped + self.skipped
+
+    def load(self, name: str) -> Tensor:
+        """The tensor, detached; ValueError when its file has changed meanwhile."""
+        if name not in self._stored:
+            raise ValueError(f"name: expected a tensor of {self.description}, got {name!r}")
+        return self._load(name, self._stored[name])
+
+    def _load(self, name: str, stored: Any) -> Tensor:
+        raise NotImplementedError
 
 
 class ModuleSource:
@@ -36,12 +82,8 @@ class ModuleSource:
         self.description = type(module).__name__
 
     def layers(
-        self,
-        include: Patterns = None,
-        exclude: Patterns = None,
-        *,
-        change: WeightTransform | None = None,
-    ) -> tuple[list[LayerSpec], list[Skipped]]:
+        self, include: Globs = None, exclude: Globs = None, *, change: WeightTransform | None = None
+    ) -> Layers:
         """As `layers_from_module`."""
         return layers_from_module(self.module, include, exclude, change=change)
 
@@ -51,18 +93,7 @@ class ModuleSource:
 
 
 class MappingSource(HeaderSource):
-    """Tensors or NumPy arrays by name, such as a state dict or an unpickled checkpoint.
-
-    Args:
-        tensors: names to tensors; a state dict wrapped under `state_dict`, `model_state_dict`,
-            `model` or `module` is unwrapped.
-        description: for titles and messages.
-        config: of the model.
-
-    Raises:
-        TypeError: a key is not a string, or an array's dtype has no counterpart in torch.
-        ValueError: there is no tensor in it.
-    """
+    """Tensors or NumPy arrays by name, such as a state dict, also one wrapped in a checkpoint."""
 
     def __init__(
         self,
@@ -75,10 +106,9 @@ class MappingSource(HeaderSource):
             if not isinstance(name, str):
                 raise TypeError(f"{description}: expected names as keys, got {name!r}")
             if not isinstance(value, (Tensor, np.ndarray)):
-                reason = f"not a tensor: {type(value).__name__}"
-                self.skipped.append(Skipped(name, (), reason))
-            elif isinstance(value, Tensor) and sparse_layout(value):
-                self.skipped.append(Skipped(name, tuple(value.shape), sparse_layout(value)))
+                self.skipped.append(Skipped(name, (), f"not a tensor: {type(value).__name__}"))
+            elif isinstance(value, Tensor) and (reason := sparse_layout(value)):
+                self.skipped.append(Skipped(name, tuple(value.shape), reason))
             else:
                 self._stored[name] = value
                 self.headers.append(_header(name, value))
@@ -90,7 +120,6 @@ class MappingSource(HeaderSource):
             )
 
     def _load(self, name: str, stored: Tensor | np.ndarray[Any, Any]) -> Tensor:
-        """The tensor; an array as a tensor of the same memory where torch allows it."""
         if not isinstance(stored, Tensor):
             return from_numpy(stored)
         if stored.is_meta:

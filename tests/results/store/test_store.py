@@ -22,7 +22,7 @@ from farms_fast.results.settings import OtherSampling
 from farms_fast.results.store import ResultsStore, merge
 from farms_fast.results.store.file import FORMAT_VERSION
 from farms_fast.results.store.rows import decode, encode
-from farms_fast.weights.layers import Skipped
+from farms_fast.weights.stacks import Skipped
 from tests.support.records import SETTINGS, any_array, any_record, assert_same, made_up, stored
 
 SKIPPED = [

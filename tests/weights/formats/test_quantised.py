@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
-from farms_fast.weights.layers import LayerSpec, Skipped, layers_from_module
+from farms_fast.weights.layers import layers_from_module
 from farms_fast.weights.model_config import ModelConfig
 from farms_fast.weights.sources import MappingSource, open_source
+from farms_fast.weights.stacks import LayerSpec, Skipped
 from tests.support.layer_tables import reasons
 
 F8 = torch.float8_e4m3fn

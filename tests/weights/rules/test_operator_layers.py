@@ -18,13 +18,9 @@ from torch import nn
 from benchmarks.effect.operators import TOY, DenoisingOperator, FourierOperator
 from farms_fast import FixedAspectSampling, FullMatrix, analyze
 from farms_fast.live import LiveAnalysis
-from farms_fast.weights.layers import (
-    Skipped,
-    TensorHeader,
-    layers_from_headers,
-    layers_from_module,
-)
+from farms_fast.weights.layers import layers_from_headers, layers_from_module
 from farms_fast.weights.rules.operator_layers import factor_matrices
+from farms_fast.weights.stacks import Skipped, TensorHeader
 from tests.support.layer_tables import by_module, header, stack_of
 
 C64, F32 = torch.complex64, torch.float32
