@@ -74,12 +74,7 @@ def check_dtype(dtype: object) -> None:
 
 
 def dtype_of(dtype: object) -> torch.dtype:
-    """The precision to compute in, also where its name or NumPy's type of it is given.
-
-    Example:
-        >>> dtype_of("float32"), dtype_of(np.float64)
-        (torch.float32, torch.float64)
-    """
+    """The precision to compute in, also where its name or NumPy's type of it is given."""
     resolved = dtype
     if isinstance(dtype, (str, type, np.dtype)):
         try:
@@ -115,19 +110,7 @@ def check_int(argument: str, value: object, least: int = 0, most: int | None = N
 
 
 def parse_memory(text: str) -> int:
-    """Bytes of a size such as `40GiB`, `500 MB` or `1073741824`.
-
-    Args:
-        text: a positive number and optionally B, kB, MB, GB, TB (powers of 1000) or KiB, MiB, GiB,
-            TiB (powers of 1024), in any case.
-
-    Raises:
-        ValueError: if it is nothing of that kind, less than one byte, or more than 2^63 - 1.
-
-    Example:
-        >>> parse_memory("1.5KiB"), parse_memory("2 MB")
-        (1536, 2000000)
-    """
+    """Bytes of a size such as `40GiB`, `500 MB` or `1073741824`, its unit in any case."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text, re.IGNORECASE | re.ASCII)
     unit = _UNITS.get(match[2].lower()) if match else None
     # Infinite where there are hundreds of digits.
@@ -141,25 +124,14 @@ def parse_memory(text: str) -> int:
 
 
 def memory_bytes(memory: object) -> int:
-    """Bytes of a device: an integer of at least 1, or a text as of `parse_memory`.
-
-    Example:
-        >>> memory_bytes(4096), memory_bytes("4KiB")
-        (4096, 4096)
-    """
+    """Bytes of a device: an integer of at least 1, or a text as of `parse_memory`."""
     if isinstance(memory, str):
         return parse_memory(memory)
     return check_int("memory", memory, least=1, most=_MOST_BYTES)
 
 
 def unmatched_pattern(argument: str, pattern: str, names: Sequence[str]) -> ValueError:
-    """The error of a glob that matches no name; it suggests one that does, or a near name.
-
-    Example:
-        >>> print(unmatched_pattern("include", "mlp", ["head", "h.0.mlp"]))
-        include: expected patterns that match a whole name, 'mlp' matches none of the 2 names: \
-'*mlp*'? (names: 'head', 'h.0.mlp')
-    """
+    """The error of a glob that matches no name; it suggests one that does, or a near name."""
     if any(pattern in name for name in names):
         hint = f": '*{pattern}*'?"
     else:
@@ -204,15 +176,7 @@ def check_solver(solver: str | None, device: torch.device) -> None:
 
 
 def resolve_device(device: str | torch.device | None, default: torch.device) -> torch.device:
-    """The device that an argument names, checked to be there.
-
-    Args:
-        device: "cpu", "cuda", "cuda:1", a `torch.device`, or None for the default.
-        default: what None stands for.
-
-    Raises:
-        ValueError: an unknown device, a CUDA device that is not there, or a build without CUDA.
-    """
+    """The device that an argument names, the default for None, checked to be there."""
     try:
         chosen = default if device is None else torch.device(device)
     except (RuntimeError, TypeError) as error:

@@ -18,22 +18,10 @@ COMPLEX = (torch.complex64, torch.complex128)
 def to_tensor(
     name: str, array: Any, *, real: bool = False
 ) -> tuple[Tensor, Callable[[Tensor], Any]]:
-    """Sees an array as a tensor, and tells how to give a result back in the same kind.
+    """The argument of that name as a tensor, and a function that gives a result in the same kind.
 
-    Args:
-        name: the argument's name, for messages.
-        array: a NumPy array, a torch tensor, or anything with `__dlpack__` (CuPy, JAX, ...). Its
-            memory is shared where possible and never written.
-        real: refuse complex arrays.
-
-    Returns:
-        The tensor (detached, with lazy conjugation resolved), and a function from a tensor to an
-        array of the caller's kind on the caller's device.
-
-    Raises:
-        TypeError: not an array, sparse, or of a dtype that is not floating (nor complex, unless
-            `real`).
-        ValueError: on a device that is neither CPU nor CUDA.
+    The array is NumPy's, torch's, or anything with `__dlpack__` (CuPy, JAX, ...). Its memory is
+    shared where possible and never written. The tensor is detached, its lazy conjugation resolved.
     """
     expected = "a real floating dtype" if real else "a floating or complex dtype"
     if isinstance(array, Tensor):
@@ -69,14 +57,6 @@ def on_stream_of(array: Any) -> Iterator[None]:
     Streams are waited for as DLPack changes hands either way. But memory that one library frees
     while the other still reads it on another stream would be given out again too early; on one
     stream it cannot be, whichever library frees it.
-
-    Args:
-        array: any object.
-
-    Example:
-        >>> import numpy as np
-        >>> with on_stream_of(np.eye(2)):
-        ...     pass
     """
     if _library(array) != "cupy":
         yield

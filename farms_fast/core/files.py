@@ -12,8 +12,6 @@ from typing import BinaryIO
 
 from farms_fast.core.arguments import path_of
 
-__all__ = ["FilePath", "atomic_file", "utf8", "write_text"]
-
 FilePath = str | os.PathLike[str]
 
 

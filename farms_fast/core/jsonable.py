@@ -9,16 +9,9 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["canonical_json", "plain"]
-
 
 def canonical_json(value: object) -> str:
-    """JSON that is equal for equal values: keys sorted, no spaces, floats to the bit, no NaN.
-
-    Example:
-        >>> canonical_json({"b": [1, 0.1], "a": None})
-        '{"a":null,"b":[1,0.1]}'
-    """
+    """JSON that is equal for equal values: keys sorted, no spaces, floats to the bit, no NaN."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 

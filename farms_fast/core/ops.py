@@ -2,7 +2,8 @@
 
 These are the lowest layer: tensors in, tensors out, on the current stream, checked in C++. Windows
 are rows of a table (see `farms_fast.spectra.windows.window_table`): int64, on the CPU, of shape
-(windows, 6), with the columns weight, entry, row, column, rows, columns.
+(windows, 6), with the columns weight, entry, row, column, rows, columns. An argument that is not as
+described is a RuntimeError that names it; a device without memory is a `torch.OutOfMemoryError`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ _GRAM_DTYPES = {
     (torch.float32, True): torch.complex64,
 }
 _REAL_DTYPES = {torch.complex64: torch.float32, torch.complex128: torch.float64}
-
 
 # How csrc/allocate.h begins; an op of the stable ABI can raise no error of its own kind.
 _OUT_OF_MEMORY = "farms_fast: out of memory"
@@ -74,25 +74,13 @@ def window_gram(
     Args:
         weights: stacks of shape (S, R, C), any strides, all of one device and one of float16,
             bfloat16, float32, float64, complex64, complex128.
-        windows: the window table, (windows, 6), int64, CPU, contiguous.
+        windows: the window table, contiguous.
         order: k = min(rows, columns), the same for every window.
         dtype: precision of the result, float64 or float32 (sums are float64 on CUDA either way).
 
     Returns:
         (windows, k, k): `G[i, j] = Σ_t v_i[t]·conj(v_j[t])` with v the window's rows, or its
         columns where those are fewer; real or complex as the weights are.
-
-    Raises:
-        RuntimeError: an argument is not as above; the message names it.
-        torch.OutOfMemoryError: the device has no memory for it.
-
-    Example:
-        >>> import torch
-        >>> from farms_fast.core import ops
-        >>> weight = torch.arange(6.0).reshape(1, 2, 3)
-        >>> ops.window_gram([weight], torch.tensor([[0, 0, 0, 0, 2, 3]]), order=2)
-        tensor([[[ 5., 14.],
-                 [14., 50.]]], dtype=torch.float64)
     """
     call = torch.ops.farms_fast.window_gram
     return cast(Tensor, _called(call, weights, windows, order, dtype))
@@ -109,16 +97,6 @@ def eigvalsh(gram: Tensor, solver: str = "auto", memory_budget: int = 0) -> Tens
 
     Returns:
         (batch, k), real, ascending. A matrix with a value that is not finite gives NaN.
-
-    Raises:
-        RuntimeError: an argument is not as above, or the budget does not hold one matrix.
-        torch.OutOfMemoryError: the device has no memory for it.
-
-    Example:
-        >>> import torch
-        >>> from farms_fast.core import ops
-        >>> ops.eigvalsh(torch.diag(torch.tensor([3.0, 1.0, 2.0])).unsqueeze(0))
-        tensor([[1., 2., 3.]])
     """
     return cast(Tensor, _called(torch.ops.farms_fast.eigvalsh, gram, solver, memory_budget))
 
@@ -133,31 +111,13 @@ def window_eigvalsh(
 ) -> Tensor:
     """Eigenvalues of the windows' Gram matrices; neither windows nor all Grams are ever stored.
 
-    Overlapping windows share products as in `window_gram`, within the budget.
-
-    Args:
-        weights: as for `window_gram`.
-        windows: as for `window_gram`.
-        order: as for `window_gram`.
-        dtype: precision of the Gram matrices, the solver and the result, float64 or float32.
-        solver: as for `eigvalsh`.
-        memory_budget: bytes for Gram matrices and workspace, 0 for the default: on CUDA a quarter
-            of the device, on the CPU 1 GiB of shared products and no bound on the rest.
+    Overlapping windows share products as in `window_gram`, within the budget. Arguments are those
+    of `window_gram` and `eigvalsh`, with the Gram matrices in the budget; its default on the CPU is
+    1 GiB of shared products and no bound on the rest.
 
     Returns:
         (windows, k) of `dtype`, ascending, negative rounding noise set to 0; NaN for a window with
         a value that is not finite, infinity or NaN where an eigenvalue is beyond `dtype`'s range.
-
-    Raises:
-        RuntimeError: as for `window_gram` and `eigvalsh`.
-        torch.OutOfMemoryError: the device has no memory for it.
-
-    Example:
-        >>> import torch
-        >>> from farms_fast.core import ops
-        >>> weight = torch.diag(torch.tensor([2.0, 1.0])).unsqueeze(0)
-        >>> ops.window_eigvalsh([weight], torch.tensor([[0, 0, 0, 0, 2, 2]]), order=2)
-        tensor([[1., 4.]], dtype=torch.float64)
     """
     call = torch.ops.farms_fast.window_eigvalsh
     return cast(Tensor, _called(call, weights, windows, order, dtype, solver, memory_budget))
@@ -181,21 +141,6 @@ def fit_power_law(
         xmin_pos: the median rule starts the tail at index `int(N / xmin_pos)`.
         bins: bins of the peak rule's histogram.
         log10_lower_bound: take log10 of the peak rule's lower bound, as the published code does.
-
-    Returns:
-        A `FitTensors` of tensors (spectra,).
-
-    Raises:
-        RuntimeError: an argument is not as above; the message names it.
-        torch.OutOfMemoryError: the device has no memory for it.
-
-    Example:
-        >>> import torch
-        >>> from farms_fast.core import ops
-        >>> evals = torch.tensor([1.0, 2.0, 4.0, 8.0], dtype=torch.float64)
-        >>> fit = ops.fit_power_law(evals, torch.tensor([0, 4]))
-        >>> fit.n_tail, fit.status
-        (tensor([2]), tensor([0]))
     """
     call = torch.ops.farms_fast.fit_power_law
     rest = rule, float(xmin_pos), int(bins), log10_lower_bound
@@ -227,17 +172,6 @@ def solver_facts(
         compute_capability: of a GPU, 10·major + minor, such as 90 for an H200; 0 for torch's
             current one.
         solver: "auto", or the name of a solver of the device.
-
-    Raises:
-        RuntimeError: an argument is not as above, or the solver does not take such windows on the
-            device.
-
-    Example:
-        >>> from farms_fast.core import ops
-        >>> ops.solver_facts(512, count=9, device="cuda", compute_capability=90)
-        SolverFacts(solver='one_stage', max_batch=9, matrix_bytes=2097152, workspace_bytes=0)
-        >>> ops.solver_facts(2000, count=225, device="cuda", compute_capability=90).solver
-        'two_stage'
     """
     call = torch.ops.farms_fast.solver_facts
     inner = order if inner is None else inner

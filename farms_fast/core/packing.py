@@ -9,19 +9,9 @@ T = TypeVar("T")
 
 
 def split_by_budget(items: Iterable[T], size: Callable[[T], int], budget: int) -> list[list[T]]:
-    """Parts of consecutive items, each as long as the budget allows.
+    """Parts of consecutive items, none empty, whose sizes sum to the budget at most.
 
-    Args:
-        items: what to split.
-        size: of an item, 0 or more.
-        budget: what the sizes of one part sum to at most; an item beyond it is a part of its own.
-
-    Returns:
-        The parts in the order of the items, none of them empty.
-
-    Example:
-        >>> split_by_budget([3, 4, 9, 2, 5, 1], lambda item: item, budget=8)
-        [[3, 4], [9], [2, 5, 1]]
+    An item beyond the budget is a part of its own.
     """
     parts: list[list[T]] = []
     used = 0
@@ -38,12 +28,7 @@ def split_by_budget(items: Iterable[T], size: Callable[[T], int], budget: int) -
 def group_by_budget(
     items: Iterable[T], key: Callable[[T], Hashable], size: Callable[[T], int], budget: int
 ) -> list[list[T]]:
-    """Items of equal keys together, each group in parts as of `split_by_budget`.
-
-    Example:
-        >>> group_by_budget([1, 2, 3, 5, 8], lambda item: item % 2, lambda item: item, budget=8)
-        [[1, 3], [5], [2], [8]]
-    """
+    """Items of equal keys together, each group in parts as of `split_by_budget`."""
     groups: dict[Hashable, list[T]] = {}
     for item in items:
         groups.setdefault(key(item), []).append(item)

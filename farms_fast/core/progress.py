@@ -18,18 +18,10 @@ _clock = time.monotonic
 def reporter(
     progress: bool | Progress, layers: int, windows: int, unit: str = "windows"
 ) -> Iterator[Callable[[str, int, bool], None]]:
-    """A function to call with every layer that is done.
+    """A function `report(name, windows, computed)` to call with every layer that is done.
 
-    Args:
-        progress: True for a bar on stderr where that is a terminal, False for nothing, or a
-            function that is called in the bar's place with layers done, layers in all and a name.
-        layers: how many there are.
-        windows: how many windows they have together.
-        unit: what these are called, where they are something else.
-
-    Yields:
-        `report(name, windows, computed)`: the layer's name, its windows, and whether they had to be
-        computed; the rate since the start, and the time left by it, count only those.
+    Windows that were not computed do not count for the rate since the start and the time left. Of
+    `progress` see `farms_fast.analyze`; `unit` is what windows are called where they are none.
     """
     done = 0
 

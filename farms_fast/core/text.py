@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["fixed", "printable", "significant"]
-
 
 def fixed(value: float, digits: int = 3, *, sign: bool = False) -> str:
     """A number with so many digits after its point; a dash for what is not finite.

@@ -6,7 +6,7 @@ import difflib
 import math
 import os
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from farms_fast.core.arguments import check_type, list_of
 from farms_fast.core.progress import Progress
@@ -33,10 +33,43 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-__all__ = ["Analysis", "layer_named"]
+
+class _Named(Protocol):
+    @property
+    def name(self) -> str: ...
 
 
-class Analysis:
+_Layer = TypeVar("_Layer", bound=_Named)
+
+
+class NamedLayers(Generic[_Layer]):
+    """Layers in order, which are also had by their names."""
+
+    layers: list[_Layer]
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __iter__(self) -> Iterator[_Layer]:
+        return iter(self.layers)
+
+    def __getitem__(self, name: str) -> _Layer:
+        """The layer of that name; a KeyError that suggests near names if there is none."""
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        names = [layer.name for layer in self.layers]
+        if not isinstance(name, str):
+            known = f" ({names[0]!r})" if names else ""
+            raise KeyError(
+                f"no layer named {name!r}: names are text{known}; .layers[0] is the first layer"
+            )
+        near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+        hint = f"did you mean {', '.join(map(repr, near))}?" if near else f"{len(names)} layers"
+        raise KeyError(f"no layer named {name!r} ({hint})")
+
+
+class Analysis(NamedLayers[LayerRecord]):
     """The records of a model's layers, in the model's order, and what was left out.
 
     `len(analysis)`, iteration and `analysis[name]` go over the layers. A file that an analysis
@@ -70,16 +103,6 @@ class Analysis:
         if settings is not None:
             check_type("settings", settings, AnalysisSettings, "AnalysisSettings")
         self.settings = settings
-
-    def __len__(self) -> int:
-        return len(self.layers)
-
-    def __iter__(self) -> Iterator[LayerRecord]:
-        return iter(self.layers)
-
-    def __getitem__(self, name: str) -> LayerRecord:
-        """The layer of that name; a KeyError that suggests near names if there is none."""
-        return layer_named(self.layers, name)
 
     @property
     def failed(self) -> list[LayerRecord]:
@@ -115,7 +138,6 @@ class Analysis:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        """A table for notebooks."""
         return analysis_html(repr(self), self.layers)
 
     def plot_alpha(self, ax: Axes | None = None) -> Axes:
@@ -239,35 +261,3 @@ class Analysis:
         """
         with ResultsStore(path, create=False) as store:
             return cls(*store.read(run))
-
-
-class _Named(Protocol):
-    @property
-    def name(self) -> str: ...
-
-
-_Layer = TypeVar("_Layer", bound=_Named)
-
-
-def layer_named(layers: Sequence[_Layer], name: str) -> _Layer:
-    """The layer of that name.
-
-    Raises:
-        KeyError: there is none; the message suggests near names.
-
-    Example:
-        >>> layer_named([LayerRecord("fc1", "linear", (1, 4, 4), "ok")], "fc1").kind
-        'linear'
-    """
-    for layer in layers:
-        if layer.name == name:
-            return layer
-    names = [layer.name for layer in layers]
-    if not isinstance(name, str):
-        known = f" ({names[0]!r})" if names else ""
-        raise KeyError(
-            f"no layer named {name!r}: names are text{known}; .layers[0] is the first layer"
-        )
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-    hint = f"did you mean {', '.join(map(repr, near))}?" if near else f"{len(names)} layers"
-    raise KeyError(f"no layer named {name!r} ({hint})")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,7 +15,7 @@ from farms_fast.core.files import write_text
 from farms_fast.core.jsonable import plain
 from farms_fast.core.progress import Progress, reporter
 from farms_fast.core.text import fixed
-from farms_fast.results.analysis import Analysis, layer_named
+from farms_fast.results.analysis import Analysis, NamedLayers
 from farms_fast.results.files import data_frame, write_rows
 from farms_fast.results.paired_bootstrap import difference_error
 from farms_fast.results.record import LayerRecord
@@ -27,16 +26,12 @@ from farms_fast.views.notebook import comparison_html
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["COMPARISON_COLUMNS", "Comparison", "LayerDifference", "compare", "nothing_in_common"]
-
 _SIGNIFICANT = 1.96
 # Two ways to compute one alpha differ by far less, and nobody asks for more.
 _RESOLUTION = 1e-6
 
 _SIDE_COLUMNS = ("status", "alpha", "alpha_se", "alpha_low", "alpha_high", "D", "stable_rank")
-
 _OWN_COLUMNS = ("present", "difference", "difference_se", "z", "paired", "intervals_overlap")
-
 COMPARISON_COLUMNS = (
     *("name", "kind", "stack", "rows", "cols"),
     *_OWN_COLUMNS,
@@ -148,7 +143,8 @@ class LayerDifference:
         return {**row, "note": self.note}
 
 
-class Comparison:
+@dataclass(eq=False, repr=False)
+class Comparison(NamedLayers[LayerDifference]):
     """Two analyses, layer by layer, as `compare` makes them.
 
     `len(comparison)`, iteration and `comparison[name]` go over the layers of both, in the order
@@ -161,20 +157,9 @@ class Comparison:
         layers: one `LayerDifference` per name.
     """
 
-    def __init__(self, a: Analysis, b: Analysis, layers: list[LayerDifference]) -> None:
-        self.a = a
-        self.b = b
-        self.layers = layers
-
-    def __len__(self) -> int:
-        return len(self.layers)
-
-    def __iter__(self) -> Iterator[LayerDifference]:
-        return iter(self.layers)
-
-    def __getitem__(self, name: str) -> LayerDifference:
-        """The layer of that name; a KeyError that suggests near names if there is none."""
-        return layer_named(self.layers, name)
+    a: Analysis
+    b: Analysis
+    layers: list[LayerDifference]
 
     @property
     def only_a(self) -> list[LayerDifference]:
@@ -209,11 +194,10 @@ class Comparison:
         Those of an analysis without settings are None.
         """
         a, b = (side.settings.values() if side.settings else {} for side in (self.a, self.b))
-        pairs = {name: (a.get(name), b.get(name)) for name in a or b}
         return {
-            name: pair
-            for name, pair in pairs.items()
-            if name not in ("source", "base") and pair[0] != pair[1]
+            name: (a.get(name), b.get(name))
+            for name in a or b
+            if name not in ("source", "base") and a.get(name) != b.get(name)
         }
 
     @property
@@ -247,7 +231,6 @@ class Comparison:
         )
 
     def _repr_html_(self) -> str:
-        """A table for notebooks."""
         return comparison_html(". ".join([repr(self), *self.notes]), self.layers)
 
     def to_pandas(self) -> pd.DataFrame:
@@ -342,10 +325,7 @@ def compare(
 
 
 def nothing_in_common(a: Analysis, b: Analysis) -> str:
-    """Why no layer of one analysis has the name of one of the other; empty where one has.
-
-    A checkpoint's names may lack a prefix that the model's class adds.
-    """
+    """Why no layer of one analysis has the name of one of the other; empty where one has."""
     names_a, names_b = ([layer.name for layer in analysis] for analysis in (a, b))
     if not set(names_a).isdisjoint(names_b):
         return ""
@@ -353,6 +333,7 @@ def nothing_in_common(a: Analysis, b: Analysis) -> str:
         f"{names[0]!r}{', ...' if len(names) > 1 else ''}" if names else "no layer"
         for names in (names_a, names_b)
     )
+    # A checkpoint's names may lack a prefix that the model's class adds.
     return (
         f"no layer has the same name in A ({shown_a}) and B ({shown_b}): analyse both from a "
         "checkpoint or both from the same class"

@@ -22,7 +22,7 @@ from farms_fast.core.jsonable import plain
 from farms_fast.core.optional import optional_import
 from farms_fast.results.record import (
     CSV_COLUMNS,
-    INT_FIELDS,
+    INT_COLUMNS,
     SCALAR_FIELDS,
     TEXT_FIELDS,
     LayerRecord,
@@ -33,17 +33,6 @@ from farms_fast.weights.stacks import Skipped
 
 if TYPE_CHECKING:
     import pandas as pd
-
-__all__ = [
-    "array_name",
-    "data_frame",
-    "read_json",
-    "write_json",
-    "write_npz",
-    "write_parquet",
-    "write_rows",
-    "write_safetensors",
-]
 
 _FORMAT = "farms_fast.analysis"
 _FORMAT_VERSION = 2
@@ -88,7 +77,7 @@ def write_parquet(
         values: list[Any] = [row[name] for row in rows]
         if name in TEXT_FIELDS:
             columns[name] = pyarrow.array([utf8(v).decode() for v in values], pyarrow.string())
-        elif name in INT_FIELDS or name in ("stack", "rows", "cols"):
+        elif name in INT_COLUMNS:
             columns[name] = pyarrow.array(values, pyarrow.int64())
         else:
             columns[name] = pyarrow.array(list(map(float, values)), pyarrow.float64())
@@ -130,12 +119,7 @@ def write_json(
 def read_json(
     path: FilePath,
 ) -> tuple[list[LayerRecord], list[Skipped], AnalysisSettings | None]:
-    """The layers, skipped tensors and settings of a file of `write_json`.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is not such a file.
-    """
+    """The layers, skipped tensors and settings of a file of `write_json`; ValueError of another."""
     file = path_of("path", path)
     named = f"path: {os.fspath(path)!r}"
     try:
@@ -194,10 +178,6 @@ def array_name(layer: str) -> str:
 
     Percent-encoded is what a zip file or safetensors would misunderstand: slashes, characters that
     do not print, `.npy` at the end and the name `__metadata__`. Any other name stays.
-
-    Example:
-        >>> array_name("encoder.layer.0.fc"), array_name("block/fc")
-        ('encoder.layer.0.fc', 'block%2Ffc')
     """
     name = "".join(
         c if c.isprintable() and c not in "%/\\" else quote(c.encode("utf-8", "surrogatepass"), "")
@@ -232,11 +212,8 @@ def write_safetensors(
     end = 0
     for layer, shape in zip(layers, shapes, strict=True):
         begin, end = end, end + 8 * math.prod(shape)
-        header[array_name(layer.name)] = {
-            "dtype": "F64",
-            "shape": shape,
-            "data_offsets": [begin, end],
-        }
+        entry = {"dtype": "F64", "shape": shape, "data_offsets": [begin, end]}
+        header[array_name(layer.name)] = entry
     text = json.dumps(header, separators=(",", ":")).encode("ascii")
     # Padded so that the numbers are aligned when the file is mapped into memory.
     text += b" " * (-len(text) % 8)

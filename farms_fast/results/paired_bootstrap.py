@@ -16,8 +16,6 @@ from farms_fast.results.record import LayerRecord
 from farms_fast.results.settings import AnalysisSettings, OtherSampling
 from farms_fast.spectra.bootstrap import fit_layers
 
-__all__ = ["difference_error"]
-
 # Fewer windows have too few ways to be drawn.
 _LEAST_WINDOWS = 4
 
@@ -25,18 +23,10 @@ _LEAST_WINDOWS = 4
 def difference_error(
     a: LayerRecord, b: LayerRecord, settings: AnalysisSettings, device: torch.device
 ) -> float | None:
-    """Standard error of `b.alpha - a.alpha` by one bootstrap of both.
+    """Standard deviation of `b.alpha - a.alpha` over as many resamples as the analyses took.
 
-    Args:
-        a: a layer.
-        b: the same layer of the other analysis.
-        settings: of both analyses.
-        device: where to fit the resamples.
-
-    Returns:
-        The standard deviation of the difference over as many resamples as the analyses took; None
-        where the two do not have the same windows, fewer than four of them, no spectra, or
-        resamples that could not be fitted.
+    None where the two do not have the same windows, fewer than four of them, no spectra, or
+    resamples that could not be fitted.
     """
     sampling, resamples = settings.sampling, settings.bootstrap
     shape = a.shape, a.windows, a.window_rows, a.window_cols

@@ -20,8 +20,6 @@ from farms_fast.views.plots import plot_esd
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["LayerRecord", "Uncertainty"]
-
 Array = npt.NDArray[np.float64]
 
 _NAN = math.nan
@@ -29,20 +27,7 @@ _NAN = math.nan
 
 @dataclass(frozen=True, eq=False)
 class Uncertainty:
-    """How far a layer's alpha depends on which windows were taken.
-
-    Attributes:
-        window_alphas: float64 (windows,), the alpha of each window alone; NaN where it has none.
-        alpha_se: bootstrap standard error of the pooled alpha.
-        alpha_low: lower end of its 95 % bootstrap interval.
-        alpha_high: upper end of that interval.
-        alpha_even: alpha of the even-numbered windows pooled.
-        alpha_odd: alpha of the odd-numbered windows pooled.
-
-    Example:
-        >>> Uncertainty(alpha_even=2.0, alpha_odd=2.5).split_half
-        0.5
-    """
+    """How far a layer's alpha depends on which windows were taken: fields as of `LayerRecord`."""
 
     window_alphas: Array = field(default_factory=lambda: np.empty(0))
     alpha_se: float = _NAN
@@ -51,18 +36,13 @@ class Uncertainty:
     alpha_even: float = _NAN
     alpha_odd: float = _NAN
 
-    @property
-    def split_half(self) -> float:
-        """|alpha_even - alpha_odd|."""
-        return abs(self.alpha_even - self.alpha_odd)
-
 
 @dataclass(eq=False)
 class LayerRecord:
     """Everything that is known about one layer.
 
     The metrics are those of `spectrum_metrics`, NaN where they do not exist; `alpha` is NaN unless
-    `status` is "ok". The fields of `Uncertainty` are NaN when there is one window.
+    `status` is "ok". What windows differ by is NaN when there is one.
 
     Attributes:
         name: the layer's name.
@@ -77,8 +57,13 @@ class LayerRecord:
         dropped: eigenvalues that the fit left out because they were zero or not finite.
         window_alpha_mean: mean of the finite `window_alphas`.
         window_alpha_std: their sample standard deviation (n - 1).
+        alpha_se: bootstrap standard error of alpha over the windows.
+        alpha_low: lower end of its 95 % bootstrap interval.
+        alpha_high: upper end of that interval.
+        alpha_even: alpha of the even-numbered windows pooled.
+        alpha_odd: alpha of the odd-numbered windows pooled.
         split_half: |alpha_even - alpha_odd|.
-        window_alphas: float64 (windows,), the alpha of each window alone.
+        window_alphas: float64 (windows,), the alpha of each window alone; NaN where it has none.
         window_evals: float64 (windows, k), ascending, the eigenvalues of each window. Those of a
             record from a results store are read when first asked for, and kept from then on.
 
@@ -149,31 +134,14 @@ class LayerRecord:
         eps: float = float(np.finfo(np.float64).eps),
         message: str = "",
     ) -> LayerRecord:
-        """Builds the record of a layer whose eigenvalues are known.
+        """The record of a layer from `window_evals`, (windows, k), each row ascending.
 
-        Args:
-            name: the layer's name.
-            kind: the layer's kind.
-            shape: the stack's shape (S, R, C).
-            window_evals: float64 (windows, k), the eigenvalues of each window, each row ascending.
-            fit: the power-law fit of all of them pooled; its status becomes the record's.
-            window_rows: rows of one window.
-            window_cols: columns of one window.
-            uncertainty: the spread over the windows; None where it was not asked for. Ignored when
-                there is one window, which has no spread.
-            evals: the pooled eigenvalues in ascending order, if the caller has them already. The
-                metrics are computed from them; they are not kept.
-            eps: unit roundoff of the arithmetic that gave the eigenvalues.
-            message: what went wrong; by default the fit's status in words.
-
-        Raises:
-            ValueError: if window_evals is not two-dimensional or evals is not as long.
+        A caller that has all of them in order gives them as `evals` too. `eps` is the unit roundoff
+        of the arithmetic that they come from.
         """
         per_window = np.asarray(window_evals, dtype=np.float64)
         if per_window.ndim != 2:
-            raise ValueError(
-                f"window_evals: expected shape (windows, k), got {per_window.shape}",
-            )
+            raise ValueError(f"window_evals: expected shape (windows, k), got {per_window.shape}")
         pooled = np.sort(per_window, axis=None) if evals is None else np.asarray(evals, np.float64)
         if pooled.shape != (per_window.size,):
             raise ValueError(f"evals: expected shape ({per_window.size},), got {pooled.shape}")
@@ -196,7 +164,7 @@ class LayerRecord:
             dropped=fit.dropped,
             window_alpha_mean=float(finite.mean()) if finite.size else _NAN,
             window_alpha_std=float(finite.std(ddof=1)) if finite.size > 1 else _NAN,
-            split_half=spread.split_half,
+            split_half=abs(spread.alpha_even - spread.alpha_odd),
             window_evals=per_window,
             **{**vars(spread), "window_alphas": alphas},
             **metrics,
@@ -204,31 +172,19 @@ class LayerRecord:
 
     @classmethod
     def of(cls, state: LayerState, eps: float) -> LayerRecord:
-        """The record of a layer that a run has finished.
-
-        Args:
-            state: with its failure, or its eigenvalues and fits.
-            eps: unit roundoff of the arithmetic that gave the eigenvalues.
-        """
+        """The record of a layer that a run has finished, with eps as of `from_spectra`."""
         spec, grid, fits = state.layer.spec, state.layer.grid, state.fits
+        layer = spec.name, spec.kind, spec.shape
         if state.failure is not None:
-            return cls(spec.name, spec.kind, spec.shape, *state.failure)
+            return cls(*layer, *state.failure)
         assert fits is not None
         assert state.window_evals is not None
         spread = Uncertainty(
             fits.window_alphas, fits.standard_error, *fits.interval(), *fits.halves
         )
+        windows = grid.rows, grid.columns, spread
         return cls.from_spectra(
-            spec.name,
-            spec.kind,
-            spec.shape,
-            state.window_evals,
-            fits.pooled,
-            grid.rows,
-            grid.columns,
-            spread,
-            evals=fits.pooled_evals,
-            eps=eps,
+            *layer, state.window_evals, fits.pooled, *windows, evals=fits.pooled_evals, eps=eps
         )
 
     @property
@@ -240,13 +196,7 @@ class LayerRecord:
         return np.sort(self.read_window_evals(), axis=None)
 
     def defer_window_evals(self, load: Callable[[], Array]) -> None:
-        """Drops `window_evals` and has them loaded when they are next asked for.
-
-        A copy or a pickle of the record has the values themselves.
-
-        Args:
-            load: returns float64 (windows, k).
-        """
+        """Drops `window_evals` and has them loaded when they are next asked for."""
         self.__dict__.pop("window_evals", None)
         self.__dict__["_load_window_evals"] = load
 
@@ -265,7 +215,7 @@ class LayerRecord:
     if not TYPE_CHECKING:  # a type checker would take it for any attribute's
 
         def __getattr__(self, name: str) -> Any:
-            """Loads `window_evals`: Python asks here for what the instance does not have."""
+            # Python asks here for what the instance does not have.
             if name == "window_evals" and "_load_window_evals" in self.__dict__:
                 self.window_evals = self.read_window_evals()
                 return self.window_evals
@@ -278,7 +228,6 @@ class LayerRecord:
         return state
 
     def _repr_html_(self) -> str:
-        """A table for notebooks."""
         return record_html(self)
 
     def plot_esd(self, ax: Axes | None = None) -> Axes:
@@ -304,15 +253,11 @@ INT_FIELDS = frozenset(
     ("windows", "window_rows", "window_cols", "num_pl_spikes", "M", "N", "num_evals", "dropped")
 )
 CSV_COLUMNS = tuple(LayerRecord("", "", (0, 0, 0), "", "").scalars())
+INT_COLUMNS = INT_FIELDS | {"stack", "rows", "cols"}
 
 
 def field_value(name: str, value: Any) -> Any:
-    """What a field holds, from the value that a file has for it.
-
-    Raises:
-        TypeError: the value is nothing of that kind.
-        ValueError: likewise.
-    """
+    """What a field holds, from a file's value for it; TypeError or ValueError for one of no use."""
     if name == "shape":
         stack, rows, cols = value
         return int(stack), int(rows), int(cols)

@@ -23,14 +23,9 @@ _LOCK = ".lock"
 
 
 class RunRecorder:
-    """Records in memory; the main rank collects those of all ranks at the end.
+    """Records in memory; the main rank collects those of all ranks at the end."""
 
-    Args:
-        ranks: the processes that share the run.
-        settings: of the analysis.
-    """
-
-    #: Whether layers' contents have to be told apart by a digest.
+    # Whether layers' contents have to be told apart by a digest.
     needs_digests = False
 
     def __init__(self, ranks: Ranks, settings: AnalysisSettings) -> None:
@@ -43,22 +38,14 @@ class RunRecorder:
         return False
 
     def take(self, states: Sequence[LayerState], positions: Sequence[int], eps: float) -> None:
-        """Takes layers that were finished together.
-
-        Args:
-            states: the layers.
-            positions: in the model, by the layers' index in the plan.
-            eps: unit roundoff of the arithmetic that gave the eigenvalues.
-        """
+        """Takes layers finished together; `positions` in the model, by index in the plan."""
         for state in states:
             self._records[positions[state.layer.index]] = LayerRecord.of(state, eps)
 
     def analysis(self, names: Sequence[str], skipped: Sequence[Skipped]) -> Analysis:
-        """The analysis of the whole model on the main rank, of a rank's own layers on the others.
+        """The whole model's analysis on the main rank, that of a rank's own layers on the others.
 
-        Args:
-            names: the model's layers in order.
-            skipped: the tensors that are not layers.
+        The names are those of the model's layers in order.
         """
         merged = dict(self._records)
         for records in self._ranks.gather(self._records):
@@ -71,15 +58,8 @@ class _StoreRecorder(RunRecorder):
 
     Ranks on the machine of the main one write to the store itself. On other machines each writes to
     a file of its own beside it, which the main rank merges at the end: nothing then depends on how
-    well a network's file system lets many machines write to one file.
-
-    Args:
-        ranks: the processes that share the run.
-        settings: of the analysis.
-        store: the store, opened.
-        main: the run in it.
-        mine: the run that this rank writes to.
-        part: what closes this rank's own file.
+    well a network's file system lets many machines write to one file. `main` is the run in the
+    store, `mine` the one that this rank writes to, and `part` closes this rank's own file.
     """
 
     needs_digests = True
@@ -133,14 +113,9 @@ def recording(
     layers: int,
     force: bool = False,
 ) -> Iterator[RunRecorder]:
-    """Opens where a run's records go.
+    """Opens where the records of a model of so many layers go: a store's file, or memory for None.
 
-    Args:
-        store: the file of a results store, made if there is none; None for memory.
-        settings: of the analysis.
-        ranks: the processes that share the run.
-        layers: how many layers the model has.
-        force: compute everything anew, in a run of its own.
+    With `force` everything is computed anew, in a run of its own.
     """
     if store is None:
         yield RunRecorder(ranks, settings)

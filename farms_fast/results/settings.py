@@ -18,27 +18,9 @@ from farms_fast.spectra.bootstrap import FitRule
 from farms_fast.spectra.power_law import XMIN_RULES
 from farms_fast.spectra.windows import FixedAspectSampling, FullMatrix, Sampling
 
-__all__ = [
-    "COMPARABILITY_FIELDS",
-    "RUN_KEY_FIELDS",
-    "AnalysisSettings",
-    "OtherSampling",
-    "declared_sampling",
-]
-
 RUN_KEY_FIELDS = (
-    "source",
-    "base",
-    "include",
-    "exclude",
-    "sampling",
-    "xmin",
-    "xmin_pos",
-    "bins",
-    "bootstrap",
-    "dtype",
-    "solver",
-    "farms_fast",
+    *("source", "base", "include", "exclude", "sampling"),
+    *("xmin", "xmin_pos", "bins", "bootstrap", "dtype", "solver", "farms_fast"),
 )
 """What makes two runs the same: the settings that decide the layers and their numbers.
 
@@ -147,11 +129,7 @@ class AnalysisSettings:
 
     @property
     def run_key(self) -> str:
-        """Canonical JSON of `RUN_KEY_FIELDS`: equal where two runs are the same.
-
-        Raises:
-            ValueError: the sampling does not say which windows it takes.
-        """
+        """Canonical JSON of `RUN_KEY_FIELDS`: equal where two runs are the same."""
         if self.sampling == OtherSampling(""):
             raise ValueError(
                 "sampling: a store tells runs apart by their windows, so it expects "
@@ -175,11 +153,7 @@ class AnalysisSettings:
 
     @classmethod
     def from_plain(cls, plain: object) -> AnalysisSettings:
-        """Undoes `to_plain`.
-
-        Raises:
-            ValueError: a field is missing, unknown, or has a value that it cannot have.
-        """
+        """Undoes `to_plain`; ValueError for a field that is missing, unknown or wrong."""
         values = _fields_of(cls, "settings", plain)
         for name in ("include", "exclude"):
             if isinstance(values[name], list):
@@ -202,10 +176,7 @@ _TEXTS: _Expected = (
     "a list of texts",
     lambda value: isinstance(value, tuple) and all(isinstance(text, str) for text in value),
 )
-_COUNT: _Expected = (
-    "an integer that is not negative",
-    lambda value: type(value) is int and value >= 0,
-)
+_COUNT: _Expected = "an integer that is not negative", lambda n: type(n) is int and n >= 0
 _EXPECTED: Mapping[str, _Expected] = {
     "base": ("text or nothing", lambda value: value is None or isinstance(value, str)),
     "include": _TEXTS,
@@ -215,10 +186,7 @@ _EXPECTED: Mapping[str, _Expected] = {
         lambda value: isinstance(value, _DeclaredSampling),
     ),
     "xmin": ("median, ks or peak", lambda value: value in list(XMIN_RULES.values())),
-    "xmin_pos": (
-        "a finite float",
-        lambda value: isinstance(value, float) and math.isfinite(value),
-    ),
+    "xmin_pos": ("a finite float", lambda x: isinstance(x, float) and math.isfinite(x)),
     "bins": _COUNT,
     "bootstrap": _COUNT,
     "dtype": ("float64 or float32", lambda value: value in ("float64", "float32")),
@@ -240,15 +208,12 @@ def _fields_of(made: type[Any], what: str, plain: object) -> dict[str, Any]:
 
 def _sampling_to_plain(sampling: _DeclaredSampling) -> dict[str, object]:
     kind = next(kind for kind, made in _SAMPLINGS.items() if isinstance(sampling, made))
-    if not isinstance(sampling, FixedAspectSampling):
-        return {"kind": kind, **dataclasses.asdict(sampling)}
-    return {
-        "kind": kind,
-        "rows": int(sampling.rows),
-        "q": float(sampling.q),
-        "per_dim": int(sampling.per_dim),
-        "compat": sampling.compat,
-    }
+    plain = {"kind": kind, **dataclasses.asdict(sampling)}
+    if isinstance(sampling, FixedAspectSampling):
+        # NumPy's numbers become Python's.
+        plain |= {name: int(plain[name]) for name in ("rows", "per_dim")}
+        plain["q"] = float(sampling.q)
+    return plain
 
 
 def _sampling_from_plain(plain: object) -> _DeclaredSampling:

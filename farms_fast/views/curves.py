@@ -24,8 +24,6 @@ from farms_fast.spectra.marchenko_pastur import (
 )
 from farms_fast.views.values import LayerValues
 
-__all__ = ["SpectrumCurves", "spectrum_curves", "thin"]
-
 Array = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.intp]
 
@@ -51,13 +49,10 @@ class SpectrumCurves:
         density: (bins,), log10 of the density of λ in each bin; NaN where the bin is empty.
         survival_x: (points,), log10 λ, ascending.
         survival: (points,), log10 of the share of eigenvalues >= λ: the complementary CDF.
-        tail_x: (2,), log10 of xmin and of the largest eigenvalue; empty without a fit.
-        tail_density: (2,), the fitted power law there, a straight line.
-        tail_survival: (2,), likewise.
+        tail_x: (2,), log10 of xmin and of the largest eigenvalue, where `tail_density` and
+            `tail_survival` are those of the fitted power law; all empty without a fit.
         law_x: (points,), log10 λ inside the Marchenko-Pastur law of the windows' shape and
-            variance, as far as the spectrum goes down.
-        law_density: (points,).
-        law_survival: (points,).
+            variance, as far as the spectrum goes down, with `law_density` and `law_survival`.
         candidates: (candidates,), log10 of candidate xmin, ascending.
         D: (candidates,), Kolmogorov-Smirnov distance of the tail that starts there.
         alpha: (candidates,), its exponent.
@@ -83,20 +78,7 @@ class SpectrumCurves:
 def spectrum_curves(record: LayerValues) -> SpectrumCurves:
     """Computes the curves of a layer; its spectrum is not kept where it has to be loaded.
 
-    Args:
-        record: the layer, with its fit or without.
-
-    Raises:
-        ValueError: the record has no eigenvalues, or none above 0, with the reason.
-
-    Example:
-        >>> from farms_fast import LayerRecord
-        >>> windows = np.exp(np.arange(4.0)).reshape(1, 4)
-        >>> record = LayerRecord("fc", "linear", (1, 4, 4), "ok", alpha=2.0, xmin=np.e,
-        ...                      num_pl_spikes=3, M=4, N=4, num_evals=4, window_evals=windows)
-        >>> curves = spectrum_curves(record)
-        >>> (10**curves.survival).round(2).tolist(), curves.alpha.round(3).tolist()
-        ([1.0, 0.75, 0.5, 0.25], [1.667, 2.0, 3.0])
+    A ValueError says why a layer has no eigenvalues, or none above 0.
     """
     values = record.read_window_evals()
     if values.size == 0:
@@ -119,22 +101,10 @@ def spectrum_curves(record: LayerValues) -> SpectrumCurves:
 
 
 def thin(x: Array, y: Array, tolerance: float) -> Indices:
-    """Points of a curve between which straight lines stay close to all the others.
+    """Positions of points between which straight lines stay close to all others, x ascending.
 
     Starting from the two ends, the point that is farthest from the line is added until none is
     farther than the tolerance (Douglas and Peucker, 1973, with vertical distances).
-
-    Args:
-        x: float64 (n,), strictly ascending.
-        y: float64 (n,).
-        tolerance: the largest vertical distance.
-
-    Returns:
-        Positions of the points that stay, ascending, the first and the last among them.
-
-    Example:
-        >>> thin(np.arange(5.0), np.array([0.0, 1.0, 2.1, 1.0, 0.0]), 0.5).tolist()
-        [0, 2, 4]
     """
     chosen = {0, max(0, x.size - 1)}
     open_ends = [(0, x.size - 1)]

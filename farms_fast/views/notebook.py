@@ -9,8 +9,6 @@ from html import escape
 from farms_fast.core.text import fixed, printable, significant
 from farms_fast.views.values import DifferenceValues, LayerValues
 
-__all__ = ["analysis_html", "comparison_html", "record_html"]
-
 _MOST_ROWS = 40
 # What a person wants to know of a layer first, and the digits that it deserves.
 _RECORD_ROWS = (
@@ -32,14 +30,7 @@ _RECORD_ROWS = (
 
 
 def analysis_html(caption: str, layers: Sequence[LayerValues]) -> str:
-    """A table of the layers, the first and last of them where they are many.
-
-    Example:
-        >>> from farms_fast import LayerRecord
-        >>> html = analysis_html("A layer", [LayerRecord("<b>", "linear", (1, 2, 2), "ok")])
-        >>> "&lt;b&gt;" in html, "<b>" in html
-        (True, False)
-    """
+    """A table of the layers, the first and last of them where they are many."""
     heads = ("layer", "shape", "windows", "alpha", "±", "split", "D", "stable rank", "status")
     rows = [
         (

@@ -22,8 +22,6 @@ from farms_fast.views.values import LayerValues
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["plot_alpha", "plot_esd"]
-
 # The colours of Okabe and Ito, told apart with any colour vision, and a marker and a dash for each.
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#7a5c00", "#56b4e9", "#4d4d4d")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*")
@@ -42,21 +40,8 @@ def plot_alpha(layers: Sequence[LayerValues], ax: Axes | None = None) -> Axes:
         layers: the layers in the model's order.
         ax: where to draw; None is a figure of its own.
 
-    Returns:
-        The axes.
-
     Raises:
         ImportError: matplotlib is not installed.
-
-    Example:
-        >>> import matplotlib
-        >>> matplotlib.use("agg")
-        >>> from farms_fast import LayerRecord
-        >>> layers = [LayerRecord(f"h.{i}.fc", "linear", (1, 4, 4), "ok", alpha=2.0 + i)
-        ...           for i in range(3)]
-        >>> ax = plot_alpha(layers)
-        >>> ax.get_ylabel(), [text.get_text() for text in ax.get_legend().get_texts()]
-        ('alpha', ['fc'])
     """
     ax = _axes(ax)
     positions = layer_positions([layer.name for layer in layers], [layer.kind for layer in layers])
@@ -106,23 +91,9 @@ def plot_esd(record: LayerValues, ax: Axes | None = None) -> Axes:
         record: the layer, with its spectrum.
         ax: where to draw; None is a figure of its own.
 
-    Returns:
-        The axes.
-
     Raises:
         ImportError: matplotlib is not installed.
         ValueError: the record has no spectrum, or no eigenvalue above 0.
-
-    Example:
-        >>> import matplotlib
-        >>> matplotlib.use("agg")
-        >>> from farms_fast import LayerRecord
-        >>> windows = np.random.default_rng(0).pareto(2.0, (4, 64))
-        >>> record = LayerRecord("fc", "linear", (1, 64, 64), "ok", M=64, N=64, num_evals=256,
-        ...                      window_evals=windows)
-        >>> ax = plot_esd(record)
-        >>> ax.get_xscale(), ax.get_yscale(), ax.get_title()
-        ('log', 'log', 'fc')
     """
     try:
         curves = spectrum_curves(record)

@@ -12,8 +12,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["OTHER", "LayerPosition", "layer_positions"]
-
 OTHER = "other"
 """The group of all layers whose role is too rare for a group of its own."""
 
@@ -40,24 +38,11 @@ class LayerPosition:
 def layer_positions(
     names: Sequence[str], kinds: Sequence[str], most: int = 12
 ) -> list[LayerPosition]:
-    """The position of every layer.
+    """The position of every layer, from names and kinds in the model's order.
 
     The first number in a name is its block's, and what stands before it names the sequence of
     blocks. Blocks of one sequence are in the order of their numbers; otherwise the order of the
-    layers decides.
-
-    Args:
-        names: the layers' names in the model's order.
-        kinds: what each of them is.
-        most: groups in all; of more roles the rarest become `OTHER`.
-
-    Returns:
-        One position a layer.
-
-    Example:
-        >>> names = ["h.0.mlp", "h.0.attn.q", "h.1.mlp", "head"]
-        >>> [(p.depth, p.block, p.group) for p in layer_positions(names, ["linear"] * 4)]
-        [(0, '0', 'mlp'), (0, '0', 'attn.q'), (1, '1', 'mlp'), (2, 'head', 'linear')]
+    layers decides. Of more roles than `most` the rarest become `OTHER`.
     """
     blocks = [_block(name) for name in names]
     roles = [

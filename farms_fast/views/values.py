@@ -12,8 +12,6 @@ import numpy.typing as npt
 
 from farms_fast.weights.stacks import Skipped
 
-__all__ = ["DifferenceValues", "LayerValues", "Side"]
-
 
 class LayerValues(Protocol):
     """One layer, with the attributes of `farms_fast.LayerRecord`."""
@@ -70,14 +68,7 @@ class DifferenceValues(Protocol):
 
 @dataclass(frozen=True)
 class Side:
-    """One analysis as a page shows it.
-
-    Attributes:
-        layers: the layers in the model's order.
-        skipped: the tensors that are no layers.
-        settings: how it was made, by name; empty where nobody can say.
-        mean_alpha: over the layers that are "ok".
-    """
+    """One analysis as a page shows it; its settings are empty where nobody can say."""
 
     layers: Sequence[LayerValues]
     skipped: Sequence[Skipped]

@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from farms_fast.core.arguments import not_negative
-from farms_fast.results.record import CSV_COLUMNS, INT_FIELDS, TEXT_FIELDS
-
-__all__ = ["FORMAT_VERSION", "StoreFile"]
+from farms_fast.results.record import CSV_COLUMNS, INT_COLUMNS, TEXT_FIELDS
 
 T = TypeVar("T")
 
@@ -28,7 +26,7 @@ FORMAT_VERSION = 2
 def _layer_column(name: str) -> str:
     if name in TEXT_FIELDS:
         return f'"{name}" TEXT NOT NULL'
-    if name in INT_FIELDS or name in ("stack", "rows", "cols"):
+    if name in INT_COLUMNS:
         return f'"{name}" INTEGER NOT NULL'
     # No type: a column of type REAL would drop the sign of -0.0. NaN is NULL.
     return f'"{name}"'
@@ -72,18 +70,7 @@ class StoreFile:
     The journal is SQLite's rollback journal: a write-ahead log needs memory shared by all writers,
     which network file systems do not give, and leaves two more files beside the store.
     `synchronous=FULL` makes a committed layer survive a loss of power: one fsync per commit is
-    little beside the time that a layer takes.
-
-    Args:
-        path: the file.
-        timeout: seconds to wait for another writer.
-        create: whether to make the file if there is none.
-
-    Raises:
-        FileNotFoundError: it or its directory does not exist.
-        OSError: it cannot be opened.
-        TimeoutError: it is locked for longer than the timeout.
-        ValueError: it is not a results store, or of another format version.
+    little beside the time that a layer takes. Arguments and errors are those of `ResultsStore`.
     """
 
     def __init__(self, path: str | os.PathLike[str], timeout: float, *, create: bool) -> None:
@@ -120,13 +107,10 @@ class StoreFile:
         with self._errors():
             connection = self._open()
             # The file may come from anyone: nothing in its schema may call functions.
-            for pragma in (
-                "trusted_schema = OFF",
-                "foreign_keys = ON",
-                "journal_mode = DELETE",
-                "synchronous = FULL",
-            ):
-                connection.execute(f"PRAGMA {pragma}")
+            connection.execute("PRAGMA trusted_schema = OFF")
+            connection.execute("PRAGMA foreign_keys = ON")
+            connection.execute("PRAGMA journal_mode = DELETE")
+            connection.execute("PRAGMA synchronous = FULL")
         with self.reading() as connection:
             ready = self._is_ready(connection)
         if ready:

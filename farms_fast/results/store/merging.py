@@ -18,8 +18,6 @@ from farms_fast.results.store.results_store import (
 )
 from farms_fast.results.store.rows import LayerRow
 
-__all__ = ["merge"]
-
 
 def merge(
     target: str | os.PathLike[str],
@@ -36,34 +34,7 @@ def merge(
     Parts are not changed.
 
     A part that a killed process left is merged as far as it came: its whole layers, which may be
-    none (an empty file).
-
-    Args:
-        target: the store to write to, made if there is none.
-        parts: the stores to read.
-        timeout: seconds to wait for other writers.
-
-    Raises:
-        FileNotFoundError: if a part does not exist; nothing is merged then.
-        OSError: if a file cannot be read or written.
-        TypeError: if an argument is of another kind.
-        ValueError: if a part is the target, or a file is not a results store.
-
-    Example:
-        >>> import tempfile
-        >>> from farms_fast.results.record import LayerRecord
-        >>> from farms_fast.results.settings import AnalysisSettings
-        >>> from farms_fast.results.store import ResultsStore
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     paths = [f"{folder}/rank{rank}.sqlite" for rank in range(2)]
-        ...     for rank, path in enumerate(paths):
-        ...         with ResultsStore(path) as store:
-        ...             record = LayerRecord(f"fc{rank}", "linear", (1, 4, 4), "ok")
-        ...             store.run(AnalysisSettings("model")).put(rank, record, "")
-        ...     merge(f"{folder}/run.sqlite", paths)
-        ...     with ResultsStore(f"{folder}/run.sqlite") as store:
-        ...         [layer.name for layer in store.read()[0]]
-        ['fc0', 'fc1']
+    none (an empty file). Where a part does not exist, nothing is merged.
     """
     path_of("target", target)
     if isinstance(parts, str) or not isinstance(parts, Iterable):

@@ -10,6 +10,7 @@ import sqlite3
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,14 +24,12 @@ from farms_fast.results.store.file import StoreFile
 from farms_fast.results.store.rows import (
     LAYER_COLUMNS,
     LayerRow,
-    StoredWindowEvals,
     pack,
+    read_stored_evals,
     sql_text,
     unpack,
 )
 from farms_fast.weights.stacks import Skipped
-
-__all__ = ["ResultsStore", "RunInfo", "StoredRun"]
 
 COLUMNS = ", ".join(f'"{name}"' for name in LAYER_COLUMNS)
 _RECORD = f"id, {COLUMNS}"
@@ -118,17 +117,10 @@ class ResultsStore:
     def run(
         self, settings: AnalysisSettings, *, total: int | None = None, force: bool = False
     ) -> StoredRun:
-        """Continues the newest run with the same `settings.run_key`, or starts one.
+        """Continues the newest run with the same `settings.run_key`, or with `force` starts one.
 
-        Args:
-            settings: how the layers are computed. A run that is continued keeps the settings that
-                it was started with.
-            total: layers that the model has, for `runs`.
-            force: start a new run in any case. The older ones stay in the file, and without
-                `force` the new one is continued from then on.
-
-        Raises:
-            ValueError: the settings' sampling does not say which windows it takes.
+        A run that is continued keeps the settings that it was started with. `total` is the number
+        of layers that the model has, for `runs`.
         """
         check_type("settings", settings, AnalysisSettings, "AnalysisSettings")
         key = settings.run_key
@@ -167,12 +159,6 @@ class ResultsStore:
 
         A run that is not finished gives the layers that are there. Spectra are read from the file
         when a record is first asked for them, so the file has to stay where it is.
-
-        Args:
-            run: the run's number; None is the newest.
-
-        Raises:
-            ValueError: there is no such run, or the file is damaged.
         """
         with self._file.reading() as connection:
             runs = connection.execute("SELECT id, settings, skipped FROM runs ORDER BY id")
@@ -198,11 +184,7 @@ class ResultsStore:
 
 
 class StoredRun:
-    """One run of an opened store; `ResultsStore.run` makes them.
-
-    Attributes:
-        id: its number in the store.
-    """
+    """One run of an opened store; `ResultsStore.run` makes them."""
 
     def __init__(self, file: StoreFile, number: int) -> None:
         self._file = file
@@ -211,13 +193,8 @@ class StoredRun:
     def finished(self, name: str, digest: str) -> LayerRecord | None:
         """The record of a layer that need not be computed again.
 
-        Args:
-            name: the layer's name.
-            digest: of the layer's weights as they are now.
-
-        Returns:
-            The record, its spectrum read when asked for; None if the run does not have the layer,
-            has it for other weights, or has it with status "error", which is worth another try.
+        None if the run does not have the layer, has it for weights of another digest, or has it
+        with status "error", which is worth another try.
         """
         with self._file.reading() as connection:
             row = connection.execute(
@@ -228,15 +205,10 @@ class StoredRun:
         return None if row is None else read_record(self._file, row)
 
     def put(self, index: int, record: LayerRecord, digest: str) -> None:
-        """Stores a layer, whole or not at all.
+        """Stores the layer at that position in the model, whole or not at all.
 
         Where the run has the layer for the same weights already, that record stays (a run in two
         processes computes some layers twice); any other is replaced.
-
-        Args:
-            index: the layer's position in the model.
-            record: its record, with the spectrum.
-            digest: of its weights.
         """
         self.put_many([(index, record, digest)])
 
@@ -260,12 +232,6 @@ class StoredRun:
 
         Stored layers that are not among them stay in the file, in case the model has them again,
         but are no part of the run's analysis.
-
-        Args:
-            names: the model's layers in order.
-
-        Raises:
-            ValueError: a name is there twice, or a layer is not stored.
         """
         if len(set(names)) != len(names):
             twice = next(name for i, name in enumerate(names) if name in names[:i])
@@ -341,7 +307,9 @@ def read_record(file: StoreFile, row: Sequence[Any]) -> LayerRecord:
     """The record of a row of the table of layers, its spectrum to be read when asked for."""
     number, _, *values = row
     record = unpack(values, file.path)
-    record.defer_window_evals(StoredWindowEvals(file.path, file.timeout, number, record.name))
+    record.defer_window_evals(
+        partial(read_stored_evals, file.path, file.timeout, number, record.name)
+    )
     return record
 
 

@@ -15,17 +15,6 @@ import numpy.typing as npt
 from farms_fast.results.record import CSV_COLUMNS, SCALAR_FIELDS, LayerRecord, field_value
 from farms_fast.results.store.file import StoreFile
 
-__all__ = [
-    "LAYER_COLUMNS",
-    "LayerRow",
-    "StoredWindowEvals",
-    "decode",
-    "encode",
-    "pack",
-    "sql_text",
-    "unpack",
-]
-
 Array = npt.NDArray[np.float64]
 
 # A value of SQLite is below 1 GB, and one part at a time is what reading and writing hold.
@@ -56,15 +45,7 @@ def encode(values: Array) -> bytes:
 
 
 def decode(packed: bytes) -> Array:
-    """The numbers that `encode` was given, float64 (n,), to the bit.
-
-    Raises:
-        ValueError: the bytes are damaged.
-
-    Example:
-        >>> decode(encode(np.array([[1.5, 2.0]]))).tolist()
-        [1.5, 2.0]
-    """
+    """The numbers that `encode` was given, float64 (n,), to the bit; ValueError if damaged."""
     crc, bits = packed[:_CRC_BYTES], memoryview(packed)[_CRC_BYTES:]
     if zlib.crc32(bits).to_bytes(_CRC_BYTES, "little") != crc:
         raise ValueError("the checksum does not match")
@@ -97,15 +78,7 @@ def pack(record: LayerRecord, digest: str) -> LayerRow:
 
 
 def unpack(row: Sequence[Any], path: str) -> LayerRecord:
-    """Turns a row into a record whose spectrum is still to be set.
-
-    Args:
-        row: the values of CSV_COLUMNS and window_alphas.
-        path: the store, for the message of an error.
-
-    Raises:
-        ValueError: if a value is not what that column holds.
-    """
+    """Turns CSV_COLUMNS and window_alphas into a record whose spectrum is still to be set."""
     *scalars, alphas = row
     columns = dict(zip(CSV_COLUMNS, scalars, strict=True))
     try:
@@ -119,55 +92,30 @@ def unpack(row: Sequence[Any], path: str) -> LayerRecord:
     return LayerRecord(**values)
 
 
-@dataclass(frozen=True)
-class StoredWindowEvals:
-    """Reads the eigenvalues of one stored layer when called.
-
-    Attributes:
-        path: the store.
-        timeout: seconds to wait while another process writes to it.
-        layer: the layer's row.
-        name: the layer's name.
-    """
-
-    path: str
-    timeout: float
-    layer: int
-    name: str
-
-    def __call__(self) -> Array:
-        """The eigenvalues, float64 (windows, k).
-
-        Raises:
-            OSError: if the store cannot be read.
-            ValueError: if the layer has been computed again since, or its bytes are damaged.
-        """
-        with (
-            closing(StoreFile(self.path, self.timeout, create=False)) as file,
-            file.reading() as connection,
-        ):
-            there = connection.execute("SELECT 1 FROM layers WHERE id = ?", (self.layer,))
-            if there.fetchone() is None:
-                raise ValueError(
-                    f"store: {self.path!r} no longer has this spectrum of layer {self.name!r}, "
-                    "which has been computed again since"
-                )
-            parts = connection.execute(
-                "SELECT windows, k, evals FROM spectra WHERE layer = ? ORDER BY part",
-                (self.layer,),
+def read_stored_evals(path: str, timeout: float, layer: int, name: str) -> Array:
+    """The eigenvalues of a layer, by its row in the store of that path, float64 (windows, k)."""
+    with (
+        closing(StoreFile(path, timeout, create=False)) as file,
+        file.reading() as connection,
+    ):
+        there = connection.execute("SELECT 1 FROM layers WHERE id = ?", (layer,))
+        if there.fetchone() is None:
+            raise ValueError(
+                f"store: {path!r} no longer has this spectrum of layer {name!r}, "
+                "which has been computed again since"
             )
-            arrays = [self._array(*part) for part in parts]
-        if len(arrays) == 1:
-            return arrays[0]
-        return np.concatenate(arrays) if arrays else np.empty((0, 0), dtype=np.float64)
-
-    def _array(self, windows: int, k: int, packed: bytes) -> Array:
+        parts = connection.execute(
+            "SELECT windows, k, evals FROM spectra WHERE layer = ? ORDER BY part", (layer,)
+        )
         try:
-            return decode(packed).reshape(windows, k)
+            arrays = [decode(packed).reshape(windows, k) for windows, k, packed in parts]
         except (TypeError, ValueError) as error:
             raise ValueError(
-                f"store: {self.path!r} has a damaged spectrum of layer {self.name!r} ({error})"
+                f"store: {path!r} has a damaged spectrum of layer {name!r} ({error})"
             ) from error
+    if len(arrays) == 1:
+        return arrays[0]
+    return np.concatenate(arrays) if arrays else np.empty((0, 0), dtype=np.float64)
 
 
 def _sql(value: str | int | float) -> object:

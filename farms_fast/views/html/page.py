@@ -25,19 +25,10 @@ from farms_fast.core.progress import Progress
 from farms_fast.views.html.payload import comparison_payload, report_payload
 from farms_fast.views.values import DifferenceValues, Side
 
-__all__ = ["script_json", "write_comparison", "write_report"]
-
-_SCRIPTS = [
-    "data",
-    "theme",
-    "charts",
-    "spectra",
-    "overview",
-    "differences",
-    "table",
-    "layer",
-    "main",
-]
+_SCRIPTS = (
+    *("data", "theme", "charts", "spectra", "overview", "differences"),
+    *("table", "layer", "main"),
+)
 
 
 def write_report(
@@ -46,14 +37,7 @@ def write_report(
     title: str | None = None,
     progress: bool | Progress = False,
 ) -> None:
-    """Writes a page of an analysis, as `Analysis.to_html` says.
-
-    Args:
-        path: the file, replaced if it exists.
-        side: the analysis. Layers without a spectrum say why.
-        title: heading of the page; None is the name of the source.
-        progress: as of `farms_fast.analyze`.
-    """
+    """Writes a page of an analysis, as `Analysis.to_html` says."""
     _check(path, title)
     write_text(path, _page(*report_payload(side, title, progress)))
 
@@ -67,17 +51,7 @@ def write_comparison(
     title: str | None = None,
     progress: bool | Progress = False,
 ) -> None:
-    """Writes a page of two analyses compared.
-
-    Args:
-        path: the file, replaced if it exists.
-        layers: of both.
-        sides: the two analyses.
-        notes: what a reader has to know, one sentence each.
-        settings_that_differ: names of settings.
-        title: heading of the page; None is made of the sources' names.
-        progress: as of `farms_fast.analyze`.
-    """
+    """Writes a page of two analyses compared, as `Comparison.to_html` says."""
     _check(path, title)
     page = comparison_payload(layers, sides, notes, settings_that_differ, title, progress)
     write_text(path, _page(*page))

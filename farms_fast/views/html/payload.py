@@ -22,46 +22,18 @@ from farms_fast.views.curves import SpectrumCurves, spectrum_curves
 from farms_fast.views.positions import layer_positions
 from farms_fast.views.values import DifferenceValues, LayerValues, Side
 
-__all__ = ["RECORD_FIELDS", "comparison_payload", "curves_of", "packed", "report_payload"]
-
 Array = npt.NDArray[np.float64]
 
 _STEPS = 10_000
 _MOST_BINS = 24
 
 RECORD_FIELDS = (
-    "status",
-    "message",
-    "shape",
-    "windows",
-    "window_rows",
-    "window_cols",
-    "alpha",
-    "alpha_se",
-    "alpha_low",
-    "alpha_high",
-    "alpha_even",
-    "alpha_odd",
-    "split_half",
-    "window_alpha_mean",
-    "window_alpha_std",
-    "D",
-    "sigma",
-    "xmin",
-    "num_pl_spikes",
-    "num_evals",
-    "dropped",
-    "stable_rank",
-    "stable_rank_per_window",
-    "spectral_norm",
-    "log_spectral_norm",
-    "log_norm",
-    "alpha_weighted",
-    "log_alpha_norm",
-    "entropy",
-    "mp_softrank",
-    "matrix_rank",
-    "Q",
+    *("status", "message", "shape", "windows", "window_rows", "window_cols"),
+    *("alpha", "alpha_se", "alpha_low", "alpha_high", "alpha_even", "alpha_odd", "split_half"),
+    *("window_alpha_mean", "window_alpha_std", "D", "sigma", "xmin", "num_pl_spikes"),
+    *("num_evals", "dropped", "stable_rank", "stable_rank_per_window", "spectral_norm"),
+    *("log_spectral_norm", "log_norm", "alpha_weighted", "log_alpha_norm", "entropy"),
+    *("mp_softrank", "matrix_rank", "Q"),
 )
 """What a page has of a record besides its name and kind, in this order.
 
@@ -69,18 +41,15 @@ RECORD_FIELDS = (
 over the largest of them grows with the number of windows.
 """
 
-
 _Pair = tuple[LayerValues | None, LayerValues | None]
 
 
 def report_payload(
     side: Side, title: str | None, progress: bool | Progress = False
 ) -> tuple[dict[str, Any], list[list[Any]]]:
-    """The page of one analysis; arguments as of `write_report`.
+    """The page of one analysis: what is drawn at once, and per layer a list with its curves.
 
-    Returns:
-        What is drawn at once, and per layer a list with its curves or the reason why it has none.
-        Spectra are read one at a time and not kept.
+    Spectra are read one at a time and not kept.
     """
     pairs: list[_Pair] = [(layer, None) for layer in side.layers]
     page = {
@@ -100,7 +69,7 @@ def comparison_payload(
     title: str | None,
     progress: bool | Progress = False,
 ) -> tuple[dict[str, Any], list[list[Any]]]:
-    """The page of two analyses, as of `report_payload`; arguments as of `write_comparison`."""
+    """The page of two analyses, as of `report_payload`."""
     a, b = (_title(side.settings) for side in sides)
     pairs: list[_Pair] = [(layer.a, layer.b) for layer in layers]
     page = {
@@ -233,13 +202,7 @@ def _all_curves(pairs: Sequence[_Pair], progress: bool | Progress) -> list[list[
 
 
 def curves_of(record: LayerValues) -> dict[str, Any]:
-    """A layer's curves, or why it has none, and its windows' alphas.
-
-    Example:
-        >>> from farms_fast import LayerRecord
-        >>> curves_of(LayerRecord("fc", "linear", (1, 2, 2), "nonfinite", "1 of 4 weights is NaN"))
-        {'missing': '1 of 4 weights is NaN', 'windows': None}
-    """
+    """A layer's curves, or why it has none, and its windows' alphas."""
     windows = _window_bins(record)
     try:
         curves = spectrum_curves(record)
@@ -262,12 +225,7 @@ def _curves(curves: SpectrumCurves) -> dict[str, Any]:
 
 
 def packed(values: Array) -> list[Any]:
-    """Values as `[least, step, whole numbers]`: each is `least + step * number`; NaN as null.
-
-    Example:
-        >>> packed(np.array([1.0, np.nan, 2.0, 1.25]))
-        [1.0, 0.0001, [0, None, 10000, 2500]]
-    """
+    """Values as `[least, step, whole numbers]`: each is `least + step * number`; NaN as null."""
     finite = np.isfinite(values)
     if not finite.any():
         return [0.0, 0.0, [None] * values.size]
