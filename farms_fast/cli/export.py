@@ -27,8 +27,7 @@ def export(
     csv: MetricsCsv = None,
     json: AnalysisJson = None,
     parquet: Annotated[
-        Path | None,
-        typer.Option(help="Write the metrics to this Parquet file (needs pyarrow)."),
+        Path | None, typer.Option(help="Write the metrics to this Parquet file (needs pyarrow).")
     ] = None,
     safetensors: Annotated[
         Path | None, typer.Option(help="Write every layer's eigenvalues to this file.")

@@ -65,11 +65,7 @@ def _run(options: PruningOptions) -> tuple[list[str], str | None]:
     from farms_fast.adapters.pruning.recipe import to_recipe
     from farms_fast.adapters.pruning.saving import save_pruned
     from farms_fast.adapters.pruning.sequential import prune_model
-    from farms_fast.adapters.pruning.tokens import (
-        calibration_tokens,
-        longest_sequence,
-        text_tokens,
-    )
+    from farms_fast.adapters.pruning.tokens import calibration_tokens, longest_sequence, text_tokens
 
     times = _StageTimes()
     device = resolve_device(options.device, default_device())

@@ -42,8 +42,7 @@ class PruningOptions:
     sparsity: Annotated[
         float | None,
         typer.Option(
-            help="Share of the blocks' weights to set to zero.",
-            show_default="1 - N/M with --n-m",
+            help="Share of the blocks' weights to set to zero.", show_default="1 - N/M with --n-m"
         ),
     ] = None
     method: Annotated[str, typer.Option(help="Pruner: magnitude, wanda or sparsegpt.")] = (

@@ -219,10 +219,7 @@ def _devices(model: nn.Module, specs: Sequence[LayerSpec]) -> list[torch.device]
 def _renumbered(planned: Plan, position: Mapping[str, int]) -> Plan:
     """The plan with each layer's position among all devices' layers."""
     batches = [
-        replace(
-            batch,
-            layers=tuple(replace(x, index=position[x.spec.name]) for x in batch.layers),
-        )
+        replace(batch, layers=tuple(replace(x, index=position[x.spec.name]) for x in batch.layers))
         for batch in planned.batches
     ]
     return replace(planned, batches=tuple(batches))

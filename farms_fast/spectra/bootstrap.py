@@ -217,11 +217,7 @@ class _Group:
         return [values, *drawn, self._windows.flatten(0, 1)]
 
     def results(
-        self,
-        fits: PowerLawFits,
-        counts: NDArray[np.int64],
-        rule: FitRule,
-        values_per_call: int,
+        self, fits: PowerLawFits, counts: NDArray[np.int64], rule: FitRule, values_per_call: int
     ) -> list[LayerFits]:
         """From the fits of the parts, in their order, and resamples; one entry a layer."""
         layers, windows, _ = self._windows.shape
@@ -287,10 +283,7 @@ def resampled_counts(entries: int, grid: WindowGrid, resamples: int) -> NDArray[
     by_entry = _block_counts(generator, entries, 1, resamples)
     by_row, by_column = (
         _block_counts(generator, len(starts), _overlapping(starts, extent), resamples)
-        for starts, extent in (
-            (grid.row_starts, grid.rows),
-            (grid.column_starts, grid.columns),
-        )
+        for starts, extent in ((grid.row_starts, grid.rows), (grid.column_starts, grid.columns))
     )
     counts = np.einsum("be,br,bc->berc", by_entry, by_row, by_column)
     return np.asarray(counts.reshape(resamples, entries * grid.count))

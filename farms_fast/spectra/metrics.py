@@ -44,12 +44,7 @@ def _entropy(p: npt.NDArray[np.float64], rank: int) -> float:
 
 
 def spectrum_metrics(
-    evals: npt.NDArray[np.float64],
-    fit: PowerLawFit,
-    rows: int,
-    cols: int,
-    *,
-    eps: float = _EPS64,
+    evals: npt.NDArray[np.float64], fit: PowerLawFit, rows: int, cols: int, *, eps: float = _EPS64
 ) -> dict[str, float | int]:
     """Computes the metrics of a layer from its eigenvalues and its power-law fit.
 
