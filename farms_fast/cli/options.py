@@ -18,8 +18,7 @@ Command = TypeVar("Command", bound=Callable[..., None])
 CheckpointPath = Annotated[
     Path,
     typer.Argument(
-        help="A checkpoint: a folder, a .safetensors file, or a .pt, .pth, .bin or .ckpt file.",
-        show_default=False,
+        help="A checkpoint: a folder, a .safetensors file, or a .pt, .pth, .bin or .ckpt file."
     ),
 ]
 Base = Annotated[

@@ -114,11 +114,9 @@ class Pool:
 def make_pools(
     lengths: Sequence[int], device: torch.device, max_values: int | None = None
 ) -> list[Pool]:
-    """Pools of spectra of these lengths, in their order, or one pool without `max_values`.
+    """Pools of spectra of these lengths, in their order.
 
-    Example:
-        >>> [(p.begin, p.end) for p in make_pools([4, 4, 9], torch.device("cpu"), max_values=8)]
-        [(0, 8), (8, 17)]
+    A pool has at most `max_values`, unless a single spectrum has more; None makes one pool.
     """
     limit = sum(lengths) if max_values is None else max_values
     pools = []

@@ -145,15 +145,14 @@ def _fit_rows(parts: Sequence[Tensor], rule: FitRule, values_per_call: int) -> P
             calls[-1].append(part[begin : begin + rows])
             free_values -= rows * length
             begin += rows
-    reals: list[Tensor] = []
-    integers: list[Tensor] = []
+    stacked = []
     for call in calls:
         lengths = [part.shape[1] for part in call for _ in range(len(part))]
         fits = rule.fit(torch.cat([part.flatten() for part in call]), lengths)
-        reals.append(torch.stack((fits.alpha, fits.D, fits.xmin)).cpu())
-        integers.append(torch.stack((fits.n_tail, fits.n, fits.dropped, fits.status)).cpu())
-    alpha, distance, xmin = torch.cat(reals, dim=1)
-    n_tail, n, dropped, status = torch.cat(integers, dim=1)
+        stacked.append([rows.cpu() for rows in fits.stacked()])
+    reals, integers = (torch.cat(rows, dim=1) for rows in zip(*stacked, strict=True))
+    alpha, distance, xmin = reals
+    n_tail, n, dropped, status = integers
     return PowerLawFits(alpha, distance, xmin, n_tail, n, dropped, status, rule.xmin)
 
 

@@ -102,10 +102,14 @@ class PowerLawFits:
         del tensors["xmin_rule"]
         return replace(self, **{name: tensor[spectra] for name, tensor in tensors.items()})
 
-    def to_list(self) -> list[PowerLawFit]:
-        """All fits on the host; waits for the device once."""
-        reals = torch.stack((self.alpha, self.D, self.xmin))
+    def stacked(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rows alpha, D and xmin, and the rows n_tail, n, dropped and status."""
         integers = torch.stack((self.n_tail, self.n, self.dropped, self.status))
+        return torch.stack((self.alpha, self.D, self.xmin)), integers
+
+    def to_list(self) -> list[PowerLawFit]:
+        """All fits on the host; waits for the device."""
+        reals, integers = self.stacked()
         return [
             PowerLawFit(alpha, distance, xmin, n_tail, n, dropped, STATUSES[status], self.xmin_rule)
             for alpha, distance, xmin, n_tail, n, dropped, status in zip(

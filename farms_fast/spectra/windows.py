@@ -101,11 +101,5 @@ def window_table(grid: WindowGrid, entries: int = 1, weight: int = 0) -> Tensor:
     """The op's window table for a stack of so many entries, the op's weight of that number.
 
     Its columns are weight, entry, row, column, rows, columns, ordered by entry, row and column.
-
-    Example:
-        >>> from farms_fast.spectra.windows import FullMatrix, window_table
-        >>> window_table(FullMatrix().grid(3, 5), entries=2)
-        tensor([[0, 0, 0, 0, 3, 5],
-                [0, 1, 0, 0, 3, 5]])
     """
     return torch.from_numpy(grid.table(weight, entries))
