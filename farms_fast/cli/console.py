@@ -71,9 +71,7 @@ def check_outputs(
 def cli_errors(**names: str) -> Iterator[None]:
     """Turns bad input into one line and exit code 2, and an interruption into 130.
 
-    Args:
-        names: the command's names of arguments, by the names that begin messages, where they
-            differ.
+    `names` has the command's names of arguments, by those that begin messages, where they differ.
     """
     try:
         yield

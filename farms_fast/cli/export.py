@@ -14,9 +14,7 @@ from farms_fast.cli.tables import text_table
 from farms_fast.core.text import printable
 from farms_fast.results.store import ResultsStore
 
-Store = Annotated[
-    Path, typer.Argument(help="The file of `farms-fast analyze --store`.", show_default=False)
-]
+Store = Annotated[Path, typer.Argument(help="The file of `farms-fast analyze --store`.")]
 
 
 def export(
@@ -27,8 +25,7 @@ def export(
     csv: MetricsCsv = None,
     json: AnalysisJson = None,
     parquet: Annotated[
-        Path | None,
-        typer.Option(help="Write the metrics to this Parquet file (needs pyarrow)."),
+        Path | None, typer.Option(help="Write the metrics to this Parquet file (needs pyarrow).")
     ] = None,
     safetensors: Annotated[
         Path | None, typer.Option(help="Write every layer's eigenvalues to this file.")
@@ -44,13 +41,8 @@ def export(
     Exit codes: 0 written, 2 bad usage or bad input, 130 interrupted.
     """
     with cli_errors():
-        given = {
-            "csv": csv,
-            "json": json,
-            "parquet": parquet,
-            "safetensors": safetensors,
-            "npz": npz,
-        }
+        spectra = {"safetensors": safetensors, "npz": npz}
+        given = {"csv": csv, "json": json, "parquet": parquet, **spectra}
         if not any(given.values()):
             raise ValueError(f"expected at least one of {', '.join(f'--{name}' for name in given)}")
         check_outputs(store=store, **given)

@@ -46,9 +46,6 @@ app = typer.Typer(
 )
 
 
-# ---------------------------------------------------------------------------------------- the table
-
-
 def _shape(record: LayerRecord) -> str:
     stack, rows, cols = record.shape
     return f"{rows}x{cols}" if stack == 1 else f"{stack}x{rows}x{cols}"
@@ -81,21 +78,6 @@ def format_table(records: Sequence[LayerRecord], width: int) -> str:
     names = [printable(record.name) for record in records]
     columns = [(head, rank, [text(r) for r in records]) for head, rank, text in _COLUMNS]
     return fit_table(names, columns, width, left=("status",))
-
-
-def _summary(analysis: Analysis, seconds: float) -> str:
-    failed = len(analysis.failed)
-    parts = [
-        f"{counted(len(analysis) - failed, 'layer')} ok",
-        f"{failed} failed",
-        f"{counted(len(analysis.skipped), 'tensor')} skipped",
-        f"mean alpha {fixed(analysis.mean_alpha)}",
-        f"{seconds:.1f} s",
-    ]
-    return ", ".join(parts)
-
-
-# ---------------------------------------------------------------------------------------- commands
 
 
 def _print_version(wanted: bool) -> None:
@@ -218,13 +200,17 @@ def analyze(
 
 
 def _report(analysis: Analysis, seconds: float, show_skipped: bool) -> None:
-    width = terminal_width()
+    failed = analysis.failed
     if len(analysis):
-        echo(format_table(analysis.layers, width))
+        echo(format_table(analysis.layers, terminal_width()))
         echo("")
-    for record in analysis.failed:
+    for record in failed:
         echo(f"failed: {printable(record.name)}: {record.status}: {printable(record.message)}")
-    echo(_summary(analysis, seconds))
+    echo(
+        f"{counted(len(analysis) - len(failed), 'layer')} ok, {len(failed)} failed, "
+        f"{counted(len(analysis.skipped), 'tensor')} skipped, "
+        f"mean alpha {fixed(analysis.mean_alpha)}, {seconds:.1f} s"
+    )
     for line in skipped_lines(analysis.skipped, show_skipped):
         echo(line)
 

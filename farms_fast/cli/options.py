@@ -18,8 +18,7 @@ Command = TypeVar("Command", bound=Callable[..., None])
 CheckpointPath = Annotated[
     Path,
     typer.Argument(
-        help="A checkpoint: a folder, a .safetensors file, or a .pt, .pth, .bin or .ckpt file.",
-        show_default=False,
+        help="A checkpoint: a folder, a .safetensors file, or a .pt, .pth, .bin or .ckpt file."
     ),
 ]
 Base = Annotated[
@@ -31,16 +30,13 @@ Base = Annotated[
 ]
 Rows = Annotated[int | None, typer.Option(help="Rows of a window.", show_default="2000")]
 AspectRatio = Annotated[
-    float | None,
-    typer.Option(help="Aspect ratio of a window, columns / rows.", show_default="1"),
+    float | None, typer.Option(help="Aspect ratio of a window, columns / rows.", show_default="1")
 ]
 PerDim = Annotated[
-    int | None,
-    typer.Option(help="Windows along each dimension, at least.", show_default="15"),
+    int | None, typer.Option(help="Windows along each dimension, at least.", show_default="15")
 ]
 Full = Annotated[
-    bool,
-    typer.Option("--full", help="Take whole matrices instead of windows (biased by shape)."),
+    bool, typer.Option("--full", help="Take whole matrices instead of windows (biased by shape).")
 ]
 Xmin = Annotated[str, typer.Option(help="Rule for the start of the tail: median, ks or peak.")]
 Bootstrap = Annotated[
@@ -66,8 +62,7 @@ MetricsCsv = Annotated[
     Path | None, typer.Option(help="Write the metrics of every layer to this CSV file.")
 ]
 AnalysisJson = Annotated[
-    Path | None,
-    typer.Option(help="Write layers, settings and skipped tensors to this JSON file."),
+    Path | None, typer.Option(help="Write layers, settings and skipped tensors to this JSON file.")
 ]
 Include = Annotated[
     list[str] | None,

@@ -65,11 +65,7 @@ def _run(options: PruningOptions) -> tuple[list[str], str | None]:
     from farms_fast.adapters.pruning.recipe import to_recipe
     from farms_fast.adapters.pruning.saving import save_pruned
     from farms_fast.adapters.pruning.sequential import prune_model
-    from farms_fast.adapters.pruning.tokens import (
-        calibration_tokens,
-        longest_sequence,
-        text_tokens,
-    )
+    from farms_fast.adapters.pruning.tokens import calibration_tokens, longest_sequence, text_tokens
 
     times = _StageTimes()
     device = resolve_device(options.device, default_device())
@@ -156,10 +152,7 @@ def _run(options: PruningOptions) -> tuple[list[str], str | None]:
 
 
 def _load(name: str, dtype: str, progress: bool) -> tuple[Any, Any, tuple[str, ...]]:
-    """Loads a model of transformers from a folder or the hub, on the CPU.
-
-    Returns the model, its tokenizer, and the names of tensors that the model has no place for.
-    """
+    """A model of transformers, on the CPU, its tokenizer, and the tensors it has no place for."""
     if dtype not in ("auto", "float32", "float16", "bfloat16"):
         raise ValueError(f"model-dtype: expected auto, float32, float16 or bfloat16, got {dtype!r}")
     with optional_import("transformers", extra="pruning", needed_for="prune"):
@@ -190,11 +183,7 @@ def _load(name: str, dtype: str, progress: bool) -> tuple[Any, Any, tuple[str, .
 
 
 def _check_layers(blocks: Blocks, pattern: tuple[int, int] | None) -> None:
-    """Checks the weights before anything is computed.
-
-    Raises:
-        ValueError: NaN or infinity in a layer, or groups that do not divide its columns.
-    """
+    """Raises ValueError for NaN or infinity in a layer, or groups that do not divide its inputs."""
     from farms_fast.adapters.pruning.masks import check_weight
 
     for layer in blocks.layers:

@@ -31,19 +31,14 @@ class PruningOptions:
     model: Annotated[
         str,
         typer.Argument(
-            help="A causal language model of transformers: its folder, or its name on the hub.",
-            show_default=False,
+            help="A causal language model of transformers: its folder, or its name on the hub."
         ),
     ]
-    out: Annotated[
-        Path,
-        typer.Option("--out", "-o", help="The folder to write, new or empty.", show_default=False),
-    ]
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write, new or empty.")]
     sparsity: Annotated[
         float | None,
         typer.Option(
-            help="Share of the blocks' weights to set to zero.",
-            show_default="1 - N/M with --n-m",
+            help="Share of the blocks' weights to set to zero.", show_default="1 - N/M with --n-m"
         ),
     ] = None
     method: Annotated[str, typer.Option(help="Pruner: magnitude, wanda or sparsegpt.")] = (
@@ -78,10 +73,7 @@ class PruningOptions:
     ] = None
     calibration: Annotated[
         str | None,
-        typer.Option(
-            help="wikitext2, c4, or a text file; wanda, sparsegpt and owl need it.",
-            show_default=False,
-        ),
+        typer.Option(help="wikitext2, c4, or a text file; wanda, sparsegpt and owl need it."),
     ] = None
     samples: Annotated[int, typer.Option(help="Samples of the calibration text.")] = 128
     seqlen: Annotated[
@@ -94,8 +86,7 @@ class PruningOptions:
     evaluate: Annotated[
         str | None,
         typer.Option(
-            help="Print the perplexity on this text (wikitext2, c4 or a file) before and after.",
-            show_default=False,
+            help="Print the perplexity on this text (wikitext2, c4 or a file) before and after."
         ),
     ] = None
     stride: Annotated[
@@ -118,8 +109,7 @@ class PruningOptions:
         str | None,
         typer.Option(
             help="farms: do as the published code does, with its windows, its rule for the tail, "
-            "and ratios that are clipped, so that the sparsity can be missed.",
-            show_default=False,
+            "and ratios that are clipped, so that the sparsity can be missed."
         ),
     ] = None
     owl_lambda: Annotated[float, typer.Option(help="owl: half the width of densities.")] = 0.08

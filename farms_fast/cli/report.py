@@ -26,8 +26,7 @@ def report(
         int | None, typer.Option(help="A run of a store by its number.", show_default="the newest")
     ] = None,
     title: Annotated[
-        str | None,
-        typer.Option(help="Heading of the page.", show_default="the checkpoint's name"),
+        str | None, typer.Option(help="Heading of the page.", show_default="the checkpoint's name")
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar, only errors.")] = False,
 ) -> None:

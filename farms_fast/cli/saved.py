@@ -13,10 +13,7 @@ from farms_fast.results.store import ResultsStore, RunInfo
 
 SavedAnalysis = Annotated[
     Path,
-    typer.Argument(
-        help="A store of `farms-fast analyze --store`, or a JSON file of an analysis.",
-        show_default=False,
-    ),
+    typer.Argument(help="A store of `farms-fast analyze --store`, or a JSON file of an analysis."),
 ]
 
 _SQLITE = b"SQLite format 3\x00"

@@ -64,14 +64,9 @@ def fit_table(
 ) -> str:
     """Lays out names and columns as a plain table of at most that many columns of a terminal.
 
-    Columns are left out, the least important first, until the names have room; then names are
-    shortened in their middle. Other texts are never cut.
-
-    Args:
-        names: the first column, printable.
-        columns: for each its heading, its importance, and its texts, one a name.
-        width: columns of the terminal.
-        left: headings of the columns that are aligned to the left.
+    A column has a heading, an importance, and a printable text for each name. Columns are left out,
+    the least important first, until the names have room; then names are shortened in their middle.
+    Other texts are never cut. `left` has the headings of columns that are aligned to the left.
 
     Example:
         >>> print(fit_table(["fc1"], [("alpha", 2, ["2.5"]), ("D", 1, ["0.1"])], 30))
@@ -117,22 +112,15 @@ def shorten(text: str, width: int) -> str:
 
 
 def counted(count: int, noun: str, ending: str = "s") -> str:
-    """A number of things.
-
-    Example:
-        >>> counted(1, "layer"), counted(2, "batch", "es")
-        ('1 layer', '2 batches')
-    """
+    """A number of things: 1 layer, 2 batches."""
     return f"{count} {noun}{ending if count != 1 else ''}"
 
 
 def all_skipped(tensors: int) -> str:
     """The reason why a checkpoint of so many tensors has no layer."""
-    return (
-        "its only tensor was skipped"
-        if tensors == 1
-        else f"all of its {tensors} tensors were skipped"
-    )
+    if tensors == 1:
+        return "its only tensor was skipped"
+    return f"all of its {tensors} tensors were skipped"
 
 
 def skipped_lines(tensors: Sequence[Skipped], names: bool) -> Iterator[str]:

@@ -27,17 +27,7 @@ _PATIENCE = timedelta(days=2)
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes that share an analysis.
-
-    Attributes:
-        rank: this process, from 0.
-        size: how many there are.
-        group: their process group, None where there is one process.
-
-    Example:
-        >>> Ranks().is_main
-        True
-    """
+    """The processes that share an analysis: this one's number, how many there are, their group."""
 
     rank: int = 0
     size: int = 1
@@ -61,10 +51,7 @@ class Ranks:
         return self.rank == 0
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's value, in their order, on the main rank; nothing elsewhere.
-
-        The main rank waits for all others.
-        """
+        """Every rank's value, in their order, on the main rank, which waits; nothing elsewhere."""
         if self.group is None:
             return [value]
         values: list[T | None] | None = [None] * self.size if self.is_main else None
@@ -93,14 +80,7 @@ def _machine() -> str:
 
 
 def share(costs: Sequence[float], size: int) -> list[int]:
-    """Which rank takes which layer: the costliest first, each to the rank with the least to do.
-
-    Args:
-        costs: one number a layer, not negative.
-        size: how many ranks there are.
-
-    Returns:
-        A rank for each layer. The same on every rank, whatever the machine.
+    """Each layer's rank: the costliest first, each to the rank with the least to do.
 
     Example:
         >>> share([1.0, 5.0, 2.0, 2.0], 2)
@@ -136,14 +116,7 @@ def torchrun_group() -> Iterator[dist.ProcessGroup | None]:
 
 
 def local_device() -> torch.device | None:
-    """The CUDA device of this process among those that torchrun started on this machine.
-
-    Returns:
-        None where torchrun did not start this process or the machine has no CUDA device.
-
-    Raises:
-        ValueError: there are more processes on this machine than CUDA devices.
-    """
+    """This process's CUDA device among those that torchrun started here; None without either."""
     local, count = os.environ.get("LOCAL_RANK"), torch.cuda.device_count()
     if local is None or not dist.is_torchelastic_launched() or count == 0:
         return None

@@ -45,20 +45,10 @@ def run(
     device: torch.device,
     overlapping: bool = True,
 ) -> None:
-    """Takes every batch through its stages; they are finished in the order given.
+    """Takes every batch through its stages, up to three at a time; they finish in order.
 
-    Up to three batches are under way at a time. A batch for which the device's memory does not
-    suffice is run again by itself, and in halves if need be.
-
-    Args:
-        batches: what to do.
-        stages: how.
-        device: where.
-        overlapping: False for one batch at a time, where the memory holds no more.
-
-    Raises:
-        BaseException: what a stage raised. No other stage is under way any more, and what was
-            being finished is finished.
+    A batch for which the device's memory does not suffice is run again by itself, and in halves if
+    need be. Where a stage raises, no other is under way any more, and what was being finished is.
     """
     if not overlapping:
         for batch in batches:

@@ -37,34 +37,19 @@ class Windows(Protocol):
 
 @dataclass(frozen=True)
 class SolveTask:
-    """Windows of one order, of stacks of one device and dtype, that one call solves.
+    """Windows of one order, of stacks of one device and dtype, that one call solves."""
 
-    Attributes:
-        table: the window table, on the CPU, where the op reads it.
-        windows: of each stack.
-        order: k of every window.
-        workspace: bytes for Gram matrices and workspace to begin with; 0 for the op's default.
-        stream: which of the streams takes it where tasks run side by side.
-    """
-
-    table: Tensor
-    windows: tuple[int, ...]
+    table: Tensor  # on the CPU, where the op reads it
+    windows: tuple[int, ...]  # of each stack
     order: int
-    workspace: int = 0
-    stream: int = 0
+    workspace: int = 0  # bytes for Gram matrices and workspace to begin with; 0 leaves it to the op
+    stream: int = 0  # which of the streams takes it where tasks run side by side
 
     @classmethod
     def of(
         cls, stacks: Sequence[tuple[Windows, int]], workspace: int = 0, stream: int = 0
     ) -> SolveTask:
-        """The task of stacks in this order, each told by its windows and its number of matrices.
-
-        Example:
-            >>> from farms_fast import FullMatrix
-            >>> task = SolveTask.of([(FullMatrix().grid(3, 5), 2), (FullMatrix().grid(4, 3), 1)])
-            >>> task.windows, task.order
-            ((2, 1), 3)
-        """
+        """The task of stacks in this order, each told by its windows and its number of matrices."""
         tables = [
             windows.table(number, entries) for number, (windows, entries) in enumerate(stacks)
         ]
@@ -77,18 +62,9 @@ class SolveTask:
         dtype: torch.dtype = torch.float64,
         solver: str | None = None,
     ) -> Tensor:
-        """Eigenvalues; when a CUDA device's memory ends, again with half of the workspace.
+        """(windows, k) eigenvalues of (S, R, C) stacks, each row ascending; only launched on CUDA.
 
-        Args:
-            stacks: (S, R, C) each.
-            dtype: float64 or float32.
-            solver: a solver's name, None to choose.
-
-        Returns:
-            (windows, k) of that dtype, each row ascending; only launched on CUDA.
-
-        Raises:
-            torch.OutOfMemoryError: one matrix and its workspace do not fit.
+        When a CUDA device's memory ends, it solves again with half of the workspace.
         """
         workspace = self.workspace
         while True:
@@ -111,18 +87,7 @@ def solve_side_by_side(
     dtype: torch.dtype = torch.float64,
     solver: str | None = None,
 ) -> list[Tensor]:
-    """Solves several tasks at once, each on its stream.
-
-    Args:
-        tasks: of one device.
-        stacks: of all tasks, in their order.
-        streams: of the device, see `farms_fast.engine.streams.fork_join`.
-        dtype: as for `SolveTask.solve`.
-        solver: as for `SolveTask.solve`.
-
-    Returns:
-        The eigenvalues of each task, for the current stream.
-    """
+    """Each task's eigenvalues, solved on its stream, for the current one; stacks of all tasks."""
     rest = iter(stacks)
     evals = []
     with fork_join(streams) as contexts:
@@ -135,17 +100,11 @@ def solve_side_by_side(
 
 @dataclass(frozen=True)
 class Pool:
-    """Spectra that lie one after the other, and are sorted and fitted in one call.
+    """Spectra that lie one after the other, and are sorted and fitted in one call."""
 
-    Attributes:
-        begin: of their values among all values.
-        end: of them.
-        offsets: (spectra + 1,), int64, on the device, from `begin`.
-    """
-
-    begin: int
+    begin: int  # of their values among all values
     end: int
-    offsets: Tensor
+    offsets: Tensor  # (spectra + 1,), int64, on the device, from `begin`
 
     def sort(self, values: Tensor) -> Tensor:
         """The pool's part of all values, each spectrum ascending with NaN last."""
@@ -157,14 +116,7 @@ def make_pools(
 ) -> list[Pool]:
     """Pools of spectra of these lengths, in their order.
 
-    Args:
-        lengths: values of each spectrum.
-        device: where the values are.
-        max_values: of one pool, unless a single spectrum has more; None for one pool.
-
-    Example:
-        >>> [(p.begin, p.end) for p in make_pools([4, 4, 9], torch.device("cpu"), max_values=8)]
-        [(0, 8), (8, 17)]
+    A pool has at most `max_values`, unless a single spectrum has more; None makes one pool.
     """
     limit = sum(lengths) if max_values is None else max_values
     pools = []
@@ -186,13 +138,7 @@ class Rule(Protocol[Fits]):
 def fit_pools(
     values: Tensor, pools: Sequence[Pool], rule: Rule[Fits]
 ) -> Iterator[tuple[Tensor, Fits]]:
-    """The sorted spectra of one pool after the other, and their fits, without waiting for a device.
-
-    Args:
-        values: (total,), float64, the spectra of all pools.
-        pools: see `make_pools`.
-        rule: see `farms_fast.spectra.bootstrap.FitRule`.
-    """
+    """Sorted spectra and their fits, pool by pool, without waiting for a device; float64 values."""
     for pool in pools:
         spectra = pool.sort(values)
         yield spectra, rule.fit_at(spectra, pool.offsets)

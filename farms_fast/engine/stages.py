@@ -25,41 +25,24 @@ IsKnown = Callable[[str, str], bool]
 
 @dataclass(frozen=True)
 class Settings:
-    """How a batch is computed.
-
-    Attributes:
-        device: where.
-        dtype: precision, float64 or float32.
-        solver: a solver's name, None to choose.
-        rule: how spectra are fitted.
-        bootstrap: resamples a layer.
-    """
+    """How a batch is computed."""
 
     device: torch.device
     dtype: torch.dtype
     solver: str | None
     rule: FitRule
-    bootstrap: int
+    bootstrap: int  # resamples of each layer
 
 
 @dataclass
 class LayerState:
-    """What has come of a layer so far.
-
-    Attributes:
-        layer: the layer.
-        digest: of its content; empty where there is no store.
-        known: whether its results were there before this run.
-        failure: status and message of a layer without a spectrum.
-        window_evals: (windows, k), the eigenvalues of each window, ascending by row.
-        fits: of those eigenvalues.
-    """
+    """What has come of a layer so far."""
 
     layer: LayerWindows
-    digest: str = ""
-    known: bool = False
-    failure: tuple[str, str] | None = None
-    window_evals: NDArray[np.float64] | None = None
+    digest: str = ""  # of its content; empty where there is no store
+    known: bool = False  # its results were there before this run
+    failure: tuple[str, str] | None = None  # status and message of a layer without a spectrum
+    window_evals: NDArray[np.float64] | None = None  # (windows, k), each row ascending
     fits: LayerFits | None = None
 
     def fail(self, error: Exception) -> None:
@@ -73,48 +56,29 @@ Keep = Callable[[Sequence[LayerState]], None]
 
 @dataclass(frozen=True)
 class LoadedBatch:
-    """A batch whose weights are on the device.
-
-    Attributes:
-        batch: the batch.
-        layers: all of its layers.
-        unsolved: those of them that are neither known nor failed.
-        stacks: (S, R, C), the weights of each unsolved layer.
-    """
+    """A batch whose weights are on the device."""
 
     batch: Batch
     layers: list[LayerState]
-    unsolved: list[LayerState]
-    stacks: list[Tensor]
+    unsolved: list[LayerState]  # those that are neither known nor failed
+    stacks: list[Tensor]  # their weights, (S, R, C)
 
 
 @dataclass(frozen=True)
 class SolvedBatch:
-    """A batch whose eigenvalues are under way.
-
-    Attributes:
-        batch: the batch.
-        layers: all of its layers.
-        unfitted: those of them whose windows were solved.
-        evals: (windows, k) of the unfitted layers, each row ascending, on the device; None where
-            there are none.
-    """
+    """A batch whose eigenvalues are under way."""
 
     batch: Batch
     layers: list[LayerState]
-    unfitted: list[LayerState]
-    evals: Tensor | None
+    unfitted: list[LayerState]  # those whose windows were solved
+    evals: Tensor | None  # of their windows, (windows, k), each row ascending, on the device
 
 
 class BatchStages:
     """The stages of `farms_fast.engine.pipeline.run` for an analysis.
 
-    Args:
-        source: where the weights are.
-        settings: how they are computed.
-        keep: is called with the layers of each batch when they are done.
-        is_known: asked before a layer is computed; None where none can be known, and no digest is
-            needed.
+    `keep` gets the layers of each batch when they are done. `is_known` is asked before a layer is
+    computed; without it no digest is taken.
     """
 
     def __init__(
@@ -128,10 +92,7 @@ class BatchStages:
         self._last: tuple[tuple[str, ...], list[Tensor]] = ((), [])
 
     def read(self, batch: Batch) -> LoadedBatch:
-        """Brings the weights of layers that are not known yet to the device.
-
-        A layer that cannot be read fails by itself and does not stop the others.
-        """
+        """Brings unknown layers' weights to the device; one that cannot be read fails by itself."""
         loaded = LoadedBatch(batch, [LayerState(layer) for layer in batch.layers], [], [])
         for state in loaded.layers:
             stack = self._load(state)

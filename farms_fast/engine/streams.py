@@ -26,12 +26,7 @@ STREAMS = 2
 def make_streams(
     device: torch.device, first: torch.cuda.Stream | None = None
 ) -> list[torch.cuda.Stream]:
-    """Streams of a device for `fork_join`, none on the CPU.
-
-    Args:
-        device: the CPU or a CUDA device.
-        first: a stream to take as the first one; None makes all of them.
-    """
+    """Streams of a device for `fork_join`, none on the CPU; `first` is taken as the first one."""
     if device.type != "cuda":
         return []
     given = [] if first is None else [first]
@@ -44,15 +39,8 @@ def fork_join(
 ) -> Iterator[Sequence[contextlib.AbstractContextManager[object]]]:
     """Contexts of the streams, which start after the current stream and join it on exit.
 
-    A tensor made inside may be freed after the exit like any tensor of the current stream.
-
-    Args:
-        streams: those of `make_streams`. The current stream may be one of them.
-
-    Example:
-        >>> with fork_join([]) as contexts:
-        ...     len(contexts)
-        2
+    The current stream may be one of them. A tensor made inside may be freed after the exit like any
+    tensor of the current stream.
     """
     if not streams:
         yield [contextlib.nullcontext()] * STREAMS
@@ -77,9 +65,7 @@ def use_on_current_stream(tensor: Tensor) -> None:
 class StreamThread:
     """A thread with a stream of its own, which runs one piece of work after the other.
 
-    Args:
-        device: where the work goes.
-        own_thread: False to run the work where it is submitted, on the current stream.
+    Without `own_thread` the work runs where it is submitted, on the current stream.
     """
 
     def __init__(self, device: torch.device, own_thread: bool = True) -> None:

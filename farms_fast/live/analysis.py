@@ -107,11 +107,8 @@ class LiveAnalysis:
         check_dtype(dtype)
         check_sampling(sampling)
         budget = None if memory is None else check_int("memory", memory, least=1)
-        evals = EvalFilter(
-            check_int("min_evals", min_evals),
-            not_negative("evals_threshold", evals_threshold),
-            rule.xmin,
-        )
+        least = check_int("min_evals", min_evals)
+        self._evals = EvalFilter(least, not_negative("evals_threshold", evals_threshold), rule.xmin)
         with _no_autocast_no_grad():
             specs, skipped = layers_from_module(model, include, exclude, change=change)
             devices = _devices(model, specs)
@@ -131,14 +128,13 @@ class LiveAnalysis:
         names = {name for planned in plans.values() for name in planned.names}
         self.specs = tuple(spec for spec in specs if spec.name in names)
         self.skipped = [*skipped, *(skip for planned in plans.values() for skip in planned.skipped)]
-        self._evals = evals
         self._weights = LiveWeights(model, self.specs)
         position = {spec.name: number for number, spec in enumerate(self.specs)}
         self._passes = [
             DevicePasses(
                 _renumbered(planned, position),
                 Settings(device, dtype, solver, rule, bootstrap=0),
-                evals.threshold,
+                self._evals.threshold,
             )
             for device, planned in plans.items()
         ]
@@ -220,10 +216,7 @@ def _devices(model: nn.Module, specs: Sequence[LayerSpec]) -> list[torch.device]
 def _renumbered(planned: Plan, position: Mapping[str, int]) -> Plan:
     """The plan with each layer's position among all devices' layers."""
     batches = [
-        replace(
-            batch,
-            layers=tuple(replace(x, index=position[x.spec.name]) for x in batch.layers),
-        )
+        replace(batch, layers=tuple(replace(x, index=position[x.spec.name]) for x in batch.layers))
         for batch in planned.batches
     ]
     return replace(planned, batches=tuple(batches))

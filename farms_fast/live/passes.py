@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,74 +19,54 @@ from farms_fast.engine.streams import STREAMS, make_streams
 from farms_fast.live.pending import RESULT_COLUMNS, DeviceResults
 from farms_fast.live.weights import LiveTensor, Snapshot, Stacks
 
+# What went wrong with layers, by position: they cannot be read, or do not fit by themselves.
+_Failures: TypeAlias = dict[int, str]
+
 
 @dataclass(frozen=True)
 class _Pass:
-    """Batches that are solved, pooled and fitted together.
+    """Batches that are solved, pooled and fitted together."""
 
-    Attributes:
-        batches: in this order.
-        tasks: of the batches.
-        layers: of all batches, in the order of the results.
-        last: (windows,), where each window's largest eigenvalue is, on the device.
-        window_layers: (windows,), the layer of each window, on the device.
-        pools: in the order of the layers.
-    """
-
-    batches: tuple[Batch, ...]
-    tasks: tuple[SolveTask, ...]
-    layers: tuple[LayerWindows, ...]
-    last: Tensor
-    window_layers: Tensor
-    pools: list[Pool]
+    batches: Sequence[Batch]
+    tasks: Sequence[SolveTask]
+    layers: Sequence[LayerWindows]  # of all batches, in the order of pools and results
+    last: Tensor  # (windows,), where each window's largest eigenvalue is, on the device
+    window_layers: Tensor  # (windows,), the layer of each window, on the device
+    pools: Sequence[Pool]
 
     @classmethod
     def of(cls, batches: Sequence[Batch], device: torch.device) -> _Pass:
         """Prepares everything that depends on shapes alone."""
-        layers = tuple(layer for batch in batches for layer in batch.layers)
-        windows = torch.tensor([layer.windows for layer in layers], dtype=torch.int64, device="cpu")
-        orders = torch.tensor(
-            [layer.grid.order for layer in layers], dtype=torch.int64, device="cpu"
+        layers = [layer for batch in batches for layer in batch.layers]
+        windows, orders = (
+            torch.tensor(counts, dtype=torch.int64, device="cpu")
+            for counts in ([x.windows for x in layers], [x.grid.order for x in layers])
         )
         window_layers = torch.arange(len(layers), device="cpu").repeat_interleave(windows)
         last = orders[window_layers].cumsum(0) - 1
         streams = share([batch.cost.seconds for batch in batches], STREAMS)
         tasks = [
-            SolveTask.of(
-                [(layer.grid, layer.spec.shape[0]) for layer in batch.layers],
-                batch.workspace,
-                stream,
-            )
+            SolveTask.of([(x.grid, x.spec.shape[0]) for x in batch.layers], batch.workspace, stream)
             for batch, stream in zip(batches, streams, strict=True)
         ]
         # As many values at a time as the batches' peaks leave memory to fit.
         fit_values = sum(min(x.fit_values, x.windows * x.order) for x in batches)
-        return cls(
-            tuple(batches),
-            tuple(tasks),
-            layers,
-            last.to(device),
-            window_layers.to(device),
-            make_pools((windows * orders).tolist(), device, fit_values),
-        )
+        pools = make_pools((windows * orders).tolist(), device, fit_values)
+        return cls(batches, tasks, layers, last.to(device), window_layers.to(device), pools)
 
     def without(self, failures: Mapping[int, str], device: torch.device) -> _Pass:
         """The pass of the layers that have not failed."""
-        left = []
-        for batch in self.batches:
-            layers = tuple(layer for layer in batch.layers if layer.index not in failures)
-            if layers:
-                left.append(replace(batch, layers=layers))
-        return _Pass.of(left, device)
+        left = [
+            replace(batch, layers=tuple(x for x in batch.layers if x.index not in failures))
+            for batch in self.batches
+        ]
+        return _Pass.of([batch for batch in left if batch.layers], device)
 
 
 class DevicePasses:
-    """The layers whose weights are on one device.
+    """The layers whose weights are on one device; eigenvalues below the threshold are dropped.
 
-    Args:
-        plan: their windows in batches; the index of a layer is its position in the model.
-        settings: how they are computed.
-        threshold: eigenvalues below it are dropped.
+    In their `plan`, the index of a layer is its position in the model.
     """
 
     def __init__(self, plan: Plan, settings: Settings, threshold: float) -> None:
@@ -107,10 +88,8 @@ class DevicePasses:
     def start(self, read: Mapping[str, LiveTensor], overlap: bool) -> DeviceResults:
         """Launches everything on the device's own streams, after what the current one was given.
 
-        Args:
-            read: the model's tensors as `LiveWeights.read` gives them.
-            overlap: take a copy of the tensors on the current stream, which need not wait for the
-                rest; otherwise what it is given next waits for the weights to be read.
+        With `overlap` the current stream only copies the tensors; without, what it is given next
+        waits for the weights to be read.
         """
         tensors = {name: tensor for name, tensor in read.items() if name in self._names}
         if not self._streams:
@@ -168,7 +147,7 @@ class DevicePasses:
     def _launch(
         self, passes: Sequence[_Pass], tensors: Mapping[str, LiveTensor], stacks: Stacks
     ) -> DeviceResults:
-        failures: dict[int, str] = {}
+        failures: _Failures = {}
         done: list[tuple[_Pass, Tensor]] = []
         for planned in passes:
             done += self._run_within_memory(planned, tensors, stacks, failures)
@@ -184,16 +163,9 @@ class DevicePasses:
         return DeviceResults(sizes, rows, event, failures)
 
     def _run_within_memory(
-        self,
-        planned: _Pass,
-        tensors: Mapping[str, LiveTensor],
-        stacks: Stacks,
-        failures: dict[int, str],
+        self, planned: _Pass, tensors: Mapping[str, LiveTensor], stacks: Stacks, failures: _Failures
     ) -> list[tuple[_Pass, Tensor]]:
-        """The results of a pass; where the memory does not suffice those of its parts.
-
-        A layer that cannot be read, or does not fit by itself, is in `failures`.
-        """
+        """The results of a pass; where the memory does not suffice those of its parts."""
         try:
             read = self._read(planned, tensors, stacks, failures)
             if len(read) < len(planned.layers):
@@ -218,11 +190,7 @@ class DevicePasses:
         return done
 
     def _read(
-        self,
-        planned: _Pass,
-        tensors: Mapping[str, LiveTensor],
-        stacks: Stacks,
-        failures: dict[int, str],
+        self, planned: _Pass, tensors: Mapping[str, LiveTensor], stacks: Stacks, failures: _Failures
     ) -> list[Tensor]:
         """The layers' stacks; a layer that has none is in `failures`."""
         read = []

@@ -53,17 +53,11 @@ class LayerAlpha:
 
 @dataclass(frozen=True)
 class EvalFilter:
-    """Which eigenvalues count, and how many a layer needs for its fit to count.
-
-    Attributes:
-        min_evals: how many there must be.
-        threshold: those below it are dropped.
-        xmin: the rule that fitted them, for messages.
-    """
+    """Which eigenvalues count, and how many a layer needs for its fit to count."""
 
     min_evals: int
     threshold: float
-    xmin: str
+    xmin: str  # the rule that fitted them, for messages
 
     def alpha_of(self, name: str, windows: int, evals: int, row: Sequence[float]) -> LayerAlpha:
         """What one row of `RESULT_COLUMNS` says of a layer with so many eigenvalues."""
@@ -75,10 +69,8 @@ class EvalFilter:
         n_evals = used if self.threshold > 0 else evals
         if n_evals < self.min_evals:
             above = f" of at least {self.threshold:g}" if self.threshold > 0 else ""
-            message = (
-                f"{n_evals} eigenvalues{above}, fewer than min_evals, which is {self.min_evals}"
-            )
-            return LayerAlpha.failed(name, "too_few", message, n_evals)
+            found = f"{n_evals} eigenvalues{above}, fewer than min_evals, which is {self.min_evals}"
+            return LayerAlpha.failed(name, "too_few", found, n_evals)
         ended = STATUSES[status]
         fit = PowerLawFit(alpha, distance, xmin, n_tail, used, dropped, ended, self.xmin)
         return LayerAlpha(
@@ -88,19 +80,12 @@ class EvalFilter:
 
 @dataclass(frozen=True)
 class DeviceResults:
-    """One device's part of an analysis.
+    """One device's part of an analysis."""
 
-    Attributes:
-        layers: the rows' layers: position among the specs, windows, eigenvalues.
-        rows: (layers, 7) of `RESULT_COLUMNS`, on the host once `done` has happened.
-        done: None where the rows are there already.
-        failures: what went wrong with layers that have no row, by position.
-    """
-
-    layers: Sequence[tuple[int, int, int]]
-    rows: Tensor
-    done: torch.cuda.Event | None
-    failures: Mapping[int, str]
+    layers: Sequence[tuple[int, int, int]]  # of each row: position, windows, eigenvalues
+    rows: Tensor  # (layers, 7) of `RESULT_COLUMNS`, on the host once `done` has happened
+    done: torch.cuda.Event | None  # None where the rows are there already
+    failures: Mapping[int, str]  # what went wrong with layers that have no row, by position
 
 
 class PendingAlphas:

@@ -26,12 +26,7 @@ class _ParameterHeader(NamedTuple):
 
 
 class LiveWeights:
-    """The tensors that layers are made of, by their names in a model.
-
-    Args:
-        model: it is neither run nor changed.
-        specs: its layers.
-    """
+    """The tensors that layers are made of, by their names in a model, which stays as it is."""
 
     def __init__(self, model: nn.Module, specs: Sequence[LayerSpec]) -> None:
         self._model = model
@@ -109,20 +104,19 @@ class Stacks:
 
 
 class Snapshot:
-    """A copy of tensors, in memory that is allocated once.
-
-    Attributes:
-        tensors: the copies by name.
-    """
+    """A copy of tensors, by name, in memory that is allocated once."""
 
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
 
     def allocate(self, wanted: Mapping[str, Tensor]) -> None:
         """Allocates memory on the current stream, where the copies will be used and freed."""
-        self.tensors = {
-            name: _reused_or_new(self.tensors.get(name), tensor) for name, tensor in wanted.items()
-        }
+        old, self.tensors = self.tensors, {}
+        for name, tensor in wanted.items():
+            copy = old.get(name)
+            if copy is None or (copy.shape, copy.dtype) != (tensor.shape, tensor.dtype):
+                copy = torch.empty_like(tensor)
+            self.tensors[name] = copy
 
     def take(self, read: Mapping[str, LiveTensor]) -> None:
         """Copies the tensors of `allocate`, on the current stream; one call a dtype."""
@@ -134,9 +128,3 @@ class Snapshot:
         for pairs in by_dtype.values():
             copies, tensors = zip(*pairs, strict=True)
             torch._foreach_copy_(copies, tensors)
-
-
-def _reused_or_new(copy: Tensor | None, tensor: Tensor) -> Tensor:
-    if copy is not None and (copy.shape, copy.dtype) == (tensor.shape, tensor.dtype):
-        return copy
-    return torch.empty_like(tensor)

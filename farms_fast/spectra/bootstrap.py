@@ -37,14 +37,7 @@ _SEED = 20250628
 
 @dataclass(frozen=True)
 class FitRule:
-    """The settings of a fit, for everything that is fitted in one analysis.
-
-    Attributes:
-        xmin: "median", "ks" or "peak".
-        xmin_pos: for the median rule.
-        bins: for the peak rule.
-        compat: None or "farms".
-    """
+    """The settings of `fit_power_law`, for everything that is fitted in one analysis."""
 
     xmin: str = "median"
     xmin_pos: float = 2
@@ -72,21 +65,13 @@ class FitRule:
 
 @dataclass(frozen=True)
 class LayerFits:
-    """Fits of one layer's pooled spectrum and of parts and resamples of it.
-
-    Attributes:
-        pooled: the layer's fit.
-        pooled_evals: (windows · k,), all eigenvalues, ascending.
-        window_alphas: (windows,), each window fitted alone.
-        halves: alphas of the even and of the odd windows; NaN for a single window.
-        resampled: alphas of the bootstrap's resamples, of those that could be fitted.
-    """
+    """Fits of one layer's pooled spectrum and of parts and resamples of it."""
 
     pooled: PowerLawFit
-    pooled_evals: NDArray[np.float64]
-    window_alphas: NDArray[np.float64]
-    halves: tuple[float, float]
-    resampled: NDArray[np.float64]
+    pooled_evals: NDArray[np.float64]  # (windows · k,), all eigenvalues, ascending
+    window_alphas: NDArray[np.float64]  # (windows,), each window fitted alone
+    halves: tuple[float, float]  # alphas of the even and the odd windows; NaN for a single window
+    resampled: NDArray[np.float64]  # alphas of the resamples that could be fitted
 
     @property
     def standard_error(self) -> float:
@@ -112,19 +97,12 @@ def fit_layers(
     """Fits the pooled spectra of layers, and how they vary over windows.
 
     Layers that are sampled alike are sorted and resampled together, and all of them fitted in one
-    call, so that the many small layers of a network take hardly more launches than one.
+    call, so that the many small layers of a network take hardly more launches than one. At most
+    `values_per_call` are fitted at once, which bounds the memory; a layer with more is fitted by
+    itself, and resample by resample. The resamples drawn depend on nothing but the grid.
 
-    Args:
-        spectra: one tensor a layer, (windows, k), float64, each row ascending, on one device.
-        entries: matrices in each layer's stack.
-        grids: each layer's windows of one matrix.
-        rule: how to fit.
-        bootstrap: resamples a layer, 0 for none. The draws depend on nothing but the grid.
-        values_per_call: values that are fitted in one call at most, which bounds the memory; a
-            layer with more is fitted by itself, and resample by resample.
-
-    Returns:
-        One entry a layer.
+    For each layer, `spectra` has (windows, k) float64 with ascending rows, all on one device,
+    `entries` the matrices of its stack, and `grids` the windows of one matrix.
     """
     alike: dict[tuple[object, ...], list[int]] = {}
     for layer, (count, grid) in enumerate(zip(entries, grids, strict=True)):
@@ -167,27 +145,22 @@ def _fit_rows(parts: Sequence[Tensor], rule: FitRule, values_per_call: int) -> P
             calls[-1].append(part[begin : begin + rows])
             free_values -= rows * length
             begin += rows
-    reals: list[Tensor] = []
-    integers: list[Tensor] = []
+    stacked = []
     for call in calls:
         lengths = [part.shape[1] for part in call for _ in range(len(part))]
         fits = rule.fit(torch.cat([part.flatten() for part in call]), lengths)
-        reals.append(torch.stack((fits.alpha, fits.D, fits.xmin)).cpu())
-        integers.append(torch.stack((fits.n_tail, fits.n, fits.dropped, fits.status)).cpu())
-    alpha, distance, xmin = torch.cat(reals, dim=1)
-    n_tail, n, dropped, status = torch.cat(integers, dim=1)
+        stacked.append([rows.cpu() for rows in fits.stacked()])
+    reals, integers = (torch.cat(rows, dim=1) for rows in zip(*stacked, strict=True))
+    alpha, distance, xmin = reals
+    n_tail, n, dropped, status = integers
     return PowerLawFits(alpha, distance, xmin, n_tail, n, dropped, status, rule.xmin)
 
 
 class _Group:
-    """Layers of equally many windows of one order, sampled alike.
-
-    Attributes:
-        layers: their positions in the caller's sequence.
-    """
+    """Layers of equally many windows of one order, sampled alike."""
 
     def __init__(self, layers: list[int], spectra: Sequence[Tensor]) -> None:
-        self.layers = layers
+        self.layers = layers  # their positions in the caller's sequence
         self._windows = torch.stack([spectra[layer] for layer in layers])
         self._values, indices = self._windows.flatten(1).sort(dim=1)
         # Where each sorted value comes from.
@@ -217,11 +190,7 @@ class _Group:
         return [values, *drawn, self._windows.flatten(0, 1)]
 
     def results(
-        self,
-        fits: PowerLawFits,
-        counts: NDArray[np.int64],
-        rule: FitRule,
-        values_per_call: int,
+        self, fits: PowerLawFits, counts: NDArray[np.int64], rule: FitRule, values_per_call: int
     ) -> list[LayerFits]:
         """From the fits of the parts, in their order, and resamples; one entry a layer."""
         layers, windows, _ = self._windows.shape
@@ -264,22 +233,9 @@ class _Group:
 
 
 def resampled_counts(entries: int, grid: WindowGrid, resamples: int) -> NDArray[np.int64]:
-    """How often each window is drawn in each resample of the block bootstrap.
+    """How often each window is drawn in each resample of a stack of so many matrices.
 
-    Args:
-        entries: matrices in the stack.
-        grid: windows of one matrix.
-        resamples: how many.
-
-    Returns:
-        int64, (resamples, windows), windows ordered as in the window table; each row sums to the
-        number of windows.
-
-    Example:
-        >>> from farms_fast import FixedAspectSampling
-        >>> grid = FixedAspectSampling(rows=2, per_dim=3).grid(6, 6)
-        >>> resampled_counts(1, grid, 5).sum(axis=1).tolist()
-        [9, 9, 9, 9, 9]
+    (resamples, windows), windows ordered as in the window table; rows sum to the windows' number.
     """
     if resamples == 0:
         return np.zeros((0, entries * grid.count), dtype=np.int64)
@@ -287,10 +243,7 @@ def resampled_counts(entries: int, grid: WindowGrid, resamples: int) -> NDArray[
     by_entry = _block_counts(generator, entries, 1, resamples)
     by_row, by_column = (
         _block_counts(generator, len(starts), _overlapping(starts, extent), resamples)
-        for starts, extent in (
-            (grid.row_starts, grid.rows),
-            (grid.column_starts, grid.columns),
-        )
+        for starts, extent in ((grid.row_starts, grid.rows), (grid.column_starts, grid.columns))
     )
     counts = np.einsum("be,br,bc->berc", by_entry, by_row, by_column)
     return np.asarray(counts.reshape(resamples, entries * grid.count))

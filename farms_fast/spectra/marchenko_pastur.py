@@ -5,7 +5,8 @@ of the M x M Gram matrix have the mean `m = variance N` and, as M and N grow, th
 
 `f(x) = Q sqrt((x_plus - x) (x - x_minus)) / (2 pi m x)`, `x_plus_minus = m (1 +- Q^(-1/2))^2`
 
-(Marchenko and Pastur, 1967). What a spectrum has beyond `x_plus` has been learnt.
+(Marchenko and Pastur, 1967). What a spectrum has beyond `x_plus` has been learnt. In the functions
+below, `mean` is m, above 0, and `aspect` is Q.
 """
 
 from __future__ import annotations
@@ -15,8 +16,6 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["marchenko_pastur_density", "marchenko_pastur_support", "marchenko_pastur_survival"]
-
 FloatArray = npt.NDArray[np.float64]
 
 _QUADRATURE = 2048
@@ -24,10 +23,6 @@ _QUADRATURE = 2048
 
 def marchenko_pastur_support(mean: float, aspect: float) -> tuple[float, float]:
     """Ends of the law's support.
-
-    Args:
-        mean: mean eigenvalue m, above 0.
-        aspect: Q, longer over shorter side, at least 1.
 
     Example:
         >>> marchenko_pastur_support(1.0, 4.0)
@@ -38,15 +33,7 @@ def marchenko_pastur_support(mean: float, aspect: float) -> tuple[float, float]:
 
 
 def marchenko_pastur_density(at: FloatArray, mean: FloatArray, aspect: float) -> FloatArray:
-    """Density of the law, 0 outside of its support.
-
-    Args:
-        at: float64, where to take it.
-        mean: float64, mean eigenvalues m, of a shape that goes with that of `at`.
-        aspect: Q, longer over shorter side, at least 1.
-
-    Returns:
-        float64, of the shape that the two have together.
+    """Density of the law, 0 outside of its support, where `at` and `mean` are broadcast together.
 
     Example:
         >>> marchenko_pastur_density(np.array([0.2, 1.0, 2.3]), np.array(1.0), 4.0).round(4)
@@ -64,14 +51,6 @@ def marchenko_pastur_survival(at: FloatArray, mean: float, aspect: float) -> Flo
 
     With `x = x_minus + (x_plus - x_minus) sin(t / 2)^2` the integrand over t has no singularity,
     at the edges neither, and the midpoint rule converges fast.
-
-    Args:
-        at: float64 (n,), where to take it.
-        mean: mean eigenvalue m, above 0.
-        aspect: Q, longer over shorter side, at least 1.
-
-    Returns:
-        float64 (n,), between 0 and 1.
 
     Example:
         >>> marchenko_pastur_survival(np.array([0.1, 0.25, 1.0, 2.25]), 1.0, 4.0).round(4)

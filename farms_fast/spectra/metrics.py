@@ -8,23 +8,11 @@ by 1e300 or by 1e-300 give the metrics that the unscaled ones give.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-if TYPE_CHECKING:
-    from farms_fast.spectra.power_law import PowerLawFit
-
-__all__ = ["METRIC_NAMES", "spectrum_metrics"]
-
-METRIC_NAMES: tuple[str, ...] = (
-    *("alpha", "D", "sigma", "xmin", "xmax", "num_pl_spikes"),
-    *("norm", "log_norm", "spectral_norm", "log_spectral_norm", "alpha_weighted"),
-    *("log_alpha_norm", "stable_rank", "matrix_rank", "entropy", "mp_softrank"),
-    *("Q", "M", "N", "num_evals"),
-)
-"""The keys of `spectrum_metrics`, in order."""
+from farms_fast.spectra.power_law import PowerLawFit
 
 _EPS64 = float(np.finfo(np.float64).eps)
 
@@ -44,12 +32,7 @@ def _entropy(p: npt.NDArray[np.float64], rank: int) -> float:
 
 
 def spectrum_metrics(
-    evals: npt.NDArray[np.float64],
-    fit: PowerLawFit,
-    rows: int,
-    cols: int,
-    *,
-    eps: float = _EPS64,
+    evals: npt.NDArray[np.float64], fit: PowerLawFit, rows: int, cols: int, *, eps: float = _EPS64
 ) -> dict[str, float | int]:
     """Computes the metrics of a layer from its eigenvalues and its power-law fit.
 
@@ -106,29 +89,12 @@ def spectrum_metrics(
     A norm beyond the range of float64 is infinite; its logarithm is right nevertheless.
 
     Args:
-        evals: float64 (n,), the eigenvalues, none negative, in any order (ascending by custom).
-        fit: the power-law fit of those eigenvalues.
+        evals: float64 (n,), the eigenvalues that were fitted, none negative, in any order.
+        fit: their power-law fit.
         rows: rows of one window, at least 1.
         cols: columns of one window, at least 1.
         eps: unit roundoff of the arithmetic that gave the eigenvalues, for matrix_rank:
             `torch.finfo(torch.float32).eps` after a run in float32.
-
-    Returns:
-        The value of every name of `METRIC_NAMES`, in that order, as Python floats and ints.
-
-    Raises:
-        ValueError: if evals is not one-dimensional or rows or cols is below 1.
-
-    Example:
-        >>> import numpy as np
-        >>> from farms_fast.spectra.power_law import PowerLawFit
-        >>> fit = PowerLawFit(alpha=2.0, D=0.1, xmin=1.0, n_tail=4, n=4, dropped=0,
-        ...                   status="ok", xmin_rule="median")
-        >>> metrics = spectrum_metrics(np.array([1.0, 1.0, 1.0, 1.0]), fit, rows=4, cols=4)
-        >>> metrics["stable_rank"], metrics["matrix_rank"], metrics["entropy"]
-        (4.0, 4, 1.0)
-        >>> metrics["sigma"]
-        0.5
     """
     values = np.asarray(evals, dtype=np.float64)
     if values.ndim != 1:
@@ -143,8 +109,7 @@ def spectrum_metrics(
     largest = float(values.max()) if known else math.nan
 
     norm = largest
-    log_norm = log_largest = log_alpha_norm = math.nan
-    stable_rank = entropy = mp_softrank = math.nan
+    log_norm = log_largest = log_alpha_norm = stable_rank = entropy = mp_softrank = math.nan
     rank: int | float = 0 if known else math.nan
     if known and largest > 0.0:
         with np.errstate(over="ignore", under="ignore"):

@@ -26,19 +26,6 @@ from farms_fast.core import ops
 from farms_fast.core.arguments import MOST_BINS, check_int, check_type
 from farms_fast.core.arrays import on_stream_of, to_tensor
 
-__all__ = [
-    "STATUSES",
-    "XMIN_RULES",
-    "PowerLawFit",
-    "PowerLawFits",
-    "fit_power_law",
-    "fit_power_laws",
-    "one_spectrum",
-    "packed_offsets",
-    "sort_spectra",
-    "xmin_rule",
-]
-
 #: What a fit can end as, in the order of the op's status codes.
 STATUSES = ("ok", "too_few", "degenerate_tail", "no_candidate", "nonfinite")
 
@@ -90,15 +77,7 @@ class PowerLawFit:
 class PowerLawFits:
     """Fits of many spectra, one entry of each tensor per spectrum, on the spectra's device.
 
-    Attributes:
-        alpha: float64; see `PowerLawFit` for this and the following.
-        D: float64.
-        xmin: float64.
-        n_tail: int64.
-        n: int64.
-        dropped: int64.
-        status: int64, an index into `STATUSES`.
-        xmin_rule: the rule, one for all.
+    alpha, D and xmin are float64, the others int64; see `PowerLawFit` for all of them.
     """
 
     alpha: torch.Tensor
@@ -107,13 +86,8 @@ class PowerLawFits:
     n_tail: torch.Tensor
     n: torch.Tensor
     dropped: torch.Tensor
-    status: torch.Tensor
-    xmin_rule: str
-
-    @property
-    def sigma(self) -> torch.Tensor:
-        """Standard errors of alpha; NaN where a fit is not ok."""
-        return (self.alpha - 1) / torch.sqrt(self.n_tail.to(self.alpha.dtype))
+    status: torch.Tensor  # an index into `STATUSES`
+    xmin_rule: str  # one for all
 
     def __len__(self) -> int:
         return self.alpha.numel()
@@ -128,10 +102,14 @@ class PowerLawFits:
         del tensors["xmin_rule"]
         return replace(self, **{name: tensor[spectra] for name, tensor in tensors.items()})
 
-    def to_list(self) -> list[PowerLawFit]:
-        """All fits on the host; waits for the device once."""
-        reals = torch.stack((self.alpha, self.D, self.xmin))
+    def stacked(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rows alpha, D and xmin, and the rows n_tail, n, dropped and status."""
         integers = torch.stack((self.n_tail, self.n, self.dropped, self.status))
+        return torch.stack((self.alpha, self.D, self.xmin)), integers
+
+    def to_list(self) -> list[PowerLawFit]:
+        """All fits on the host; waits for the device."""
+        reals, integers = self.stacked()
         return [
             PowerLawFit(alpha, distance, xmin, n_tail, n, dropped, STATUSES[status], self.xmin_rule)
             for alpha, distance, xmin, n_tail, n, dropped, status in zip(
@@ -141,18 +119,7 @@ class PowerLawFits:
 
 
 def xmin_rule(name: str) -> str:
-    """Canonical name of a rule: `"median"`, `"ks"` or `"peak"`.
-
-    Args:
-        name: a canonical name or an alias, a key of `XMIN_RULES`.
-
-    Raises:
-        ValueError: for any other name.
-
-    Example:
-        >>> xmin_rule("fix-finger")
-        'peak'
-    """
+    """Canonical name of a rule; ValueError for what is no key of `XMIN_RULES`."""
     if not isinstance(name, str) or name not in XMIN_RULES:
         choices = ", ".join(repr(choice) for choice in XMIN_RULES)
         raise ValueError(f"xmin: expected one of {choices}; got {name!r}")
@@ -206,12 +173,7 @@ def fit_power_law(
 
 
 def packed_offsets(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
-    """Where packed spectra of these lengths begin, and the last one ends; int64, on the device.
-
-    Example:
-        >>> packed_offsets([4, 2], torch.device("cpu"))
-        tensor([0, 4, 6])
-    """
+    """Where packed spectra of these lengths begin, and the last one ends; int64, on the device."""
     offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int64, device="cpu")
     return offsets.to(device, non_blocking=True)
 
@@ -220,10 +182,6 @@ def sort_spectra(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """Packed spectra, each in ascending order with NaN last, without waiting for a device.
 
     It takes two sorts of all values, however many spectra there are.
-
-    Args:
-        values: (total,), the spectra one after the other.
-        offsets: as for `fit_power_laws`; they begin at 0 and end at the total.
 
     Example:
         >>> import torch
@@ -250,28 +208,10 @@ def fit_power_laws(
     *,
     compat: str | None = None,
 ) -> PowerLawFits:
-    """Fits a power law to the tail of each of many packed spectra, without waiting for a device.
+    """`fit_power_law` for each of many packed spectra, without waiting for a device.
 
-    Args:
-        spectra: float64, 1-D, contiguous: the spectra one after the other, each ascending with
-            NaN last.
-        offsets: int64, one more entry than there are spectra, on the same device; spectrum `s`
-            is `spectra[offsets[s]:offsets[s + 1]]`.
-        xmin: as in `fit_power_law`, and so are `xmin_pos`, `bins` and `compat`.
-        xmin_pos: see there.
-        bins: see there.
-        compat: see there.
-
-    Raises:
-        TypeError: if a tensor has another dtype, or a parameter is no number.
-        ValueError: if a tensor has another shape or device, or a parameter is out of range.
-
-    Example:
-        >>> import torch
-        >>> packed = torch.exp(torch.tensor([0.0, 1.0, 2.0, 3.0, 5.0, 5.0], dtype=torch.float64))
-        >>> fits = fit_power_laws(packed, torch.tensor([0, 4, 6]), xmin_pos=4)
-        >>> [fit.status for fit in fits.to_list()]
-        ['ok', 'degenerate_tail']
+    Spectrum `s`, float64 and ascending with NaN last, is `spectra[offsets[s]:offsets[s + 1]]`, with
+    int64 offsets on the same device.
     """
     rule = xmin_rule(xmin)
     position = _xmin_pos(xmin_pos)
@@ -282,24 +222,14 @@ def fit_power_laws(
     alpha, distance, tail_start, n_tail, status, dropped = ops.fit_power_law(
         spectra, offsets, rule, position, n_bins, compat == "farms"
     )
-    return PowerLawFits(
-        alpha=alpha,
-        D=distance,
-        xmin=tail_start,
-        n_tail=n_tail,
-        n=torch.diff(offsets) - dropped,
-        dropped=dropped,
-        status=status,
-        xmin_rule=rule,
-    )
+    n = torch.diff(offsets) - dropped
+    return PowerLawFits(alpha, distance, tail_start, n_tail, n, dropped, status, rule)
 
 
 def one_spectrum(evals: object) -> torch.Tensor:
     """A caller's spectrum as a float64 tensor on its device, perhaps sharing the caller's memory.
 
-    Raises:
-        TypeError: no real floating array.
-        ValueError: not 1-D, or empty.
+    What is no real floating array is a TypeError, what is not 1-D or is empty a ValueError.
     """
     tensor, _ = to_tensor("evals", evals, real=True)
     if tensor.ndim != 1:
@@ -321,10 +251,8 @@ def _xmin_pos(xmin_pos: float) -> float:
 
 
 def _require_packed(spectra: torch.Tensor, offsets: torch.Tensor) -> None:
-    for name, tensor, dtype in (
-        ("spectra", spectra, torch.float64),
-        ("offsets", offsets, torch.int64),
-    ):
+    expected = ("spectra", spectra, torch.float64), ("offsets", offsets, torch.int64)
+    for name, tensor, dtype in expected:
         check_type(name, tensor, torch.Tensor, "a torch tensor")
         if tensor.dtype != dtype:
             raise TypeError(f"{name}: expected {dtype}, got {tensor.dtype}")

@@ -98,21 +98,8 @@ class FullMatrix:
 
 
 def window_table(grid: WindowGrid, entries: int = 1, weight: int = 0) -> Tensor:
-    """The rows of the ops' window table for every entry of a stack.
+    """The op's window table for a stack of so many entries, the op's weight of that number.
 
-    Args:
-        grid: the windows of one matrix of the stack.
-        entries: S, the number of matrices in the stack.
-        weight: index of the stack among the weights given to the op.
-
-    Returns:
-        int64, (entries · grid.count, 6): weight, entry, row, column, rows, columns, ordered by
-        entry, then row start, then column start.
-
-    Example:
-        >>> from farms_fast.spectra.windows import FullMatrix, window_table
-        >>> window_table(FullMatrix().grid(3, 5), entries=2)
-        tensor([[0, 0, 0, 0, 3, 5],
-                [0, 1, 0, 0, 3, 5]])
+    Its columns are weight, entry, row, column, rows, columns, ordered by entry, row and column.
     """
     return torch.from_numpy(grid.table(weight, entries))

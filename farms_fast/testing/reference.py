@@ -8,20 +8,11 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from itertools import product
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-
-__all__ = [
-    "eigenvalues",
-    "fit_power_law",
-    "fixed_aspect_windows",
-    "gram",
-    "marchenko_pastur_edges",
-    "published_windows",
-    "window_starts",
-]
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -41,18 +32,10 @@ def fit_power_law(
     `alpha(i) = 1 + n / sum_{j >= i} (ln l_j - ln l_i)` and
     `D(i) = max_{j >= i} |1 - (l_j / l_i)^(1 - alpha(i)) - (j - i) / n|`.
 
-    Args:
-        evals: one spectrum, 1-D, in any order. Values that are not positive and finite are
-            dropped and counted.
-        rule: `"median"` starts the tail at `int(N / xmin_pos)`; `"ks"` takes the first
-            argmin of `D` over all `i <= N - 2`; `"peak"` takes it over the values within
-            0.95 and 1.5 times the left edge of the fullest bin of a histogram of `log10 l`.
-        xmin_pos: where the tail starts under `"median"`.
-        bins: bins of the histogram under `"peak"`.
-        log10_lower_bound: compares with `log10(0.95 x2)` at the lower end, as published.
-
-    Returns:
-        `alpha`, `D`, `xmin`, `n_tail`, `n`, `dropped` and `status`.
+    Rule `"median"` starts the tail at `int(N / xmin_pos)`; `"ks"` takes the first argmin of `D`
+    over all `i <= N - 2`; `"peak"` takes it over the values within 0.95 and 1.5 times the left edge
+    x2 of the fullest bin of a histogram of `log10 l`, or from `log10(0.95 x2)` on with the
+    published `log10_lower_bound`.
 
     Example:
         >>> import numpy as np
@@ -63,14 +46,8 @@ def fit_power_law(
     given = np.asarray(evals, dtype=np.float64)
     values = np.sort(given[np.isfinite(given) & (given > 0)])
     size = values.size
-    failed: dict[str, float | int | str] = {
-        "alpha": np.nan,
-        "D": np.nan,
-        "xmin": np.nan,
-        "n_tail": 0,
-        "n": size,
-        "dropped": given.size - size,
-    }
+    failed: dict[str, float | int | str] = dict.fromkeys(("alpha", "D", "xmin"), np.nan)
+    failed |= {"n_tail": 0, "n": size, "dropped": given.size - size}
     if size < 2:
         nothing_finite = given.size > 0 and not np.isfinite(given).any()
         return failed | {"status": "nonfinite" if nothing_finite else "too_few"}
@@ -146,14 +123,7 @@ def _peak_candidates(
 
 
 def gram(window: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Gram matrix of a window's rows, or of its columns where those are fewer, in double precision.
-
-    Args:
-        window: (rows, columns), real or complex.
-
-    Returns:
-        (k, k), k = min(rows, columns): `G[i, j] = sum_t v_i[t] conj(v_j[t])`.
-    """
+    """`G[i, j] = sum_t v_i[t] conj(v_j[t])` of a window's rows, or of its columns if fewer."""
     wide = window.astype(np.complex128 if np.iscomplexobj(window) else np.float64)
     vectors = wide if wide.shape[0] <= wide.shape[1] else wide.T
     return np.asarray(vectors @ vectors.conj().T)
@@ -173,10 +143,6 @@ def window_starts(extent: int, window: int, per_dim: int) -> list[int]:
 
     There are `count = max(per_dim, ceil(extent / window))` of them before duplicates are merged;
     `per_dim` of 1 means the centred window instead. Halves are rounded to even.
-
-    Example:
-        >>> window_starts(11, 4, 3), window_starts(11, 4, 1)
-        ([0, 4, 7], [4])
     """
     slack = Fraction(extent - window)
     if slack == 0:
@@ -190,29 +156,18 @@ def window_starts(extent: int, window: int, per_dim: int) -> list[int]:
 def fixed_aspect_windows(
     matrix_rows: int, matrix_columns: int, rows: int, q: float, per_dim: int
 ) -> IntArray:
-    """Windows of one aspect ratio over a matrix.
+    """Windows of one aspect ratio over an R x C matrix: (windows, 4) of row, column, rows, columns.
 
-    They have `m = min(rows, R, floor(C / q))` rows and `n = min(C, round(m q))` columns.
-
-    Args:
-        matrix_rows: R.
-        matrix_columns: C.
-        rows: rows of a window at most.
-        q: columns over rows.
-        per_dim: starts in each dimension at least.
-
-    Returns:
-        int64 (windows, 4): row, column, rows, columns, by row start, then by column start. Without
-        windows where m or n is 0.
+    They have `m = min(rows, R, floor(C / q))` rows and `n = min(C, round(m q))` columns; there are
+    none where m or n is 0.
     """
     # The smaller of the two first: an infinite quotient has no floor.
     m = min(matrix_rows, math.floor(min(matrix_columns / q, rows)))
     n = min(matrix_columns, round(m * q))
     if m == 0 or n == 0:
         return np.empty((0, 4), np.int64)
-    row_starts = window_starts(matrix_rows, m, per_dim)
-    column_starts = window_starts(matrix_columns, n, per_dim)
-    return np.array([(r, c, m, n) for r in row_starts for c in column_starts], np.int64)
+    starts = window_starts(matrix_rows, m, per_dim), window_starts(matrix_columns, n, per_dim)
+    return np.array([(row, column, m, n) for row, column in product(*starts)], np.int64)
 
 
 def published_windows(
@@ -224,16 +179,6 @@ def published_windows(
     `step = max(1, slack // (per_dim - 1))` with `slack = dim - win`, and the first
     `min(per_dim, max(1, slack // step + 1))` multiples of it, clipped to the slack. A `per_dim`
     of 1, by which that divides by zero, is the first window here.
-
-    Args:
-        matrix_rows: R.
-        matrix_columns: C.
-        rows: rows of a window at most.
-        q: columns over rows.
-        per_dim: starts in each dimension at most.
-
-    Returns:
-        As `fixed_aspect_windows`.
     """
     m = min(rows, matrix_rows, matrix_columns)
     n = min(int(m * q), matrix_columns)
@@ -244,7 +189,7 @@ def published_windows(
         step = max(1, slack // (per_dim - 1)) if per_dim > 1 else 1
         count = min(per_dim, max(1, slack // step + 1))
         starts.append(sorted({min(i * step, slack) for i in range(count)}))
-    return np.array([(r, c, m, n) for r in starts[0] for c in starts[1]], np.int64)
+    return np.array([(row, column, m, n) for row, column in product(*starts)], np.int64)
 
 
 def marchenko_pastur_edges(rows: int, columns: int, variance: float = 1.0) -> tuple[float, float]:
