@@ -123,7 +123,7 @@ def fit_case(rule: str) -> KernelCase:
     def run() -> list[Tensor]:
         drawn = [normal((n,), torch.float64, seed=n).abs() for n in SPECTRA]
         parts = [1 / values.sort(descending=True).values for values in drawn]
-        sizes = torch.tensor([0, *SPECTRA], device="cuda")
+        sizes = torch.tensor([0, *SPECTRA], device=drawn[0].device)
         call = torch.ops.farms_fast.fit_power_law
         return list(call(torch.cat(parts), sizes.cumsum(0), rule, 2.0, 100, False))
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks.kernels import cases, micro, sanitize, solver_times
 
@@ -26,6 +28,20 @@ def test_cases_cover_every_config_once() -> None:
     assert clusters.count("struct Order") == len(cases.CLUSTERS)
     for rule in cases.RULES:
         assert f"fit {rule}" in names
+
+
+def test_cases_call_the_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    cases.use_ops()
+    monkeypatch.setattr(cases, "normal", functools.partial(cases.normal, device="cpu"))
+    made = [case for case in cases.cases() if case.name.startswith(("gram 70", "fit"))]
+    assert len(made) == len(cases.WEIGHT_DTYPES) + 1 + len(cases.RULES)
+    for case in made:
+        first, *rest = case.run()
+        assert first.shape == ((len(cases.SPECTRA),) if rest else (3, 70, 70))
+    (evals,) = cases.windows_case("11", "auto", 11, 3, torch.complex64).run()
+    assert evals.shape == (3, 11)
+    (evals,) = cases.gram_case("11", "auto", 11, 3, torch.float32).run()
+    assert evals.shape == (3, 11)
 
 
 def test_overlapping_windows_stay_inside() -> None:

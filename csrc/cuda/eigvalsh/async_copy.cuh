@@ -1,6 +1,7 @@
 // Copies from global to shared memory that run beside the arithmetic. Architectures without them get plain copies.
 #pragma once
 
+#include <cuda_pipeline_primitives.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -22,6 +23,8 @@ __device__ __forceinline__ void store_shared(uint32_t address, double value) {
 }
 
 // One double, or two with both sides aligned to 16 bytes; zero where `valid` is false, and the source is then not read.
+// Not by __pipeline_memcpy_async(): with a size that is not a constant it compiles to more instructions in
+// band_product.cu.
 template <int Doubles>
 __device__ __forceinline__ void copy_async(double* shared, const double* global, bool valid = true) {
 #if __CUDA_ARCH__ >= 800
@@ -37,18 +40,12 @@ __device__ __forceinline__ void copy_async(double* shared, const double* global,
 #endif
 }
 
-__device__ __forceinline__ void copy_commit() {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.commit_group;\n" ::: "memory");
-#endif
-}
+__device__ __forceinline__ void copy_commit() { __pipeline_commit(); }
 
 // Until at most `Pending` of this thread's groups are still under way.
 template <int Pending>
 __device__ __forceinline__ void copy_wait() {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.wait_group %0;\n" ::"n"(Pending) : "memory");
-#endif
+  __pipeline_wait_prior(Pending);
 }
 
 }  // namespace farms_fast

@@ -1,6 +1,11 @@
 // What the blocks of a cluster tell each other through their shared memory: by plain stores, by flags, and by stores
 // that count themselves at a barrier of the receiver, which then waits for what it needs and for nothing else. Before
 // Hopper a cluster is one block.
+//
+// All blocks of a cluster run at the same time, so a wait ends when the sender comes to what it sends; a sender's
+// memory is there until the cluster's last barrier. The PTX is written out because neither cooperative_groups nor
+// cuda::ptx has all of it, and what they have compiles to other machine code in these kernels: this_cluster().sync() is
+// not .aligned, block_rank() and mbarrier_init() come out in another order, mbarrier_try_wait_parity() in another loop.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -27,7 +32,7 @@ __device__ __forceinline__ void cluster_sync() {
 #endif
 }
 
-// Another block's shared memory, at the place that `shared` has in this one's.
+// Another block's shared memory, at the offset that `shared` has in this one's.
 __device__ __forceinline__ uint32_t cluster_address(const void* shared, int rank) {
   uint32_t address = 0;
 #if __CUDA_ARCH__ >= 900
@@ -36,7 +41,7 @@ __device__ __forceinline__ uint32_t cluster_address(const void* shared, int rank
   return address;
 }
 
-// Writes to the same place in another block's shared memory; an int is a flag, see cluster_flag.
+// Writes at the same offset in another block's shared memory; an int is a flag, see cluster_flag.
 __device__ __forceinline__ void cluster_store(double* shared, int rank, double value) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("st.shared::cluster.f64 [%0], %1;\n" ::"r"(cluster_address(shared, rank)), "d"(value) : "memory");
