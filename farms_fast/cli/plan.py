@@ -32,7 +32,8 @@ from farms_fast.cli.tables import all_skipped, columns, counted, skipped_lines
 from farms_fast.core.arguments import parse_memory
 
 if TYPE_CHECKING:
-    from farms_fast.engine.cost import Cost, Machine
+    from farms_fast.engine.cost import Cost
+    from farms_fast.engine.machine import Machine
     from farms_fast.engine.plan import Batch, Plan
     from farms_fast.weights.layers import Skipped
 
@@ -123,8 +124,7 @@ def _machine(device: str | None) -> Machine:
     import torch
 
     from farms_fast.core.arguments import default_device
-    from farms_fast.engine.cost import Machine
-    from farms_fast.engine.machine import machine_of
+    from farms_fast.engine.machine import Machine, machine_of
 
     try:
         asked = default_device() if device is None else torch.device(device)
