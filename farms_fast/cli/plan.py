@@ -21,8 +21,8 @@ from farms_fast.core.arguments import (
     parse_memory,
 )
 from farms_fast.core.files import write_text
-from farms_fast.engine.cost import Cost, Machine, measured_on, total
-from farms_fast.engine.machine import machine_of
+from farms_fast.engine.cost import Cost, measured_on, total
+from farms_fast.engine.machine import Machine, machine_of
 from farms_fast.engine.plan import Batch, Plan
 from farms_fast.engine.plan import plan as plan_layers
 from farms_fast.weights.sources import open_source

@@ -6,7 +6,8 @@ written by `python -m benchmarks.cost_table`: of one NVIDIA H200, and of two cor
 CUDA solver takes a latency, in proportion to the order, and a time for each matrix; a core of a CPU
 takes one matrix after the other. Assumed, not measured:
 
-- another device takes the same times over `Machine.speed`, whatever the order;
+- another device takes the same times over `Machine.speed`, whatever the order; a GPU of an
+  architecture that nobody has measured takes those of cuSOLVER, its solver there;
 - complex matrices take as long as the real ones of twice the order that a CUDA solver makes of
   them, and elsewhere four times as long as real ones; float32 takes as long as float64;
 - weights come over to a GPU at 12 GB/s, as from pageable memory; the time of a disk is not in it.
@@ -24,7 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from farms_fast.engine.memory import COMPLEX_TWO_STAGE_ORDER, TWO_STAGE_ORDER
+import torch
+
+from farms_fast.engine.machine import FULL_BATCH, Machine
 
 # Bisection to full precision: steps for each eigenvalue, operations a step and row.
 _BISECTION_STEPS, _STURM_OPERATIONS = 53, 4
@@ -36,33 +39,6 @@ _COMPLEX = 4
 _UPLOAD_BYTES_PER_SECOND = 12e9
 # Bytes that a resampled value is read and written with until it is in the op, about.
 _RESAMPLE_BYTES = 100
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What a run is predicted for.
-
-    Attributes:
-        kind: "cuda" or "cpu".
-        memory: bytes of device memory, of an H200 by default.
-        cores: for a CPU, those that a run may use.
-        speed: how many times as fast as the measured device, or a core as the measured core.
-
-    Raises:
-        ValueError: an unknown kind, or a number that is not positive.
-    """
-
-    kind: str = "cuda"
-    memory: int = 150_109_880_320
-    cores: int = 1
-    speed: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("cuda", "cpu"):
-            raise ValueError(f"kind: expected 'cuda' or 'cpu', got {self.kind!r}")
-        for name in ("memory", "cores", "speed"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -174,20 +150,21 @@ def eigenvalues_cost(
     """
     measured = _measured(machine.kind)
     work = slower = _COMPLEX if is_complex else 1
-    solved, own = order, machine.kind == "cpu" or order <= TWO_STAGE_ORDER
-    if is_complex and machine.kind != "cpu":
-        own = 2 * order <= COMPLEX_TWO_STAGE_ORDER
-        if own:
-            solved, slower = 2 * order, 1
-    solver = measured["eigenvalues"]["own" if own else "library"]
+    dtype = torch.complex128 if is_complex else torch.float64
+    # Of a full batch, as the measured ones are; what few windows take is told by the latency.
+    chosen = machine.solver_facts(order, order, FULL_BATCH, dtype).solver
+    whose = "library" if chosen == "cusolver" else "own"
+    solved = order
+    if is_complex and machine.kind == "cuda" and whose == "own":
+        solved, slower = 2 * order, 1
     # Windows that are longer than wide differ from the measured ones in their Gram matrix only.
-    square = _interpolate(_seconds_each(machine.kind, "own" if own else "library"), solved)
+    square = _interpolate(_seconds_each(machine.kind, whose), solved)
     gram = _interpolate([(k, seconds / n) for k, n, seconds in measured["gram"]], order, slope=3)
     each = square + min(gram, square) * (inner / order - 1)
     if machine.kind == "cpu":
         seconds = each * measured["cores"] * math.ceil(windows / machine.cores)
     else:
-        seconds = each * windows + calls * solved * _latency(solver, solved)
+        seconds = each * windows + calls * solved * _latency(measured["eigenvalues"][whose], solved)
     stages = eigenvalue_stages(order, inner, windows, item)
     return Cost(
         work * sum(stage.flops for stage in stages),

@@ -31,19 +31,6 @@ FIT_VALUE_BYTES = 48
 # A window in the solver's table (32), and a matrix's exponent and flag (8).
 _TABLE_BYTES = 40
 
-# The two-stage solvers' band and tile (csrc/host/two_stage_workspace.h,
-# csrc/cpu/cpu_tridiagonal.h).
-_BAND, _TILE, _SHARES = 32, 64, 3
-# The largest orders that solver="auto" gives to each of the package's own CUDA solvers
-# (csrc/host/measured_choice.inc); the rest go to cuSOLVER. Complex matrices count as real
-# ones of twice the order, which is how they are solved.
-ONE_STAGE_ORDER = 160
-TWO_STAGE_ORDER = 11_008
-COMPLEX_TWO_STAGE_ORDER = 2 * 2_048
-# cuSOLVER asks for 0.5 to 0.75 MB for every small matrix; for large ones, assumed as much again as
-# the matrix takes.
-_LIBRARY_BYTES = 2**20
-
 
 @dataclass(frozen=True)
 class MemoryBudget:
@@ -166,36 +153,3 @@ def limits(
     at_once = min(fit_values, max(3, resamples) * need.eigenvalues)
     fitting = need.spectra + at_once * FIT_VALUE_BYTES
     return Limits(workspace, fit_values, chunk, max(solving, fitting))
-
-
-def matrix_bytes(kind: str, order: int, inner: int, item: int, is_complex: bool) -> int:
-    """Bytes that one matrix takes while it is solved; 0 where it never leaves the chip.
-
-    Args:
-        kind: "cuda" or "cpu".
-        order: of the matrix.
-        inner: the window's longer side.
-        item: bytes of a real number in the precision of the computation.
-        is_complex: whether the matrix is complex.
-    """
-    number = item * (2 if is_complex else 1)
-    square = order * order * number
-    if kind == "cpu":
-        # Two stages' panels or band, for every thread beside its packed window and Gram matrix.
-        reduction = 4 * order * _BAND + 7 * _BAND**2
-        band = (order + _BAND) * 2 * _BAND + order + 3 * _BAND
-        return square + order * inner * number + max(reduction, band) * number + 16 * order
-    order *= 2 if is_complex else 1
-    if order > (COMPLEX_TWO_STAGE_ORDER if is_complex else TWO_STAGE_ORDER):
-        return 2 * square + _LIBRARY_BYTES
-    if order <= ONE_STAGE_ORDER:
-        return 0
-    padded = -(-order // _TILE) * _TILE
-    shares = _BAND**2 * (1 + _SHARES * (padded // _TILE + 1))
-    panels = 5 * padded * _BAND + shares + 1
-    columns = -(-order // 4) * 4 + 2 * _BAND
-    bands = columns * 2 * _BAND + (order + 8) * 8 + 2 * order
-    # Others than real float64 ones are solved as such, beside themselves.
-    widened = 0 if item == 8 and not is_complex else 8 * order * order
-    # Each of its arrays begins at a multiple of 256.
-    return square + widened + 8 * (panels + bands) + 20 * 256

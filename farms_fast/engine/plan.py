@@ -14,14 +14,8 @@ from functools import cached_property, partial
 
 import torch
 
-from farms_fast.engine.cost import (
-    Cost,
-    Machine,
-    eigenvalues_cost,
-    fit_cost,
-    total,
-    weights_cost,
-)
+from farms_fast.engine.cost import Cost, eigenvalues_cost, fit_cost, total, weights_cost
+from farms_fast.engine.machine import Machine
 from farms_fast.engine.memory import (
     MAX_EIGENVALUES,
     MAX_FIT_VALUES,
@@ -29,7 +23,6 @@ from farms_fast.engine.memory import (
     MemoryBudget,
     Need,
     limits,
-    matrix_bytes,
 )
 from farms_fast.spectra.power_law import xmin_rule
 from farms_fast.spectra.windows import Sampling, WindowGrid
@@ -284,16 +277,22 @@ class _Planner:
     bootstrap: int
 
     def need(self, layers: Sequence[LayerWindows]) -> Need:
-        order, item = layers[0].grid.order, int(self.dtype.itemsize)
-        inner = max(layer.inner for layer in layers)
+        order, _, windows, _ = call = self.call(layers)
         return Need(
             weights=sum(layer.weight_bytes for layer in layers),
-            windows=sum(layer.windows for layer in layers),
+            windows=windows,
             order=order,
             longest=order * max(layer.windows for layer in layers),
-            matrix=matrix_bytes(self.machine.kind, order, inner, item, layers[0].is_complex),
-            item=item,
+            matrix=self.machine.window_bytes(*call),
+            item=int(self.dtype.itemsize),
         )
+
+    def call(self, layers: Sequence[LayerWindows]) -> tuple[int, int, int, torch.dtype]:
+        """What solvers go by: the windows' order, longer side and number, the Grams' dtype."""
+        inner = max(layer.inner for layer in layers)
+        windows = sum(layer.windows for layer in layers)
+        dtype = self.dtype.to_complex() if layers[0].is_complex else self.dtype
+        return layers[0].grid.order, inner, windows, dtype
 
     def split(
         self, layers: Sequence[LayerWindows], budget: MemoryBudget
@@ -318,8 +317,8 @@ class _Planner:
         return parts
 
     def limits(self, layers: Sequence[LayerWindows], budget: MemoryBudget) -> Limits:
-        parallel = self.machine.cores if self.machine.kind == "cpu" else None
-        return limits(self.need(layers), budget, self.bootstrap, parallel)
+        at_a_time = self.machine.solver_facts(*self.call(layers)).max_batch
+        return limits(self.need(layers), budget, self.bootstrap, at_a_time)
 
     def batch(self, layers: Sequence[LayerWindows], budget: MemoryBudget) -> Batch:
         bounds, order = self.limits(layers, budget), layers[0].grid.order

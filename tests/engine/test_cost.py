@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from benchmarks import cost_table
 from farms_fast.engine.cost import (
     Cost,
-    Machine,
     eigenvalue_stages,
     eigenvalues_cost,
     fit_cost,
@@ -23,6 +22,7 @@ from farms_fast.engine.cost import (
     total,
     weights_cost,
 )
+from farms_fast.engine.machine import Machine
 
 SAVED = Path(__file__).parents[2] / "benchmarks/saved"
 RULES = ("median", "peak", "ks")
@@ -194,18 +194,22 @@ def test_weights_are_copied_to_a_gpu_only() -> None:
     assert (copied.bytes, copied.seconds, copied.flops) == (12 * 10**9, 1.0, 0)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"kind": "tpu"}, "kind: expected 'cuda' or 'cpu', got 'tpu'"),
-        ({"memory": 0}, "memory: expected a positive number, got 0"),
-        ({"cores": -1}, "cores: expected a positive number, got -1"),
-        ({"speed": 0.0}, r"speed: expected a positive number, got 0\.0"),
-    ],
-)
-def test_bad_machines(arguments: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=f"^{message}$"):
-        Machine(**arguments)  # type: ignore[arg-type]
+@given(order=orders, windows=st.integers(1, 5000), is_complex=st.booleans())
+def test_elsewhere_the_library_takes_its_measured_times(
+    order: int, windows: int, is_complex: bool
+) -> None:
+    def seconds(machine: Machine) -> float:
+        return eigenvalues_cost(machine, order, order, windows, is_complex=is_complex).seconds
+
+    here, ampere, turing = (Machine(compute_capability=each) for each in (90, 80, 75))
+    assert seconds(ampere) == seconds(turing)
+    half = Machine(compute_capability=80, speed=0.5)
+    assert seconds(half) == pytest.approx(2 * seconds(ampere))
+    # On the measured device too it takes what the package's own solvers do not.
+    if order > (2048 if is_complex else 11_008):
+        assert seconds(ampere) == seconds(here)
+    else:
+        assert seconds(ampere) > seconds(here)
 
 
 def test_the_table_is_that_of_the_saved_runs(

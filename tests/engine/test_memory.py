@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from farms_fast import FixedAspectSampling, FullMatrix
 from farms_fast.core import ops
 from farms_fast.engine import memory
-from farms_fast.engine.memory import MemoryBudget, Need, limits, matrix_bytes
+from farms_fast.engine.memory import MemoryBudget, Need, limits
 from farms_fast.spectra.bootstrap import FitRule, fit_layers
 from farms_fast.spectra.windows import window_table
 
@@ -89,17 +89,18 @@ def test_matrices_take_what_was_measured() -> None:
     for entry in json.loads(SAVED.read_text())["benchmarks"]:
         info = entry["extra_info"]
         found = re.match(r"k=(\d+) x (\d+)", info["case"])
-        order, windows = (int(found[1]), int(found[2])) if found else (0, 0)
-        # Up to this order a few windows stay on the chip.
-        on_chip = order <= 512 and windows < 100
-        if info["peer"] == "farms_fast" and order > memory.ONE_STAGE_ORDER and not on_chip:
+        if not found or info["peer"] != "farms_fast":
+            continue
+        order, windows = int(found[1]), int(found[2])
+        facts = ops.solver_facts(order, count=windows, device="cuda", compute_capability=90)
+        if facts.bytes:
             # With the result of this round and of the one before; blocks that torch's allocator
             # does not split end up to a MiB late.
             results = 2 * 8 * order * windows
-            predicted = windows * matrix_bytes("cuda", order, order, 8, False) + results
+            predicted = facts.bytes + results
             assert info["peak_bytes"] - 2**20 <= predicted <= 1.04 * info["peak_bytes"]
-            checked.add(order)
-    assert checked == {256, 512, 1000, 2000, 4096}
+            checked.add((order, windows))
+    assert checked == {(256, 512), (512, 512), (512, 9), (1000, 100), (2000, 225), (4096, 16)}
 
 
 @pytest.mark.parametrize("order", [300, 500])
@@ -109,9 +110,10 @@ def test_one_matrix_fits_into_its_bytes(
 ) -> None:
     stack = torch.randn(3, order, order + 7, dtype=dtype, device=device)
     table = window_table(FullMatrix().grid(order, order + 7), 3)
-    least = matrix_bytes(device.type, order, order + 7, dtype.itemsize, False)
     # On CUDA "auto" leaves three of them to a solver that needs none.
     solver = "two_stage" if device.type == "cuda" else "auto"
+    facts = ops.solver_facts(order, order + 7, dtype=dtype, device=device.type, solver=solver)
+    least = facts.bytes
     assert ops.window_eigvalsh([stack], table, order, dtype, solver, least).isfinite().all()
     with pytest.raises(RuntimeError, match="'memory_budget': expected at least the"):
         ops.window_eigvalsh([stack], table, order, dtype, solver, least * 9 // 10)
@@ -121,7 +123,7 @@ def test_one_matrix_fits_into_its_bytes(
 def test_one_complex_matrix_fits_into_its_bytes(order: int) -> None:
     stack = torch.randn(3, order, order + 7, dtype=torch.complex64)
     table = window_table(FullMatrix().grid(order, order + 7), 3)
-    least = matrix_bytes("cpu", order, order + 7, 8, True)
+    least = ops.solver_facts(order, order + 7, dtype=torch.complex128).bytes
     assert ops.window_eigvalsh([stack], table, order, memory_budget=least).isfinite().all()
 
 

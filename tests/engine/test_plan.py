@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from farms_fast import FixedAspectSampling, FullMatrix
 from farms_fast.engine import plan as planning
-from farms_fast.engine.cost import Cost, Machine
+from farms_fast.engine.cost import Cost
+from farms_fast.engine.machine import Machine
 from farms_fast.engine.plan import UNDER_WAY, Batch, LayerWindows, Plan, plan
 from farms_fast.weights.layers import layers_from_headers
 from farms_fast.weights.stacks import LayerSpec, TensorHeader
@@ -386,6 +387,29 @@ def test_longest_layers_of_llama_70b() -> None:
     assert seconds["model.layers.0.mlp.up_proj"] > 20 * narrow
     longest_first = sorted(seconds, key=seconds.__getitem__, reverse=True)
     assert {name.rsplit(".", 1)[1] for name in longest_first[-160:]} == {"k_proj", "v_proj"}
+
+
+@pytest.mark.parametrize("capability", [75, 80])
+def test_a_gpu_without_solvers_of_its_own_is_planned_with_the_librarys(capability: int) -> None:
+    specs = [spec("small", 100, 100), spec("large", 3000, 3000)]
+    machine = Machine(memory=2 * 10**9, compute_capability=capability)
+    small, large = plan(specs, FullMatrix(), machine=machine).batches
+    for batch, order in ((small, 100), (large, 3000)):
+        weights, evals = 4 * order**2, 8 * order + 40
+        # The Gram matrix, as much again, and a MiB: what the library is estimated to ask for.
+        assert batch.peak == weights + evals + 2 * 8 * order**2 + 2**20
+    # On an H200 the small one never leaves the chip, and the large one has a workspace of its own.
+    on_chip, own = plan(specs, FullMatrix(), machine=Machine(memory=2 * 10**9)).batches
+    assert on_chip.peak < small.peak
+    assert own.peak < large.peak
+    # A plan of many windows takes them in turns where they do not fit.
+    sampling = FixedAspectSampling(rows=1000, per_dim=10)
+    (batch,) = plan([spec("many", 4000, 4000)], sampling, machine=machine).batches
+    at_a_time = batch.workspace // (2 * 8 * 1000**2 + 2**20)
+    assert 1 < at_a_time < batch.windows == 100
+    solving = 4 * 4000**2 + 100 * (8 * 1000 + 40) + at_a_time * (2 * 8 * 1000**2 + 2**20)
+    assert batch.peak >= solving
+    assert batch.peak <= machine.memory // 2
 
 
 def test_layers_without_windows_are_listed() -> None:

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from farms_fast.core import extension, ops
-from farms_fast.engine import memory
 from farms_fast.spectra.windows import FixedAspectSampling, FullMatrix, window_table
 from farms_fast.testing import reference
 
@@ -264,9 +263,27 @@ GRAM_DTYPES = [torch.float64, torch.float32, torch.complex128, torch.complex64]
 SIZES = [(1, 1), (100, 150), (161, 161), (255, 300), (256, 256), (512, 600), (3500, 3600)]
 
 
-def planned_bytes(kind: str, order: int, inner: int, dtype: torch.dtype) -> int:
-    real = torch.finfo(dtype).bits // 8
-    return memory.matrix_bytes(kind, order, inner, real, dtype.is_complex)
+def two_stage_bytes_on_a_cpu(order: int, inner: int, item: int) -> int:
+    """A thread's: the window, its Gram matrix, panels or band, and the tridiagonal matrix."""
+    panels = 4 * order * 32 + 7 * 32**2
+    band = (order + 32) * 64 + order + 3 * 32
+    return (order * (order + inner) + max(panels, band)) * item + 2 * 8 * order
+
+
+def two_stage_bytes_on_cuda(count: int, order: int, dtype: torch.dtype) -> int:
+    """The Gram matrices and the workspace of all of them."""
+    n = 2 * order if dtype.is_complex else order
+    padded, square = -(-n // 64) * 64, 32**2
+    arrays = 5 * [padded * 32]  # V and W of two panels, A V
+    arrays += [square, padded // 64 * 3 * square, 3 * square, 1]  # T, sums by tile, sums, done
+    arrays += [(-(-n // 4) * 4 + 64) * 64]  # the band
+    if (n + 8) * 8 * 8 > 224 * 2**10:
+        arrays += [(n + 8) * 8]  # the narrow band, where it does not fit into shared memory
+    arrays += [n, n]  # the tridiagonal matrix
+    if dtype != torch.float64:
+        arrays += [n * n]  # the matrix as a real one in float64
+    workspace = sum(-(-count * doubles * 8 // 256) * 256 for doubles in arrays)
+    return count * order**2 * dtype.itemsize + workspace
 
 
 @pytest.mark.parametrize("dtype", GRAM_DTYPES, ids=str)
@@ -277,7 +294,7 @@ def test_facts_of_a_cpu(order: int, inner: int, dtype: torch.dtype) -> None:
     assert one.solver == ("two_stage" if two_stage else "lapack")
     assert one.matrix_bytes == order**2 * dtype.itemsize
     if two_stage:
-        assert one.bytes == planned_bytes("cpu", order, inner, dtype)
+        assert one.bytes == two_stage_bytes_on_a_cpu(order, inner, dtype.itemsize)
     else:
         assert one.bytes == order * (order + inner) * dtype.itemsize
     # One more thread for each.
@@ -293,13 +310,11 @@ def test_facts_of_many_windows_on_an_h200(order: int, dtype: torch.dtype) -> Non
     assert facts.solver == ("two_stage" if order <= largest else "cusolver")
     for count in (1, 2, 17):
         few = ops.solver_facts(order, dtype=dtype, count=count, **(H200 | {"solver": facts.solver}))
-        planned = count * planned_bytes("cuda", order, order, dtype)
-        # A plan rounds every array of every matrix up, and always counts on a band that spills.
-        spilled = 8 * 8 * (order * (2 if dtype.is_complex else 1) + 8)
-        slack = count * (20 * 256 + spilled) if facts.solver == "two_stage" else 0
         assert few.max_batch == min(count, facts.max_batch)
-        if few.max_batch == count:
-            assert planned - slack <= few.bytes <= planned
+        if facts.solver == "two_stage":
+            assert few.bytes == two_stage_bytes_on_cuda(count, order, dtype)
+        else:
+            assert few.bytes == few.max_batch * (2 * order**2 * dtype.itemsize + 2**20)
 
 
 @pytest.mark.parametrize("dtype", GRAM_DTYPES, ids=str)
