@@ -35,7 +35,7 @@ test: $(VENV)/built $(VENV)/test-tools $(VENV)/model
 	@if $(BIN)/python -c "import torch; raise SystemExit(not torch.cuda.is_available())"; then \
 	  set -x; $(BIN)/python -m pytest -m gpu; fi
 
-# The floors below the adapters, within a minute on two cores.
+# What is quick, of the floors below the adapters.
 test-fast: $(VENV)/built $(VENV)/test-tools $(VENV)/model
 	$(BIN)/python -m pytest $(PARALLEL) tests --ignore=tests/adapters --ignore=tests/benchmarks \
 	  -m "not slow and not gpu"

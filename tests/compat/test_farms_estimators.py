@@ -500,7 +500,7 @@ RULE_CHOICES = (
             ValueError,
             "step_size: expected an integer of at least 1, got 0",
         ),
-        ({"variant": "nlp"}, ValueError, "variant: expected 'llm' or 'cv', got 'nlp'"),
+        ({"variant": "nlp"}, ValueError, "variant: expected .*'llm'.*'cv'.*got 'nlp'"),
         (
             {"waived_layers": "mlp"},
             TypeError,
@@ -514,9 +514,8 @@ RULE_CHOICES = (
     ],
 )
 def test_bad_arguments(settings: dict[str, Any], kind: type[Exception], message: str) -> None:
-    with pytest.raises(kind) as raised:
+    with pytest.raises(kind, match=f"^{message}") as raised:
         net_esd_estimator_farms(NET, **settings)
-    assert str(raised.value).startswith(message)
     assert "\n" not in str(raised.value)
 
 

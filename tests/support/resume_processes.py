@@ -73,7 +73,6 @@ def kill(path: Path, kills: int) -> dict[str, object]:
     log = path.with_suffix(".log")
     twice: list[str] = []
     middle = 0
-    seconds = 2.0
     for number in range(kills):
         before = finished(path)
         if len(before) == LAYERS:
@@ -89,14 +88,13 @@ def kill(path: Path, kills: int) -> dict[str, object]:
             analyze(weights(), SAMPLING, store=path, device="cpu", bootstrap=10)
             os._exit(0)
         os.read(ready, 1)
-        start = time.monotonic()
-        moment = random.uniform(0, seconds)
-        while time.monotonic() - start < moment:
-            if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-                # It was quicker than thought: the next kills come earlier.
-                seconds = 0.7 * (time.monotonic() - start)
-                break
-            time.sleep(0.002)
+        # Counted in layers and not in seconds, which say little on a busy machine.
+        layers = random.randint(0, 4)
+        while len(logged(log)) < layers and not os.waitid(
+            os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT
+        ):
+            time.sleep(0.001)
+        time.sleep(random.uniform(0, 0.02))
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         after = finished(path)
