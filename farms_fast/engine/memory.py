@@ -64,7 +64,7 @@ class MemoryBudget:
 
 
 @dataclass(frozen=True)
-class Need:
+class MemoryRequirement:
     """What layers take that are solved in one call.
 
     Attributes:
@@ -99,7 +99,7 @@ class Need:
         return self.weights + self.eigenvalues * self.item + self.windows * _TABLE_BYTES
 
     @property
-    def least(self) -> int:
+    def min_bytes(self) -> int:
         """The smallest budget: one matrix at a time, and one resample."""
         # The ops take a budget of no bytes for the default.
         solving = self.beside_solver + max(self.matrix, 1)
@@ -124,18 +124,19 @@ class Limits:
 
 
 def limits(
-    need: Need, budget: MemoryBudget, resamples: int = 0, parallel: int | None = None
+    need: MemoryRequirement, budget: MemoryBudget, resamples: int = 0, parallel: int | None = None
 ) -> Limits:
     """Bounds of a batch's calls.
 
     Args:
-        need: what its layers take; `need.least` is at most the budget.
+        need: what its layers take; `need.min_bytes` is at most the budget.
         budget: of the run.
         resamples: of the bootstrap.
         parallel: matrices that a solver takes at a time; None for as many as the memory holds.
 
     Example:
-        >>> need = Need(weights=400, windows=9, order=10, longest=90, matrix=800, item=8)
+        >>> need = MemoryRequirement(
+        ...     weights=400, windows=9, order=10, longest=90, matrix=800, item=8)
         >>> found = limits(need, MemoryBudget.of(20_000), resamples=100)
         >>> found.chunk, found.fit_values, found.peak <= 20_000
         (9, 90, True)

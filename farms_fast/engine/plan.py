@@ -21,7 +21,7 @@ from farms_fast.engine.memory import (
     MAX_FIT_VALUES,
     Limits,
     MemoryBudget,
-    Need,
+    MemoryRequirement,
     limits,
 )
 from farms_fast.spectra.power_law import xmin_rule
@@ -234,7 +234,7 @@ def plan(
         key = (grid.order, spec.dtype, _stores_two_reals(spec))
         buckets.setdefault(key, []).append(LayerWindows(index, spec, grid))
     layers = [layer for bucket in buckets.values() for layer in bucket]
-    overlapping = all(planner.need([x]).least <= total_memory // UNDER_WAY for x in layers)
+    overlapping = all(planner.need([x]).min_bytes <= total_memory // UNDER_WAY for x in layers)
     budget = MemoryBudget.of(total_memory // UNDER_WAY if overlapping else total_memory)
     for layer in layers:
         _check_fits(layer, planner.need([layer]), budget, memory is None)
@@ -254,15 +254,17 @@ def _stores_two_reals(spec: LayerSpec) -> bool:
 _FORGOTTEN_UNIT = 2**14
 
 
-def _check_fits(layer: LayerWindows, need: Need, budget: MemoryBudget, default: bool) -> None:
-    if need.least > budget.total:
+def _check_fits(
+    layer: LayerWindows, need: MemoryRequirement, budget: MemoryBudget, default: bool
+) -> None:
+    if need.min_bytes > budget.total:
         name, grid = layer.spec.name, layer.grid
         # Nobody means so little: the unit was left out.
         unit = f" ({budget.total} is bytes; {budget.total}GiB for gibibytes)"
         unit = unit if budget.total < _FORGOTTEN_UNIT else ""
         raise ValueError(
-            f"memory: expected at least the {need.least} bytes that layer {name!r} takes with one "
-            f"of its {layer.windows} windows of {grid.rows} x {grid.columns} solved at a time, "
+            f"memory: expected at least the {need.min_bytes} bytes that layer {name!r} takes with "
+            f"one of its {layer.windows} windows of {grid.rows} x {grid.columns} solved at a time, "
             f"got {budget.total}" + (", half of the device's" if default else "") + unit
         )
 
@@ -276,9 +278,9 @@ class _Planner:
     rule: str
     bootstrap: int
 
-    def need(self, layers: Sequence[LayerWindows]) -> Need:
+    def need(self, layers: Sequence[LayerWindows]) -> MemoryRequirement:
         order, _, windows, _ = call = self.call(layers)
-        return Need(
+        return MemoryRequirement(
             weights=sum(layer.weight_bytes for layer in layers),
             windows=windows,
             order=order,
@@ -309,7 +311,7 @@ class _Planner:
                 or weights > budget.weights
                 or spectra > budget.spectra
                 or evals > MAX_EIGENVALUES
-                or self.need([*parts[-1], layer]).least > budget.total
+                or self.need([*parts[-1], layer]).min_bytes > budget.total
             ):
                 parts.append([])
                 weights, spectra, evals = own.weights, own.spectra, own.eigenvalues

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from farms_fast import FixedAspectSampling, FullMatrix
 from farms_fast.core import ops
 from farms_fast.engine import memory
-from farms_fast.engine.memory import MemoryBudget, Need, limits
+from farms_fast.engine.memory import MemoryBudget, MemoryRequirement, limits
 from farms_fast.spectra.bootstrap import FitRule, fit_layers
 from farms_fast.spectra.windows import window_table
 
@@ -74,7 +74,7 @@ def test_fits_stay_within_their_bound(
 
     if device.type == "cpu":
         monkeypatch.setattr(FitRule, "fit", lambda *a: with_workspace(*a)[0])
-    need = Need(0, layers * grid.count, order, size, 0, dtype.itemsize)
+    need = MemoryRequirement(0, layers * grid.count, order, size, 0, dtype.itemsize)
     budget = MemoryBudget(2**40, 0, 0, 0, memory.FIT_VALUE_BYTES * fit_values)
     bounds = limits(need, budget, 30)
     assert bounds.fit_values == max(fit_values, size)
@@ -153,8 +153,8 @@ def test_a_batch_that_fits_stays_within_the_budget(
     parallel: int | None,
 ) -> None:
     longest = -(-windows // layers) * order
-    need = Need(weights, windows, order, longest, matrix, item)
-    budget = MemoryBudget.of(need.least + spare)
+    need = MemoryRequirement(weights, windows, order, longest, matrix, item)
+    budget = MemoryBudget.of(need.min_bytes + spare)
     assert budget.weights + budget.workspace + budget.spectra + budget.fits <= budget.total
     bounds = limits(need, budget, resamples, parallel)
     assert bounds.peak <= budget.total
