@@ -26,7 +26,7 @@ struct CudaDevice {
 
 // By the technical specifications of the CUDA C++ Programming Guide. An architecture younger than those counts as the
 // smallest of its like.
-inline CudaDevice cuda_device(int architecture) {
+constexpr CudaDevice cuda_device(int architecture) {
   const auto kibibytes = [&]() -> int64_t {
     if (architecture == 80 || architecture == 87) return 163;
     if (architecture >= 90 && architecture < 120) return 227;
@@ -35,6 +35,8 @@ inline CudaDevice cuda_device(int architecture) {
   };
   return {architecture, kibibytes() << 10, architecture >= 90};
 }
+static_assert(cuda_device(90).shared_bytes == hopper::kBlockSharedBytes);
+static_assert(kBandSharedBytes <= hopper::kBlockSharedBytes, "the two-stage solver's narrow band in one block");
 
 // A solver works on Gram matrices in place, unless it is a direct one, which reads windows where they are.
 struct CudaSolverTraits {

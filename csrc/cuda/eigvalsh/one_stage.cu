@@ -142,15 +142,16 @@ void solve(const OneStageProblem& problem, int64_t count, cudaStream_t stream) {
   one_stage::solve_in_clusters(problem, count, stream);
 }
 
-// Whether a plan counts on the largest order whose block fits.
-constexpr bool plan_is_right(int shared_bytes) {
+// Whether a plan for a GPU counts on the largest order whose block fits.
+constexpr bool plan_is_right(int architecture) {
+  const int64_t shared_bytes = cuda_device(architecture).shared_bytes;
   int order = 0;
   for (const BlockOption& block : kBlockOptions)
     if (block.shared_bytes <= shared_bytes) order = block.order;
   return order == one_block_order(shared_bytes);
 }
-static_assert(plan_is_right(64 << 10) && plan_is_right(99 << 10) && plan_is_right(163 << 10) &&
-              plan_is_right(hopper::kBlockSharedBytes));
+static_assert(plan_is_right(70) && plan_is_right(75) && plan_is_right(80) && plan_is_right(86) && plan_is_right(90) &&
+              plan_is_right(120));
 
 }  // namespace
 
