@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import NamedTuple
 
 from torch import nn
 from torch.nn.utils import parametrize
@@ -34,14 +33,6 @@ from farms_fast.weights.stacks import (
 )
 
 
-class _Owned(NamedTuple):
-    """A tensor of a module, and why it is no weight of its own; empty when it may be one."""
-
-    header: TensorHeader
-    owner: nn.Module
-    reason: str
-
-
 def layers_from_headers(
     headers: Sequence[TensorHeader],
     include: Globs = None,
@@ -62,7 +53,7 @@ def layers_from_headers(
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"headers: expected each name once, got {twice!r} more than once")
     weights = _changed(merge_complex_parts(dequantised_headers(headers, config)), change)
-    index = HeaderIndex((header for header, _ in weights), config)
+    index = HeaderIndex((header for header, _ in weights), config, {})
     answers = [(header, reason or layers_of(Weight(header, index))) for header, reason in weights]
     return _select(answers, index, include, exclude)
 
@@ -82,7 +73,11 @@ def layers_from_module(
     """
     check_module("module", module)
     wrappers = module_wrappers(module)
-    owned: list[_Owned] = []
+    owners: list[nn.Module] = []
+    # A weight that is made of several tensors takes the position of the first.
+    positions: dict[str, int] = {}
+    stored: list[TensorHeader] = []
+    answers: list[tuple[int, TensorHeader, list[Part] | str]] = []
     for prefix, owner in module.named_modules(remove_duplicate=False):
         for leaf, tensor, reason in own_tensors(owner, prefix):
             name = f"{prefix}.{leaf}" if prefix else leaf
@@ -98,24 +93,23 @@ def layers_from_module(
             if parametrize.is_parametrized(owner, leaf):
                 # It was computed just now and is freed: the next one may get the same address.
                 header = replace(header, identity=(id(owner), leaf))
-            owned.append(_Owned(header, owner, reason or sparse_layout(tensor) or elsewhere))
-    config = _config_of(module)
-    # A weight that is made of several tensors takes the position of the first.
-    positions = {name: n for n, item in enumerate(owned) for name in item.header.stored}
+            if reason := reason or sparse_layout(tensor) or elsewhere:
+                answers.append((len(owners), header, reason))
+            else:
+                stored.append(header)
+            positions.update(dict.fromkeys(header.stored, len(owners)))
+            owners.append(owner)
+    config, notes = _config_of(module), module_notes(module)
     weights = [
         weight if weight.reason else _as_wrapped(weight.header, wrappers)
-        for weight in dequantised_headers([i.header for i in owned if not i.reason], config)
+        for weight in dequantised_headers(stored, config)
     ]
-    notes = module_notes(module)
     weights = _changed(merge_complex_parts(weights, notes), change)
     index = HeaderIndex((header for header, _ in weights), config, notes)
-    answers: list[tuple[int, TensorHeader, list[Part] | str]] = [
-        (n, item.header, item.reason) for n, item in enumerate(owned) if item.reason
-    ]
     for header, reason in weights:
-        position = min((positions[n] for n in header.stored if n in positions), default=len(owned))
-        owner = owned[position].owner if position < len(owned) else None
-        answers.append((position, header, reason or layers_of(Weight(header, index), owner)))
+        position = min((positions[n] for n in header.stored if n in positions), default=len(owners))
+        owned_by = owners[position] if position < len(owners) else None
+        answers.append((position, header, reason or layers_of(Weight(header, index), owned_by)))
     answers.sort(key=lambda answer: answer[0])
     return _select([(header, answer) for _, header, answer in answers], index, include, exclude)
 

@@ -74,21 +74,6 @@ class TensorHeader:
     tensors: tuple[str, ...] = ()
     combine: ToTensor | None = None
 
-    @classmethod
-    def computed(
-        cls,
-        name: str,
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        parts: Sequence[TensorHeader],
-        combine: ToTensor,
-    ) -> TensorHeader:
-        """The header of a weight that `combine` makes of stored parts."""
-        known = all(part.identity is not None for part in parts)
-        identity = (*(part.identity for part in parts), combine) if known else None
-        tensors = tuple(name for part in parts for name in part.stored)
-        return cls(name, shape, dtype, identity, tensors, combine)
-
     @property
     def stored(self) -> tuple[str, ...]:
         """Names of the tensors to load."""
@@ -109,6 +94,21 @@ class WeightCandidate(NamedTuple):
 
     header: TensorHeader
     reason: str = ""
+
+    @classmethod
+    def computed(
+        cls,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        parts: Sequence[TensorHeader],
+        combine: ToTensor,
+    ) -> WeightCandidate:
+        """The weight that `combine` makes of stored parts."""
+        known = all(part.identity is not None for part in parts)
+        identity = (*(part.identity for part in parts), combine) if known else None
+        tensors = tuple(name for part in parts for name in part.stored)
+        return cls(TensorHeader(name, shape, dtype, identity, tensors, combine))
 
 
 # What an adapter, or a caller, makes of the weights of a model.

@@ -18,11 +18,11 @@ from torch import Tensor
 from farms_fast.weights.recipes import Recipe
 from farms_fast.weights.stacks import TensorHeader, ToTensor, WeightCandidate
 
+# Before the adapter's names in `LayerSpec.tensors`, to tell them from the base's.
+ADAPTER_PREFIX = "adapter:"
 UPDATED_PARAMETER = "parameter with a LoRA update, which is read of layers only"
-# Rows that are updated at once, in float64.
-_ROWS = 512
-# Ways to begin training that also change the base: the adapter belongs to another base than the
-# config's.
+_ROWS = 512  # that are updated at once, in float64
+# Ways to begin training that also change the base.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _PART = re.compile(
     r"(?P<target>.+)\.(?P<what>lora_A|lora_B|lora_embedding_A|lora_embedding_B"
@@ -121,19 +121,12 @@ class _Target:
 
 
 class Adapter:
-    """The tensors of a PEFT adapter, and what they make of the weights of a base model.
-
-    `prefix` is put before the adapter's names in `LayerSpec.tensors`, to tell them from the base's.
-    """
+    """The tensors of a PEFT adapter, and what they make of the weights of a base model."""
 
     def __init__(
-        self,
-        config: Mapping[str, Any],
-        headers: Sequence[TensorHeader],
-        description: str,
-        prefix: str = "",
+        self, config: Mapping[str, Any], headers: Sequence[TensorHeader], description: str
     ) -> None:
-        self._config, self._description, self._prefix = config, description, prefix
+        self._config, self._description = config, description
         self._check_config()
         self._targets: dict[str, _Target] = {}
         self._replaced: dict[str, TensorHeader] = {}
@@ -171,7 +164,7 @@ class Adapter:
         for name, header in self._replaced.items():
             number = _number_of(name, by_name)
             own_name = name if number is None else weights[number].header.name
-            tensors = (self._prefix + header.name,)
+            tensors = (ADAPTER_PREFIX + header.name,)
             stored = TensorHeader(own_name, header.shape, header.dtype, header.identity, tensors)
             if number is None:
                 appended.append(WeightCandidate(stored))
@@ -220,7 +213,7 @@ class Adapter:
             return not_applied(base, f"a magnitude of shape {length.shape} for {b.shape[0]} rows")
         update = LoraUpdate(self._scaling(target, a), transposed, length is not None)
         parts = [a, b] if length is None else [a, b, length]
-        return with_updates(base, [update], [self._prefix + part.name for part in parts])
+        return with_updates(base, [update], [ADAPTER_PREFIX + part.name for part in parts])
 
     def _scaling(self, target: str, a: TensorHeader) -> float:
         rank = a.shape[0]

@@ -19,9 +19,7 @@ from farms_fast.weights.model_config import ModelConfig
 from farms_fast.weights.recipes import Recipe
 from farms_fast.weights.stacks import TensorHeader, WeightCandidate
 
-_FLOAT8 = tuple(
-    getattr(torch, f"float8_{kind}") for kind in ("e4m3fn", "e4m3fnuz", "e5m2", "e5m2fnuz")
-)
+_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz)
 _PACKED = (torch.uint8, torch.int8, torch.int32)
 # Under these names modules hold parts of quantised weights as buffers.
 QUANTISED_BUFFERS = {"qweight", "qzeros", "scales", "g_idx", "weight", "weight_packed"}
@@ -78,8 +76,7 @@ class _Stored:
     def computed(
         self, shape: tuple[int, ...], parts: Sequence[TensorHeader], recipe: Recipe
     ) -> WeightCandidate:
-        header = TensorHeader.computed(self.name, shape, torch.float32, parts, recipe)
-        return WeightCandidate(header)
+        return WeightCandidate.computed(self.name, shape, torch.float32, parts, recipe)
 
 
 def _weight_of(stored: _Stored) -> WeightCandidate | None:

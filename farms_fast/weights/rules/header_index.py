@@ -21,14 +21,11 @@ class HeaderIndex:
     """The weights of a model by name, its config, and `operator_layers.module_notes` of it."""
 
     def __init__(
-        self,
-        headers: Iterable[TensorHeader],
-        config: ModelConfig | None = None,
-        notes: Mapping[str, str] | None = None,
+        self, headers: Iterable[TensorHeader], config: ModelConfig | None, notes: Mapping[str, str]
     ) -> None:
         self.by_name = {header.name: header for header in headers}
         self.config = config or ModelConfig()
-        self.notes = notes or {}
+        self.notes = notes
 
     def layer_name(self, tensor_name: str) -> str:
         """The tensor's name without a trailing `.weight`, unless another tensor has that name."""

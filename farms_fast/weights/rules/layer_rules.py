@@ -41,9 +41,6 @@ _NOT_WEIGHTS = (
 )
 
 
-# --- stacks of a known make ---
-
-
 def _cut_rows(
     name: str,
     shape: tuple[int, ...],
@@ -165,9 +162,6 @@ def _experts_transposed(weight: Weight) -> bool | None:
     if (fused[1], fused[2]) == (2 * down[2], down[1]):
         return False
     return True if (fused[2], fused[1]) == (2 * down[1], down[2]) else None
-
-
-# --- the rules ---
 
 
 def layers_of(weight: Weight, owner: nn.Module | None = None) -> list[Part] | str:

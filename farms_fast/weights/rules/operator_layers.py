@@ -104,7 +104,6 @@ def _kind_of(parts: Sequence[TensorHeader]) -> FactorisedTensor | None:
 def _merged(name: str, parts: Sequence[TensorHeader], note: str) -> list[WeightCandidate]:
     """The header of a factorised weight, or its parts with the reason why it has none."""
     combine = _kind_of(parts)
-    reason = ""
     if note == "separable":
         reason = _SEPARABLE
     elif note == "tensorised":
@@ -112,11 +111,11 @@ def _merged(name: str, parts: Sequence[TensorHeader], note: str) -> list[WeightC
     elif combine is None:
         shapes = ", ".join(str(tuple(part.shape)) for part in parts)
         reason = f"part of {name}, whose factors do not fit together: {shapes}"
-    if reason or combine is None:
-        return [WeightCandidate(part, reason) for part in parts]
-    combine = replace(combine, joint=note.startswith("joint"))
-    dtype = _complex_of(parts[0].dtype) if combine.pairs else parts[0].dtype
-    return [WeightCandidate(TensorHeader.computed(name, combine.shape, dtype, parts, combine))]
+    else:
+        combine = replace(combine, joint=note.startswith("joint"))
+        dtype = _complex_of(parts[0].dtype) if combine.pairs else parts[0].dtype
+        return [WeightCandidate.computed(name, combine.shape, dtype, parts, combine)]
+    return [WeightCandidate(part, reason) for part in parts]
 
 
 def _single(
@@ -150,8 +149,7 @@ def _single(
         return WeightCandidate(replace(header, name=name, tensors=header.stored))
     combine = ComplexPairs(joint=note.startswith("joint"))
     shape = (*shape[1:3], shape[0], *shape[3:-1]) if combine.joint else shape[:-1]
-    made = TensorHeader.computed(name, shape, _complex_of(dtype), [header], combine)
-    return WeightCandidate(made)
+    return WeightCandidate.computed(name, shape, _complex_of(dtype), [header], combine)
 
 
 def _complex_of(dtype: torch.dtype) -> torch.dtype:

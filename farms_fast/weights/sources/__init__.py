@@ -51,20 +51,17 @@ def open_source(
             `model.safetensors`, an index of safetensors shards, a single safetensors file,
             `pytorch_model.bin` or its index. Its `config.json` tells what headers do not.
         base: for the folder of a LoRA adapter, the model that it changes: anything that `model`
-            may be but an adapter. None takes the config's `base_model_name_or_path` if that is a
-            path that exists.
+            may be but an adapter. None takes the path that the adapter's config names.
 
     Returns:
-        A source. Pickles are read with `weights_only`, which refuses all but plain tensors. An
-        adapter has the layers of its base, with the weights that are in effect: an update alone
-        is of low rank and has no spectrum to fit. The path of the adapter's file gives its factors
-        as they are.
+        A source. Pickles are read with `weights_only`. An adapter has the layers of its base, with
+        the weights that are in effect: an update alone is of low rank and has no spectrum to fit.
+        The path of the adapter's file gives its factors as they are.
 
     Raises:
         FileNotFoundError: the path, or a file that an index names, does not exist.
-        ValueError: the file or folder holds no readable weights, an index names a file outside its
-            folder, a mapping holds no tensor, an adapter has no base, or `base` is given for what
-            is no adapter.
+        ValueError: there are no readable weights, an index names a file outside its folder, an
+            adapter has no base, or `base` is given for what is no adapter.
         TypeError: `model` is none of these, or an array in a mapping has no numbers.
 
     Example:

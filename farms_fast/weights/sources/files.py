@@ -7,6 +7,7 @@ tensor. Of pickles one file at a time is mapped, and mapped anew when enough was
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 import os
@@ -93,9 +94,8 @@ class SafetensorsSource(_FileSource):
         if extent.bytes == 0:
             return torch.empty(extent.shape, dtype=extent.dtype)
         with stored.open("rb") as file:
-            if _state(file.fileno()) != self._states[stored]:
-                raise _changed(stored)
-            content = _bytes_of(file.fileno(), extent)
+            same = _state(file.fileno()) == self._states[stored]
+            content = _bytes_of(file.fileno(), extent) if same else None
         if content is None:
             raise _changed(stored)
         return content.view(extent.dtype).view(extent.shape)
@@ -143,9 +143,8 @@ def _safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
         with safe_open(path, framework="pt"):
             pass
     except SafetensorError as error:
-        raise ValueError(
-            f"{path}: expected a sound safetensors file, got a broken one: {error}"
-        ) from None
+        expected = "expected a sound safetensors file, got a broken one"
+        raise ValueError(f"{path}: {expected}: {error}") from None
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         entries: dict[str, Any] = parse_json(path, file.read(size))
@@ -159,14 +158,10 @@ def _bytes_of(descriptor: int, extent: _Extent) -> Tensor | None:
     Large tensors have a private map of the file, which goes with the last tensor that uses it.
     """
     if extent.bytes >= _MAPPED_FROM and extent.offset % extent.dtype.itemsize == 0:
-        start = extent.offset - extent.offset % mmap.ALLOCATIONGRANULARITY
-        before = extent.offset - start
-        size = before + extent.bytes
-        try:
+        before = extent.offset % mmap.ALLOCATIONGRANULARITY
+        start, size = extent.offset - before, before + extent.bytes
+        with contextlib.suppress(OSError):  # too many open files or maps: read instead
             pages = mmap.mmap(descriptor, size, access=mmap.ACCESS_COPY, offset=start)
-        except OSError:
-            pass  # too many open files or maps: read instead
-        else:
             return torch.frombuffer(pages, dtype=torch.uint8, count=extent.bytes, offset=before)
     content = torch.empty(extent.bytes, dtype=torch.uint8)
     target, done = content.numpy().data, 0
@@ -205,13 +200,12 @@ class PickleSource(_FileSource):
     def _read_headers(self, path: Path) -> Mapping[str, TensorHeader | Skipped]:
         opened = self._open(path)
         self.skipped.extend(opened.skipped)
-        return {
+        headers: dict[str, TensorHeader] = {}
+        for header in opened.headers:
             # Another file's tensors may come to lie at the same address later.
-            header.name: replace(
-                header, identity=None if header.identity is None else (str(path), header.identity)
-            )
-            for header in opened.headers
-        }
+            identity = None if header.identity is None else (str(path), header.identity)
+            headers[header.name] = replace(header, identity=identity)
+        return headers
 
 
 def _read_pickle(path: Path) -> Mapping[str, Any]:
@@ -236,9 +230,8 @@ def _read_pickle(path: Path) -> Mapping[str, Any]:
             )
         raise ValueError(f"{path}: expected a pickle of plain tensors only, got {got}") from None
     if not isinstance(loaded, Mapping):
-        raise ValueError(
-            f"{path}: expected a mapping of names to tensors, got {type(loaded).__name__}"
-        )
+        got = type(loaded).__name__
+        raise ValueError(f"{path}: expected a mapping of names to tensors, got {got}")
     return loaded
 
 

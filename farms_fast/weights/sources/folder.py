@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from farms_fast.weights.formats.lora import Adapter
+from farms_fast.weights.formats.lora import ADAPTER_PREFIX, Adapter
 from farms_fast.weights.model_config import ModelConfig
 from farms_fast.weights.sources.files import (
     PICKLE_SUFFIXES,
@@ -22,7 +22,6 @@ from farms_fast.weights.sources.memory import HeaderSource, ModuleSource
 from farms_fast.weights.stacks import Globs, Layers
 
 _ADAPTER_CONFIG = "adapter_config.json"
-_PREFIX = "adapter:"
 # How the names of a checkpoint's files end; analyses that lie beside them have other names.
 _PARTS = (
     *(".safetensors", *PICKLE_SUFFIXES, ".index.json", "config.json"),
@@ -39,7 +38,7 @@ class AdapterSource:
         self.description = f"{base.description} with {adapter.description}"
         self.base = base
         self._adapter = adapter
-        self._apply = Adapter(config, adapter.headers, adapter.description, _PREFIX)
+        self._apply = Adapter(config, adapter.headers, adapter.description)
 
     def layers(self, include: Globs = None, exclude: Globs = None) -> Layers:
         """The base's layers, in effect; ValueError when the adapter has none of its weights."""
@@ -48,8 +47,8 @@ class AdapterSource:
 
     def load(self, name: str) -> Tensor:
         """One tensor of the base, or of the adapter where the name begins with `adapter:`."""
-        if name.startswith(_PREFIX):
-            return self._adapter.load(name.removeprefix(_PREFIX))
+        if name.startswith(ADAPTER_PREFIX):
+            return self._adapter.load(name.removeprefix(ADAPTER_PREFIX))
         return self.base.load(name)
 
 

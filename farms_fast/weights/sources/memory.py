@@ -48,7 +48,7 @@ class Source(Protocol):
 class HeaderSource:
     """A source that knows its tensors by `headers`; `skipped` is what else it holds."""
 
-    def __init__(self, description: str, config: ModelConfig | None) -> None:
+    def __init__(self, description: str, config: ModelConfig | None = None) -> None:
         self.description = description
         self.headers: list[TensorHeader] = []
         self.skipped: list[Skipped] = []
@@ -95,13 +95,8 @@ class ModuleSource:
 class MappingSource(HeaderSource):
     """Tensors or NumPy arrays by name, such as a state dict, also one wrapped in a checkpoint."""
 
-    def __init__(
-        self,
-        tensors: Mapping[str, Any],
-        description: str = "state dict",
-        config: ModelConfig | None = None,
-    ) -> None:
-        super().__init__(description, config)
+    def __init__(self, tensors: Mapping[str, Any], description: str = "state dict") -> None:
+        super().__init__(description)
         for name, value in self._unwrapped(tensors).items():
             if not isinstance(name, str):
                 raise TypeError(f"{description}: expected names as keys, got {name!r}")

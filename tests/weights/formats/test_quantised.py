@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
-from farms_fast.weights.layers import layers_from_module
+from farms_fast.weights.layers import layers_from_headers, layers_from_module
 from farms_fast.weights.model_config import ModelConfig
 from farms_fast.weights.sources import MappingSource, open_source
 from farms_fast.weights.stacks import LayerSpec, Skipped
@@ -29,8 +29,8 @@ def opened(
     """Stacks by layer, checked against what was promised of them, and the reasons of the rest."""
     before = {name: tensor.clone() for name, tensor in tensors.items()}
     config = ModelConfig.of({"quantization_config": quantization or {}})
-    source = MappingSource(tensors, config=config)
-    layers, skipped = source.layers()
+    source = MappingSource(tensors)
+    layers, skipped = layers_from_headers(source.headers, config=config)
     stacks: dict[str, torch.Tensor] = {}
     for layer in layers:
         stacks[layer.name] = layer.to_stack(*map(source.load, layer.tensors))
@@ -39,7 +39,7 @@ def opened(
     for name, tensor in tensors.items():
         bits, old = (t.flatten().view(torch.uint8) for t in (tensor, before[name]))
         assert torch.equal(bits, old)
-    return stacks, reasons((layers, skipped))
+    return stacks, reasons((layers, skipped + source.skipped))
 
 
 def only(tensors: Mapping[str, torch.Tensor], **quantization: object) -> torch.Tensor:
