@@ -213,12 +213,7 @@ def _(
 
 @torch.library.register_fake("farms_fast::fit_power_law")
 def _(
-    evals: Tensor,
-    offsets: Tensor,
-    rule: str,
-    xmin_pos: float,
-    bins: int,
-    log10_lower_bound: bool,
+    evals: Tensor, offsets: Tensor, rule: str, xmin_pos: float, bins: int, log10_lower_bound: bool
 ) -> tuple[Tensor, ...]:
     spectra = offsets.shape[0] - 1
     reals = tuple(evals.new_empty(spectra) for _ in range(3))

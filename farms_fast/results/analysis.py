@@ -23,7 +23,7 @@ from farms_fast.results.files import (
 from farms_fast.results.record import CSV_COLUMNS, LayerRecord
 from farms_fast.results.settings import AnalysisSettings
 from farms_fast.results.store import ResultsStore
-from farms_fast.views.html import write_report
+from farms_fast.views.html import report_payload, write_page
 from farms_fast.views.notebook import analysis_html
 from farms_fast.views.plots import plot_alpha
 from farms_fast.views.values import Side
@@ -160,7 +160,7 @@ class Analysis(NamedLayers[LayerRecord]):
             title: heading of the page; None is the name of the source.
             progress: as of `farms_fast.analyze`.
         """
-        write_report(path, self.as_side(), title, progress)
+        write_page(path, title, lambda: report_payload(self.as_side(), title, progress))
 
     def as_side(self) -> Side:
         """The values that a page shows."""

@@ -20,7 +20,7 @@ from farms_fast.results.files import data_frame, write_rows
 from farms_fast.results.paired_bootstrap import difference_error
 from farms_fast.results.record import LayerRecord
 from farms_fast.results.settings import COMPARABILITY_FIELDS, AnalysisSettings
-from farms_fast.views.html import write_comparison
+from farms_fast.views.html import comparison_payload, write_page
 from farms_fast.views.notebook import comparison_html
 
 if TYPE_CHECKING:
@@ -262,8 +262,8 @@ class Comparison(NamedLayers[LayerDifference]):
     ) -> None:
         """Writes a page to look at; everything as of `Analysis.to_html`."""
         sides = self.a.as_side(), self.b.as_side()
-        differing = list(self.settings_that_differ)
-        write_comparison(path, self.layers, sides, self.notes, differing, title, progress)
+        about = sides, self.notes, list(self.settings_that_differ)
+        write_page(path, title, lambda: comparison_payload(self.layers, *about, title, progress))
 
 
 def compare(

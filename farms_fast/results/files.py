@@ -116,9 +116,7 @@ def write_json(
     write_text(path, json.dumps(document, allow_nan=False, indent=None if spectra else 1) + "\n")
 
 
-def read_json(
-    path: FilePath,
-) -> tuple[list[LayerRecord], list[Skipped], AnalysisSettings | None]:
+def read_json(path: FilePath) -> tuple[list[LayerRecord], list[Skipped], AnalysisSettings | None]:
     """The layers, skipped tensors and settings of a file of `write_json`; ValueError of another."""
     file = path_of("path", path)
     named = f"path: {os.fspath(path)!r}"
@@ -190,10 +188,7 @@ def array_name(layer: str) -> str:
 
 def write_npz(path: FilePath, layers: Sequence[LayerRecord]) -> None:
     """As `Analysis.spectra_to_npz` says."""
-    with (
-        atomic_file(path) as stream,
-        zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive,
-    ):
+    with atomic_file(path) as stream, zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
         for layer in layers:
             # A fixed date: the same analysis gives the same file.
             entry = zipfile.ZipInfo(f"{array_name(layer.name)}.npy", (1980, 1, 1, 0, 0, 0))

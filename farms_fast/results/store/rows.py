@@ -94,10 +94,7 @@ def unpack(row: Sequence[Any], path: str) -> LayerRecord:
 
 def read_stored_evals(path: str, timeout: float, layer: int, name: str) -> Array:
     """The eigenvalues of a layer, by its row in the store of that path, float64 (windows, k)."""
-    with (
-        closing(StoreFile(path, timeout, create=False)) as file,
-        file.reading() as connection,
-    ):
+    with closing(StoreFile(path, timeout, create=False)) as file, file.reading() as connection:
         there = connection.execute("SELECT 1 FROM layers WHERE id = ?", (layer,))
         if there.fetchone() is None:
             raise ValueError(

@@ -10,9 +10,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable
 from functools import cache
 from html import escape
 from importlib.resources import files
@@ -20,10 +19,8 @@ from typing import Any
 
 from farms_fast.core.arguments import check_type, path_of
 from farms_fast.core.extension import __version__
-from farms_fast.core.files import write_text
-from farms_fast.core.progress import Progress
-from farms_fast.views.html.payload import comparison_payload, report_payload
-from farms_fast.views.values import DifferenceValues, Side
+from farms_fast.core.files import FilePath, write_text
+from farms_fast.views.html.payload import Payload
 
 _SCRIPTS = (
     *("data", "theme", "charts", "spectra", "overview", "differences"),
@@ -31,37 +28,11 @@ _SCRIPTS = (
 )
 
 
-def write_report(
-    path: str | os.PathLike[str],
-    side: Side,
-    title: str | None = None,
-    progress: bool | Progress = False,
-) -> None:
-    """Writes a page of an analysis, as `Analysis.to_html` says."""
-    _check(path, title)
-    write_text(path, _page(*report_payload(side, title, progress)))
-
-
-def write_comparison(
-    path: str | os.PathLike[str],
-    layers: Sequence[DifferenceValues],
-    sides: tuple[Side, Side],
-    notes: Sequence[str],
-    settings_that_differ: Sequence[str],
-    title: str | None = None,
-    progress: bool | Progress = False,
-) -> None:
-    """Writes a page of two analyses compared, as `Comparison.to_html` says."""
-    _check(path, title)
-    page = comparison_payload(layers, sides, notes, settings_that_differ, title, progress)
-    write_text(path, _page(*page))
-
-
-def _check(path: object, title: object) -> None:
-    """Before spectra are read, which may take a while."""
+def write_page(path: FilePath, title: str | None, read: Callable[[], Payload]) -> None:
+    """Writes a page, whose payload is read when path and title are found to be right."""
     path_of("path", path)
-    if title is not None:
-        check_type("title", title, str, "a string")
+    check_type("title", title, (str, type(None)), "a string")
+    write_text(path, _page(*read()))
 
 
 def script_json(value: Any) -> str:

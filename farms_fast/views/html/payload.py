@@ -41,16 +41,13 @@ RECORD_FIELDS = (
 over the largest of them grows with the number of windows.
 """
 
+# What is drawn at once, and per layer a list with its curves, or why it has none, by side.
+Payload = tuple[dict[str, Any], list[list[Any]]]
 _Pair = tuple[LayerValues | None, LayerValues | None]
 
 
-def report_payload(
-    side: Side, title: str | None, progress: bool | Progress = False
-) -> tuple[dict[str, Any], list[list[Any]]]:
-    """The page of one analysis: what is drawn at once, and per layer a list with its curves.
-
-    Spectra are read one at a time and not kept.
-    """
+def report_payload(side: Side, title: str | None, progress: bool | Progress = False) -> Payload:
+    """The page of one analysis; spectra are read one at a time and not kept."""
     pairs: list[_Pair] = [(layer, None) for layer in side.layers]
     page = {
         **_page("report", pairs),
@@ -68,7 +65,7 @@ def comparison_payload(
     settings_that_differ: Sequence[str],
     title: str | None,
     progress: bool | Progress = False,
-) -> tuple[dict[str, Any], list[list[Any]]]:
+) -> Payload:
     """The page of two analyses, as of `report_payload`."""
     a, b = (_title(side.settings) for side in sides)
     pairs: list[_Pair] = [(layer.a, layer.b) for layer in layers]
