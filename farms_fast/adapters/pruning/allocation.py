@@ -21,6 +21,7 @@ from farms_fast.adapters.pruning.sparsities import (
     Allocation,
     as_number,
     check_sparsity,
+    mean_of_fitted,
     scale_to_total,
     weight_counts,
 )
@@ -109,28 +110,30 @@ def allocate_sparsity(
         raise ValueError(f"compat: expected None or 'farms', got {compat!r}")
 
     alphas, counts, groups = _layers(analysis_or_alphas, level, params, block_size)
-    members = [name for group in groups.values() for name in group]
-    inside = set(members)
-    fitted = {name: alphas[name] for name in members if not math.isnan(alphas[name])}
-    if not fitted:
+    members = {name: alphas[name] for group in groups.values() for name in group}
+    unfitted = tuple(name for name, alpha in members.items() if math.isnan(alpha))
+    if len(unfitted) == len(members):
         raise ValueError(f"alphas: expected some, got none: all {len(members)} fits failed")
     units = list(groups.values()) if level == "block" else [[name] for name in members]
-    means = np.array([_mean([fitted[name] for name in unit if name in fitted]) for unit in units])
+    means = np.array([mean_of_fitted(members[name] for name in unit) for unit in units])
     relative = _relative(means, float(epsilon))
     weights = np.array([sum(counts[name] for name in unit) for unit in units], np.float64)
     scale, ratios = scale_to_total(relative, weights, float(sparsity), clip=compat == "farms")
+    given = analysis_or_alphas
+    settings = given.settings if isinstance(given, Analysis) else None
+    is_farms = settings is not None and isinstance(settings.sampling, FixedAspectSampling)
     return Allocation(
         ratios=_spread(units, ratios),
         params={name: counts[name] for name in members},
         relative=_spread(units, relative),
-        alphas={name: alphas[name] for name in members},
+        alphas=members,
         block_alphas=dict(zip(groups, means.tolist(), strict=True)) if level == "block" else {},
         blocks={block: tuple(group) for block, group in groups.items()},
         scale=scale,
-        unfitted=tuple(name for name in members if name not in fitted),
-        left_out=tuple(name for name in alphas if name not in inside),
+        unfitted=unfitted,
+        left_out=tuple(name for name in alphas if name not in members),
         settings={
-            "allocation": _kind(analysis_or_alphas),
+            "allocation": "farms" if is_farms else "alpha",
             "sparsity": float(sparsity),
             "epsilon": float(epsilon),
             "level": level,
@@ -209,20 +212,7 @@ def group_by_block(names: Iterable[str]) -> dict[str, list[str]]:
     A number in a name marks a block: `model.layers.3` in `model.layers.3.mlp.up_proj`. The numbers
     of a list are repeated blocks if at least two of them hold a layer of the same name
     (`mlp.up_proj`). Of nested lists the outermost counts, so that experts belong to their block.
-
-    Args:
-        names: names of layers, in the model's order.
-
-    Returns:
-        Names of layers by name of block, both in the given order, without layers outside of blocks.
-
-    Raises:
-        TypeError: names are not strings.
-        ValueError: there are no repeated blocks.
-
-    Example:
-        >>> group_by_block(["layers.0.q", "layers.0.up", "layers.1.q", "layers.1.up", "lm_head"])
-        {'layers.0': ['layers.0.q', 'layers.0.up'], 'layers.1': ['layers.1.q', 'layers.1.up']}
+    Order is kept, and layers outside of blocks are left out.
     """
     if isinstance(names, (str, bytes)) or not isinstance(names, Iterable):
         raise TypeError(f"names: expected names of layers, got {type(names).__name__}")
@@ -259,13 +249,6 @@ def _numbered(name: str) -> Iterator[tuple[str, str, str]]:
             yield ".".join(parts[:index]), part, ".".join(parts[index + 1 :])
 
 
-def _kind(given: object) -> str:
-    """What alphas are made of."""
-    settings = given.settings if isinstance(given, Analysis) else None
-    is_farms = settings is not None and isinstance(settings.sampling, FixedAspectSampling)
-    return "farms" if is_farms else "alpha"
-
-
 def _layers(
     given: Analysis | Sequence[float] | Mapping[str, float],
     level: str,
@@ -280,8 +263,11 @@ def _layers(
         alphas = {layer.name: layer.alpha if layer.status == "ok" else math.nan for layer in given}
         counts = {layer.name: math.prod(layer.shape) for layer in given}
         return _checked(alphas), counts, group_by_block(alphas)
-    if not isinstance(given, Mapping):
-        given = _as_list(given)
+    if isinstance(given, (str, bytes)) or not hasattr(given, "__iter__"):
+        raise TypeError(
+            "analysis_or_alphas: expected an Analysis, or alphas in a sequence or by name, "
+            f"got {type(given).__name__}"
+        )
     if params is None:
         raise ValueError("params: bare alphas need the number of weights of each layer, got None")
     size = None if block_size is None else check_int("block_size", block_size, least=1)
@@ -290,37 +276,24 @@ def _layers(
     if isinstance(given, Mapping):
         alphas = {str(name): value for name, value in given.items()}
     else:
-        alphas = dict(zip(_names(len(given), size), given, strict=True))
+        at = range(len(values := list(given)))
+        names = [str(i) if size is None else f"{i // size}.{i % size}" for i in at]
+        alphas = dict(zip(names, values, strict=True))
     checked = _checked(alphas)
     counts = _counts(list(checked), params)
     if level == "layer":
         return checked, counts, {name: [name] for name in checked}
+    if size is None and not isinstance(given, Mapping):
+        raise ValueError(
+            "block_size: level 'block' needs the number of layers of a block, got None"
+        )
     if size is None:
-        if not isinstance(given, Mapping):
-            raise ValueError(
-                "block_size: level 'block' needs the number of layers of a block, got None"
-            )
         return checked, counts, group_by_block(checked)
     names = list(checked)
     if len(names) % size:
         raise ValueError(f"block_size: {size} layers a block do not divide {len(names)} alphas")
     blocks = {str(at // size): names[at : at + size] for at in range(0, len(names), size)}
     return checked, counts, blocks
-
-
-def _names(number: int, size: int | None) -> list[str]:
-    if size is None:
-        return [str(index) for index in range(number)]
-    return [f"{index // size}.{index % size}" for index in range(number)]
-
-
-def _as_list(alphas: object) -> list[float]:
-    if isinstance(alphas, (str, bytes)) or not hasattr(alphas, "__iter__"):
-        raise TypeError(
-            "analysis_or_alphas: expected an Analysis, or alphas in a sequence or by name, "
-            f"got {type(alphas).__name__}"
-        )
-    return list(alphas)
 
 
 def _checked(alphas: Mapping[str, float]) -> dict[str, float]:
@@ -348,10 +321,6 @@ def _counts(names: list[str], params: Counts) -> dict[str, int]:
         values = [check_int("params", value, least=1) for value in params]
         return dict(zip(names, values, strict=True))
     return dict.fromkeys(names, check_int("params", params, least=1))
-
-
-def _mean(values: list[float]) -> float:
-    return math.fsum(values) / len(values) if values else math.nan
 
 
 def _relative(alphas: Array, epsilon: float) -> Array:

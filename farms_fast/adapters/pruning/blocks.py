@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -110,14 +110,13 @@ def find_blocks(model: nn.Module) -> Blocks:
             "decoder"
         )
     for name, module in model.named_modules():
+        problem = ""
         if (what := _quantised(module)) is not None:
-            raise ValueError(
-                f"model: layer {name!r} is quantised ({what}): pruning needs floating-point weights"
-            )
-        if hasattr(module, "lora_A"):
-            raise ValueError(
-                f"model: layer {name!r} has an adapter: merge it into the base before pruning"
-            )
+            problem = f"is quantised ({what}): pruning needs floating-point weights"
+        elif hasattr(module, "lora_A"):
+            problem = "has an adapter: merge it into the base before pruning"
+        if problem:
+            raise ValueError(f"model: layer {name!r} {problem}")
     chosen = _choose(model)
     blocks = []
     for name, module in chosen.children:
@@ -127,8 +126,9 @@ def find_blocks(model: nn.Module) -> Blocks:
             if _is_linear(layer) and not _never_called(module, inner)
         )
         blocks.append(Block(name, module, layers))
-    _check_weights(model, [layer for block in blocks for layer in block.layers])
-    return Blocks(chosen.container, tuple(blocks), tuple(_skipped(model, chosen, blocks)))
+    found = Blocks(chosen.container, tuple(blocks), tuple(_skipped(model, chosen, blocks)))
+    _check_weights(model, found.layers)
+    return found
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -143,27 +143,16 @@ def _never_called(block: nn.Module, name: str) -> bool:
     return leaf == "out_proj" and isinstance(block.get_submodule(parent), nn.MultiheadAttention)
 
 
-def _linear_weights(module: nn.Module) -> int:
-    return sum(
-        parameter.numel()
-        for layer in module.modules()
-        if _is_linear(layer)
-        for parameter in layer.parameters(recurse=False)
-        if parameter.dim() == 2
-    )
+def _linear_weights(modules: Iterable[nn.Module]) -> int:
+    layers = {layer for module in modules for layer in module.modules() if _is_linear(layer)}
+    parameters = (parameter for layer in layers for parameter in layer.parameters(recurse=False))
+    return sum(parameter.numel() for parameter in parameters if parameter.dim() == 2)
 
 
 def _choose(model: nn.Module) -> _Candidate:
     candidates = list(_candidates(model))
-    # By identity: a layer in nested lists counts once.
-    weights = {
-        id(layer): _linear_weights(layer)
-        for candidate in candidates
-        for _, child in candidate.children
-        for layer in child.modules()
-        if _is_linear(layer)
-    }
-    total = sum(weights.values())
+    # A layer in nested lists counts once.
+    total = _linear_weights(child for candidate in candidates for _, child in candidate.children)
     large = [candidate for candidate in candidates if 2 * candidate.weights > total]
     if large:
         return max(large, key=lambda candidate: len(candidate.children))
@@ -190,7 +179,7 @@ def _candidates(model: nn.Module) -> Iterator[_Candidate]:
                 run.append((f"{name}.{leaf}" if name else leaf, child))
                 continue
             if len(run) > 1:
-                weights = sum(_linear_weights(member) for _, member in run)
+                weights = sum(_linear_weights([member]) for _, member in run)
                 if weights and not _is_linear(run[0][1]):
                     yield _Candidate(name, tuple(run), weights)
             run = [] if child is None else [(f"{name}.{leaf}" if name else leaf, child)]
@@ -214,7 +203,7 @@ def _quantised(module: nn.Module) -> str | None:
     return f"it has {sorted(own)[0]!r}" if own else None
 
 
-def _check_weights(model: nn.Module, layers: list[PrunableLayer]) -> None:
+def _check_weights(model: nn.Module, layers: Iterable[PrunableLayer]) -> None:
     names: dict[object, list[str]] = {}
     for owner_name, owner in model.named_modules(remove_duplicate=False):
         for leaf, parameter in owner._parameters.items():
@@ -223,21 +212,19 @@ def _check_weights(model: nn.Module, layers: list[PrunableLayer]) -> None:
                 names.setdefault(key, []).append(f"{owner_name}.{leaf}")
     for layer in layers:
         weight = layer.module._parameters.get("weight")
+        what = f"model: the weight of layer {layer.name!r}"
         if weight is None:
             raise ValueError(
-                f"model: the weight of layer {layer.name!r} is computed from other tensors: "
-                "make it a plain parameter first (remove_parametrizations, or merge the adapter)"
+                f"{what} is computed from other tensors: make it a plain parameter first "
+                "(remove_parametrizations, or merge the adapter)"
             )
         if weight.is_meta:
             raise ValueError(
-                f"model: the weight of layer {layer.name!r} is on the meta device: load the model "
-                "into memory without offloading"
+                f"{what} is on the meta device: load the model into memory without offloading"
             )
         if weight.layout is not torch.strided:
-            raise ValueError(
-                f"model: the weight of layer {layer.name!r} has the layout "
-                f"{str(weight.layout).removeprefix('torch.')}: make it dense first"
-            )
+            layout = str(weight.layout).removeprefix("torch.")
+            raise ValueError(f"{what} has the layout {layout}: make it dense first")
         sharing = [n for n in names[tensor_identity(weight)] if n != f"{layer.name}.weight"]
         if sharing and tensor_identity(weight) is not None:
             raise ValueError(

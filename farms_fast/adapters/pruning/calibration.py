@@ -174,10 +174,6 @@ class BlockRunner:
 
         With `keep` its outputs become the inputs of the next block, which then is the current one.
         `on_restart` is called before all batches run again, to discard what was collected.
-
-        Raises:
-            ValueError: the block returns NaN or infinity, or one sample does not fit; the message
-                names the block.
         """
         index = self._current
         block = self._blocks[index]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,43 +18,22 @@ from farms_fast.adapters.pruning.statistics import InputStatistics
 def collect_statistics(
     runner: BlockRunner, layers: Sequence[PrunableLayer], pruner: Pruner, *, keep: bool = False
 ) -> dict[str, InputStatistics]:
-    """Runs the current block on every batch and collects the statistics of its layers' inputs.
+    """Statistics of the current block's layers by name, from a run on every batch.
 
-    Returns them by layer name; layers that always have the same input share theirs. `keep` is that
-    of `BlockRunner.run`.
+    Layers that always have the same input share theirs. `keep` is that of `BlockRunner.run`.
     """
     # A kept run cannot be repeated, and only Hessians are worth sharing.
     for share in (True, False) if pruner.needs_hessian and not keep else (False,):
         collector = _Collector(pruner, share)
-        try:
-            with _input_hooks(layers, collector.add):
-                if (layers and pruner.needs_inputs) or keep:
-                    runner.run(keep=keep, on_restart=collector.clear)
+        with contextlib.ExitStack() as hooks, contextlib.suppress(_InputsDiffer):
+            for layer in layers:
+                hook = partial(collector.add, layer)
+                handle = layer.module.register_forward_pre_hook(hook, with_kwargs=True)
+                hooks.callback(handle.remove)
+            if (layers and pruner.needs_inputs) or keep:
+                runner.run(keep=keep, on_restart=collector.clear)
             return collector.statistics(layers)
-        except _InputsDiffer:
-            continue
     raise AssertionError("inputs that are not shared cannot differ")
-
-
-@contextlib.contextmanager
-def _input_hooks(
-    layers: Iterable[PrunableLayer], add: Callable[[PrunableLayer, Tensor], None]
-) -> Iterator[None]:
-    """Passes every input (..., in) of these layers to `add`."""
-    with contextlib.ExitStack() as hooks:
-        for layer in layers:
-
-            def hook(
-                module: nn.Module,
-                args: tuple[Any, ...],
-                kwargs: dict[str, Any],
-                layer: PrunableLayer = layer,
-            ) -> None:
-                add(layer, (*args, *kwargs.values())[0])
-
-            handle = layer.module.register_forward_pre_hook(hook, with_kwargs=True)
-            hooks.callback(handle.remove)
-        yield
 
 
 class _InputsDiffer(Exception):
@@ -80,18 +60,23 @@ class _Collector:
         self._calls: dict[str, int] = {}
         self._round: dict[str, Tensor] = {}
 
-    def add(self, layer: PrunableLayer, inputs: Tensor) -> None:
-        """Adds one input of a layer; raises `_InputsDiffer` if it is not the shared one."""
-        name = layer.name
+    def add(
+        self, layer: PrunableLayer, module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> None:
+        """A pre-hook that adds a call's input; `_InputsDiffer` if it is not the shared one."""
+        name, inputs = layer.name, (*args, *kwargs.values())[0]
         leader = self._leader(name, inputs) if self._share else name
         self._leaders[name] = leader
         self._calls[name] = self._calls.get(name, 0) + 1
         if leader == name:
             if name not in self._own:
-                statistics = self._pruner.statistics(layer.shape[1], layer=name)
-                assert statistics is not None  # hooks are set only for pruners that need them
-                self._own[name] = statistics
+                self._own[name] = self._empty(layer)
             self._own[name].add(inputs)
+
+    def _empty(self, layer: PrunableLayer) -> InputStatistics:
+        statistics = self._pruner.statistics(layer.shape[1], layer=layer.name)
+        assert statistics is not None  # what needs no inputs has no layers here
+        return statistics
 
     def _leader(self, name: str, inputs: Tensor) -> str:
         """The layer whose statistics this one shares; its own name if it shares none."""
@@ -110,14 +95,9 @@ class _Collector:
     def statistics(self, layers: Sequence[PrunableLayer]) -> dict[str, InputStatistics]:
         """Statistics by layer name, empty for a layer that was never called."""
         by_name = {}
-        for layer in layers:
+        for layer in layers if self._pruner.needs_inputs else ():
             leader = self._leaders.get(layer.name)
-            if leader is None:
-                empty = self._pruner.statistics(layer.shape[1], layer=layer.name)
-                if empty is not None:
-                    by_name[layer.name] = empty
-                continue
-            if self._calls[layer.name] != self._calls[leader]:
+            if leader is not None and self._calls[layer.name] != self._calls[leader]:
                 raise _InputsDiffer
-            by_name[layer.name] = self._own[leader]
+            by_name[layer.name] = self._empty(layer) if leader is None else self._own[leader]
         return by_name

@@ -9,28 +9,20 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+from torch import Tensor
 
 from farms_fast.core.arguments import check_int, check_type, is_real
 
+NM = tuple[int, int]
 
-def lowest(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """Marks exactly `count` of the lowest scores, which have no NaN: bool (rows, cols).
 
-    Example:
-        >>> lowest(torch.tensor([[1.0, 1.0], [1.0, 0.0]]), 2).tolist()
-        [[True, False], [False, True]]
-    """
+def lowest(scores: Tensor, count: int) -> Tensor:
+    """Marks exactly `count` of the lowest scores, which have no NaN: bool (rows, cols)."""
     return _lowest_in_each_row(scores.reshape(1, -1), count).reshape(scores.shape)
 
 
-def lowest_in_rows(scores: torch.Tensor, ratio: float) -> torch.Tensor:
-    """Marks round(ratio * (rows * cols)) of the lowest scores, as many in every row to within one.
-
-    Example:
-        >>> scores = torch.arange(6.0).reshape(2, 3)
-        >>> lowest_in_rows(scores, 0.5).tolist()
-        [[True, True, False], [True, False, False]]
-    """
+def lowest_in_rows(scores: Tensor, ratio: float) -> Tensor:
+    """Marks round(ratio * (rows * cols)) of the lowest scores, as many in a row to within one."""
     rows, cols = scores.shape
     ends = torch.tensor([round(ratio * (cols * (row + 1))) for row in range(rows)])
     counts = torch.diff(ends, prepend=torch.zeros(1, dtype=ends.dtype))
@@ -41,13 +33,8 @@ def lowest_in_rows(scores: torch.Tensor, ratio: float) -> torch.Tensor:
     return mask
 
 
-def lowest_in_groups(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
-    """Marks all but the `n` highest of every `m` consecutive scores of a row.
-
-    Example:
-        >>> lowest_in_groups(torch.tensor([[3.0, 1.0, 2.0, 4.0]]), 2, 4).tolist()
-        [[False, True, True, False]]
-    """
+def lowest_in_groups(scores: Tensor, n: int, m: int) -> Tensor:
+    """Marks all but the `n` highest of every `m` consecutive scores of a row."""
     groups = scores.reshape(scores.shape[0], -1, m)
     order = groups.argsort(dim=-1, stable=True)
     mask = torch.zeros(groups.shape, dtype=torch.bool, device=scores.device)
@@ -55,12 +42,7 @@ def lowest_in_groups(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
 
 
 def split_in_proportion(total: int, capacities: list[int]) -> list[int]:
-    """Splits a number of at most sum(capacities) in proportion to them, and exceeds none.
-
-    Example:
-        >>> split_in_proportion(5, [4, 4, 2])
-        [2, 2, 1]
-    """
+    """Splits a number of at most sum(capacities) in proportion to them, and exceeds none."""
     capacity = sum(capacities)
     parts, given, filled = [], 0, 0
     for size in capacities:
@@ -72,9 +54,9 @@ def split_in_proportion(total: int, capacities: list[int]) -> list[int]:
     return parts
 
 
-def check_weight(weight: torch.Tensor, layer: str = "") -> None:
+def check_weight(weight: Tensor, layer: str = "") -> None:
     """Raises unless a weight is a floating matrix with finite values."""
-    check_type("weight", weight, torch.Tensor, "a torch.Tensor")
+    check_type("weight", weight, Tensor, "a torch.Tensor")
     of = f" of layer {layer!r}" if layer else ""
     if weight.ndim != 2 or not weight.is_floating_point() or not weight.numel():
         raise ValueError(
@@ -85,25 +67,22 @@ def check_weight(weight: torch.Tensor, layer: str = "") -> None:
         raise ValueError(f"weight{of}: expected finite values, got NaN or infinity")
 
 
-def check_target(
-    weight: torch.Tensor, ratio: float | None, n_m: tuple[int, int] | None, layer: str = ""
-) -> None:
-    """Raises unless there is one target: a ratio in [0, 1], or an N:M that divides the columns."""
+def check_target(weight: Tensor, ratio: float | None, n_m: NM | None, layer: str = "") -> None:
+    """Checks a weight and its one target: a ratio in [0, 1], or an N:M that divides the columns."""
+    check_weight(weight, layer)
     of = f" of layer {layer!r}" if layer else ""
     if (ratio is None) == (n_m is None):
         raise ValueError(f"ratio, n_m: expected one of the two, got ratio={ratio}, n_m={n_m}")
     if n_m is None:
         if not is_real(ratio) or not 0 <= ratio <= 1:
             raise ValueError(f"ratio{of}: expected a number from 0 to 1, got {ratio!r}")
-        return
-    _, m = check_pattern(n_m, layer)
-    if weight.shape[1] % m:
+    elif weight.shape[1] % (m := check_pattern(n_m, layer)[1]):
         raise ValueError(
             f"n_m{of}: groups of {m} do not divide the {weight.shape[1]} columns of the weight"
         )
 
 
-def check_pattern(n_m: object, layer: str = "") -> tuple[int, int]:
+def check_pattern(n_m: object, layer: str = "") -> NM:
     """Checks an N:M pattern and returns its n and m."""
     of = f" of layer {layer!r}" if layer else ""
     pair = list(n_m) if isinstance(n_m, Iterable) else []
@@ -115,7 +94,7 @@ def check_pattern(n_m: object, layer: str = "") -> tuple[int, int]:
     return n, m
 
 
-def _lowest_in_each_row(scores: torch.Tensor, count: int) -> torch.Tensor:
+def _lowest_in_each_row(scores: Tensor, count: int) -> Tensor:
     if count in (0, scores.shape[1]):
         return torch.full(scores.shape, bool(count), device=scores.device)
     threshold = _kth_lowest(scores, count)
@@ -125,7 +104,7 @@ def _lowest_in_each_row(scores: torch.Tensor, count: int) -> torch.Tensor:
     return mask | (equal & (equal.cumsum(dim=1, dtype=torch.int32) <= missing))
 
 
-def _kth_lowest(scores: torch.Tensor, k: int) -> torch.Tensor:
+def _kth_lowest(scores: Tensor, k: int) -> Tensor:
     # CUDA's kthvalue gives each row to one thread block, which is slow for a row of millions.
     if scores.is_cuda and scores.shape[0] == 1:
         return scores.sort(dim=1).values[:, k - 1 : k]

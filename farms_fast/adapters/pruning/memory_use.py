@@ -60,8 +60,7 @@ def plan_memory(
     """The batch size that fits into a budget of bytes, and the memory that it takes.
 
     Without a `batch_size`, about 4096 tokens are halved until they fit. `hidden` are the hidden
-    states of one sample, and `statistics` gives the bytes of a block's statistics. ValueError where
-    the budget is too small for this batch size, or for one sample.
+    states of one sample, and `statistics` gives the bytes of a block's statistics.
     """
     samples, seqlen = tokens.shape
     value = hidden.element_size()

@@ -15,11 +15,7 @@ from farms_fast.engine.machine import machine_of
 
 
 def block_device(device: str | torch.device | None, default: torch.device) -> torch.device:
-    """The device that an argument names, with its index, so that it equals a tensor's device.
-
-    Raises:
-        ValueError: the device is unknown or absent.
-    """
+    """The device that an argument names, with its index, so that it equals a tensor's device."""
     resolved = resolve_device(device, default)
     if resolved.type == "cuda" and resolved.index is None:
         return torch.device("cuda", torch.cuda.current_device())
@@ -60,10 +56,6 @@ def place_model(model: nn.Module, device: torch.device, memory: int | None = Non
     The budget is half of the device's memory by default. The model stays where it is if the device
     runs out of memory. Returns the bytes of the budget that the model leaves; on the CPU, where it
     is loaded anyway, the model does not count.
-
-    Example:
-        >>> place_model(nn.Linear(8, 8), torch.device("cpu"), 1000)
-        1000
     """
     budget = machine_of(device).memory // 2 if memory is None else memory
     tensors = {id(x): x for x in (*model.parameters(), *model.buffers())}.values()

@@ -22,39 +22,24 @@ _MESSAGES = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error reports a failed allocation.
-
-    Example:
-        >>> is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"))
-        True
-        >>> is_out_of_memory(RuntimeError("shapes do not fit"))
-        False
-    """
+    """Whether an error reports a failed allocation."""
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and any(text in str(error) for text in _MESSAGES)
     )
 
 
 def release_memory() -> None:
-    """Returns torch's cached device memory; call it outside of the handler of an error.
-
-    Inside of the handler, the error's frames still hold the tensors of the failed attempt.
-    """
+    """Returns torch's cached device memory; call it outside of the handler of an error."""
+    # Inside of the handler, the error's frames still hold the tensors of the failed attempt.
     gc.collect()
     torch.cuda.empty_cache()
 
 
 def out_of_memory_error(device: torch.device, what: str, failure: str) -> ValueError:
-    """The error to raise where no smaller attempt is left.
-
-    Example:
-        >>> str(out_of_memory_error(torch.device("cpu"), "one sample", "Tried to allocate 2 GiB."))
-        'memory: cpu has no room for one sample (Tried to allocate 2 GiB.)'
-    """
+    """The error to raise where no smaller attempt is left."""
     lines = failure.strip().splitlines()
-    return ValueError(
-        f"memory: {device} has no room for {what}" + (f" ({lines[0]})" if lines else "")
-    )
+    reason = f" ({lines[0]})" if lines else ""
+    return ValueError(f"memory: {device} has no room for {what}{reason}")
 
 
 @contextlib.contextmanager
@@ -69,10 +54,9 @@ def raise_oom_as_value_error(device: torch.device, what: str) -> Iterator[None]:
 
 
 def retry_with_less(attempt: Callable[[], T], reduce: Callable[[str], None]) -> T:
-    """Calls `attempt` until it has enough memory.
+    """Calls `attempt` until it has enough memory; `reduce` makes the next attempt smaller.
 
-    After each failure for want of memory `reduce` gets the message. It makes the next attempt
-    smaller, or raises where that is impossible.
+    `reduce` gets the message of the failure, and raises where nothing smaller is possible.
     """
     while True:
         try:

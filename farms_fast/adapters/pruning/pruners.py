@@ -6,12 +6,15 @@ Each prunes one matrix in place. Magnitude compares |W| over the matrix; Wanda c
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from farms_fast.adapters.pruning.masks import (
+    NM,
     check_target,
     check_weight,
     lowest,
@@ -27,13 +30,13 @@ class PruneFunction(Protocol):
 
     def __call__(
         self,
-        weight: torch.Tensor,
+        weight: Tensor,
         ratio: float | None,
         statistics: InputStatistics | None = None,
         *,
-        n_m: tuple[int, int] | None = None,
+        n_m: NM | None = None,
         layer: str = "",
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Prunes a matrix in place.
 
         Args:
@@ -58,13 +61,13 @@ class PruneFunction(Protocol):
 
 @torch.no_grad()
 def magnitude_prune_(
-    weight: torch.Tensor,
+    weight: Tensor,
     ratio: float | None,
     statistics: InputStatistics | None = None,
     *,
-    n_m: tuple[int, int] | None = None,
+    n_m: NM | None = None,
     layer: str = "",
-) -> torch.Tensor:
+) -> Tensor:
     """Sets the weights of least |W| in the whole matrix to zero; called as `PruneFunction`.
 
     A matrix with more zeros than asked for does not change.
@@ -75,45 +78,31 @@ def magnitude_prune_(
         >>> weight.tolist()
         [[3.0, 0.0], [0.0, 2.0]]
     """
-    check_weight(weight, layer)
     check_target(weight, ratio, n_m, layer)
-    scores = weight.abs()
-    if n_m is not None:
-        mask = lowest_in_groups(scores, *n_m)
-    else:
-        mask = lowest(scores, round((ratio or 0.0) * weight.numel()))
-    mask |= weight == 0
-    weight.masked_fill_(mask, 0)
-    return mask
+    count = round((ratio or 0.0) * weight.numel())
+    return _zero_lowest_(weight, weight.abs(), n_m, lambda scores: lowest(scores, count))
 
 
-def wanda_scores(weight: torch.Tensor, statistics: InputStatistics) -> torch.Tensor:
-    """|W|·√(mean x²), Wanda's score of every weight: (out, in) in the dtype of the statistics.
-
-    Example:
-        >>> statistics = InputStatistics(2)
-        >>> statistics.add(torch.tensor([[3.0, 1.0]]))
-        >>> wanda_scores(torch.tensor([[1.0, -2.0]]), statistics).tolist()
-        [[3.0, 2.0]]
-    """
-    check_weight(weight, statistics.layer if isinstance(statistics, InputStatistics) else "")
+def wanda_scores(weight: Tensor, statistics: InputStatistics) -> Tensor:
+    """|W|·√(mean x²), Wanda's score of every weight: (out, in) in the dtype of the statistics."""
+    check_weight(weight, getattr(statistics, "layer", ""))
     return _scores(weight, check_statistics(statistics, weight))
 
 
-def _scores(weight: torch.Tensor, statistics: InputStatistics) -> torch.Tensor:
+def _scores(weight: Tensor, statistics: InputStatistics) -> Tensor:
     norms = statistics.norms.to(weight.device)
     return weight.abs().to(norms.dtype) * norms
 
 
 @torch.no_grad()
 def wanda_prune_(
-    weight: torch.Tensor,
+    weight: Tensor,
     ratio: float | None,
     statistics: InputStatistics | None = None,
     *,
-    n_m: tuple[int, int] | None = None,
+    n_m: NM | None = None,
     layer: str = "",
-) -> torch.Tensor:
+) -> Tensor:
     """Sets the weights of least |W|·√(mean x²) of each row to zero; called as `PruneFunction`.
 
     Every row gets the same number of zeros to within one. A row with more zeros does not change, so
@@ -126,16 +115,19 @@ def wanda_prune_(
         >>> wanda_prune_(weight, 0.5, statistics).tolist()
         [[False, True]]
     """
-    check_weight(weight, layer)
     check_target(weight, ratio, n_m, layer)
     scores = _scores(weight, check_statistics(statistics, weight, layer))
+    return _zero_lowest_(weight, scores, n_m, lambda scores: lowest_in_rows(scores, ratio or 0.0))
+
+
+def _zero_lowest_(
+    weight: Tensor, scores: Tensor, n_m: NM | None, lowest_of: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Sets the weights of the lowest scores, and those in their place of N:M, to zero."""
     zero = weight == 0
     # Inputs that are always zero give scores of zero too; zero weights go before them.
     scores.masked_fill_(zero, -1)
-    if n_m is not None:
-        mask = lowest_in_groups(scores, *n_m)
-    else:
-        mask = lowest_in_rows(scores, ratio or 0.0)
+    mask = lowest_of(scores) if n_m is None else lowest_in_groups(scores, *n_m)
     mask |= zero
     weight.masked_fill_(mask, 0)
     return mask

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 
-from farms_fast.adapters.pruning.masks import check_pattern
+from farms_fast.adapters.pruning.masks import NM, check_pattern
 from farms_fast.adapters.pruning.pruners import pruner
 from farms_fast.adapters.pruning.sparsities import Allocation, check_positive
 from farms_fast.core.arguments import check_int, check_type, is_real
@@ -90,63 +90,49 @@ def to_recipe(
             )
         n_m = {name: check_pattern(pattern, name) for name, pattern in n_m.items()}
 
-    groups: dict[object, list[str]] = {}
+    groups: dict[tuple[float, NM | None], list[str]] = {}
     for name, ratio in by_layer.items():
         pattern = None if n_m is None else n_m[name]
+        group = (ratio if pattern is None else 1 - pattern[0] / pattern[1], pattern)
         # llm-compressor takes "0:8" for no pattern, and a sparsity of 0 for one that is not given.
-        if (ratio == 0) if pattern is None else (pattern[0] == pattern[1]):
-            continue
-        groups.setdefault(pattern or ratio, []).append(name)
+        if group[0] != 0:
+            groups.setdefault(group, []).append(name)
     if not groups:
         raise ValueError(f"ratios: expected a layer to prune, got {len(by_layer)} that stay whole")
     lines = ["sparsity_stage:"]
     used: set[str] = set()
-    for names in groups.values():
-        pattern = None if n_m is None else n_m[names[0]]
-        settings = _settings(method, by_layer[names[0]], pattern, block, damping)
-        lines.append(f"  {_group_name(names, ratios, used)}_modifiers:")
-        lines += [f"    {line}" for line in settings]
-        lines += [f"      - {json.dumps(name)}" for name in names]
+    for (ratio, pattern), names in groups.items():
+        modifier, settings = _modifier(method, ratio, pattern, block, damping)
+        lines += [f"  {_group_name(names, ratios, used)}_modifiers:", f"    {modifier}:"]
+        lines += [f"      {key}: {value}" for key, value in settings.items()]
+        lines += ["      targets:", *(f"      - {json.dumps(name)}" for name in names)]
     return "\n".join(lines) + "\n"
 
 
-def _settings(
-    method: str, ratio: float, pattern: tuple[int, int] | None, block: int, damping: float
-) -> list[str]:
-    """The lines of a modifier up to its list of targets."""
-    if pattern is not None:
-        n, m = pattern
-        ratio, block = 1 - n / m, max(m, block - block % m)
+def _modifier(
+    method: str, ratio: float, pattern: NM | None, block: int, damping: float
+) -> tuple[str, dict[str, object]]:
+    """A modifier's class and its settings but the targets."""
     sparsity = _decimal(min(ratio, _LARGEST) if method == "sparsegpt" else ratio)
     if method == "magnitude":
-        return [
-            "MagnitudePruningModifier:",
-            "  start: 0",
-            "  end: 1",
-            f"  init_sparsity: {sparsity}",
-            f"  final_sparsity: {sparsity}",
-            "  targets:",
-        ]
-    mask = "0:0" if pattern is None else f"{m - n}:{m}"
-    settings = [
-        "WandaPruningModifier:" if method == "wanda" else "SparseGPTModifier:",
-        f"  sparsity: {sparsity}",
-        f'  mask_structure: "{mask}"',
-    ]
-    if method == "sparsegpt":
-        settings += [f"  block_size: {block}", f"  dampening_frac: {_decimal(damping)}"]
-    return [*settings, "  targets:"]
+        ratios = {"init_sparsity": sparsity, "final_sparsity": sparsity}
+        return "MagnitudePruningModifier", {"start": 0, "end": 1, **ratios}
+    n, m = pattern or (0, 0)
+    settings: dict[str, object] = {"sparsity": sparsity, "mask_structure": f'"{m - n}:{m}"'}
+    if method == "wanda":
+        return "WandaPruningModifier", settings
+    if pattern is not None:
+        block = max(m, block - block % m)
+    settings |= {"block_size": block, "dampening_frac": _decimal(damping)}
+    return "SparseGPTModifier", settings
 
 
 def _group_name(
     names: Sequence[str], ratios: Allocation | Mapping[str, float], used: set[str]
 ) -> str:
     """A unique YAML key: the name of the block of these layers, else of the first layer."""
-    label = names[0]
-    if isinstance(ratios, Allocation):
-        label = next(
-            (block for block, members in ratios.blocks.items() if set(members) == set(names)), label
-        )
+    blocks = ratios.blocks.items() if isinstance(ratios, Allocation) else ()
+    label = next((block for block, members in blocks if set(members) == set(names)), names[0])
     word = re.sub(r"[^A-Za-z0-9]+", "_", label).strip("_") or "layers"
     if word[0].isdigit():
         word = f"layers_{word}"

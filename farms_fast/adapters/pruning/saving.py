@@ -24,13 +24,7 @@ SETTINGS_FILE = "farms_fast_pruning.json"
 
 
 def check_output(path: str | os.PathLike[str]) -> Path:
-    """The absolute path of a folder to create.
-
-    Raises:
-        TypeError: it is no path.
-        FileExistsError: it is a file, or a folder that is not empty.
-        FileNotFoundError: its parent folder does not exist.
-    """
+    """The absolute path of a folder to create; raises where something is in its place."""
     check_type("out", path, (str, os.PathLike), "the path of a folder")
     target = Path(os.path.abspath(Path(path).expanduser()))
     if target.is_dir():
@@ -48,7 +42,7 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a folder beside the target that takes the target's name at the end.
 
     An error deletes the folder; a killed process leaves it under a name that begins with a point
-    and ends in `.partial`. Errors are those of `check_output`.
+    and ends in `.partial`.
     """
     target = check_output(path)
     partial = target.with_name(f".{target.name[:100]}.{secrets.token_hex(6)}.partial")
@@ -65,13 +59,7 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 def report_as_dict(
     report: PruningReport, settings: Mapping[str, object] | None = None
 ) -> dict[str, Any]:
-    """The content of `SETTINGS_FILE`: settings, totals, and every layer and skipped tensor.
-
-    Example:
-        >>> report = PruningReport("magnitude", (), (), 0.0, 0)
-        >>> list(report_as_dict(report, {"sparsity": 0.5}))[3:]
-        ['method', 'sparsity', 'batch_size', 'settings', 'layers', 'skipped']
-    """
+    """The content of `SETTINGS_FILE`: settings, totals, and every layer and skipped tensor."""
     check_type("report", report, PruningReport, "a PruningReport")
     check_type("settings", settings, (Mapping, NoneType), "values by name")
     layers = [

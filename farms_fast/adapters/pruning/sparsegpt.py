@@ -9,50 +9,32 @@ column is reached; with N:M a group of M does.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from farms_fast.adapters.pruning.masks import (
+    NM,
     check_target,
-    check_weight,
     lowest,
     lowest_in_groups,
     split_in_proportion,
 )
 from farms_fast.adapters.pruning.sparsities import check_positive
-from farms_fast.adapters.pruning.statistics import (
-    InputStatistics,
-    check_statistics,
-    full_float32,
-)
+from farms_fast.adapters.pruning.statistics import InputStatistics, check_statistics, full_float32
 from farms_fast.core.arguments import check_int, check_type
 
 _MOST_DAMPING = 100.0
 
 
 def inverse_factor(
-    hessian: torch.Tensor, damping: float = 0.01, *, layer: str = ""
-) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """The upper Cholesky factor of a damped Hessian's inverse.
+    hessian: Tensor, damping: float = 0.01, *, layer: str = ""
+) -> tuple[Tensor, Tensor, float]:
+    """The upper U (n, n) with UᵀU = (H + damping·mean·I)⁻¹, the dead columns and the damping.
 
-    `damping` times the mean of the diagonal is added to the diagonal. Each time the Cholesky
-    factorisation fails, the damping grows tenfold. A dead column (an input that was always zero)
-    has a zero on the diagonal and gets the mean of the others.
-
-    Returns:
-        The factor U (n, n) with UᵀU = (H + damping·mean·I)⁻¹, the dead columns bool (n,), and the
-        damping that sufficed.
-
-    Raises:
-        TypeError: hessian is no tensor.
-        ValueError: hessian is not square, damping is not positive, or 100 times the mean diagonal
-            does not suffice, as for a matrix that is no Hessian.
-
-    Example:
-        >>> factor, dead, damping = inverse_factor(torch.eye(2) * 2, 1.0)
-        >>> factor.diagonal().tolist(), dead.tolist(), damping
-        ([0.5, 0.5], [False, False], 1.0)
+    The mean is that of the diagonal. The damping grows tenfold each time the factorisation fails. A
+    dead column (an input that was always zero) has a zero on the diagonal and gets the mean.
     """
     check_positive("damping", damping)
-    check_type("hessian", hessian, torch.Tensor, "a torch.Tensor")
+    check_type("hessian", hessian, Tensor, "a torch.Tensor")
     if hessian.ndim != 2 or hessian.shape[0] != hessian.shape[1]:
         raise ValueError(
             f"hessian: expected a square matrix (n, n), got shape {tuple(hessian.shape)}"
@@ -75,7 +57,7 @@ def inverse_factor(
     )
 
 
-def _inverse_factor(matrix: torch.Tensor) -> torch.Tensor | None:
+def _inverse_factor(matrix: Tensor) -> Tensor | None:
     lower, failed = torch.linalg.cholesky_ex(matrix)
     if int(failed):
         return None
@@ -85,15 +67,15 @@ def _inverse_factor(matrix: torch.Tensor) -> torch.Tensor | None:
 
 @torch.no_grad()
 def sparsegpt_prune_(
-    weight: torch.Tensor,
+    weight: Tensor,
     ratio: float | None,
     statistics: InputStatistics | None = None,
     *,
-    n_m: tuple[int, int] | None = None,
+    n_m: NM | None = None,
     block: int = 128,
     damping: float = 0.01,
     layer: str = "",
-) -> torch.Tensor:
+) -> Tensor:
     """Prunes a matrix and adjusts the kept weights so that the layer's outputs change little.
 
     Other arguments and errors are those of `farms_fast.adapters.pruning.pruners.PruneFunction`. The
@@ -120,7 +102,6 @@ def sparsegpt_prune_(
         >>> 2.9 < float(weight[0, 1]) < 3.0
         True
     """
-    check_weight(weight, layer)
     check_target(weight, ratio, n_m, layer)
     hessian = check_statistics(statistics, weight, layer).hessian
     check_positive("damping", damping)
@@ -131,7 +112,7 @@ def sparsegpt_prune_(
     hessian = hessian.to(weight.device, torch.promote_types(hessian.dtype, weight.dtype))
     zero = weight == 0
     starts = range(0, cols, width)
-    quotas: list[int] | None = None
+    quotas: list[int] = []
     if n_m is None:
         wanted = round((ratio or 0.0) * weight.numel()) - int(zero.sum())
         if wanted <= 0:
@@ -146,33 +127,26 @@ def sparsegpt_prune_(
         mask = torch.empty_like(zero)
         for number, start in enumerate(starts):
             columns = slice(start, min(start + width, cols))
-            errors = _prune_block(
-                work[:, columns],
-                factor[columns, columns],
-                zero[:, columns],
-                dead[columns],
-                mask[:, columns],
-                quotas[number] if quotas else 0,
-                n_m,
-            )
+            parts = work[:, columns], factor[columns, columns], zero[:, columns], dead[columns]
+            quota = quotas[number] if quotas else 0
+            errors = _prune_block(*parts, mask[:, columns], quota, n_m)
             work[:, columns.stop :].addmm_(errors.T, factor[columns, columns.stop :], alpha=-1)
     weight.copy_(work)
     return mask
 
 
 def _prune_block(
-    work: torch.Tensor,
-    factor: torch.Tensor,
-    zero: torch.Tensor,
-    dead: torch.Tensor,
-    mask: torch.Tensor,
+    work: Tensor,
+    factor: Tensor,
+    zero: Tensor,
+    dead: Tensor,
+    mask: Tensor,
     quota: int,
-    n_m: tuple[int, int] | None,
-) -> torch.Tensor:
+    n_m: NM | None,
+) -> Tensor:
     """Prunes a block in place, fills in its mask, and returns its errors (columns, rows).
 
-    `quota` is the number of weights to prune besides the zeros. The errors are transposed, so that
-    those of one column are contiguous.
+    `quota` is the number of weights to prune besides the zeros.
     """
     rows, width = work.shape
     group = width if n_m is None else n_m[1]

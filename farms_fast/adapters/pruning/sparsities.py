@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -81,18 +81,14 @@ class Allocation:
         """
         if block in self.block_alphas:
             return self.block_alphas[block]
-        alphas = [self.alphas.get(name, math.nan) for name in self.blocks.get(block, ())]
-        fitted = [alpha for alpha in alphas if not math.isnan(alpha)]
-        return math.fsum(fitted) / len(fitted) if fitted else math.nan
+        names = self.blocks.get(block, ())
+        return mean_of_fitted(self.alphas.get(name, math.nan) for name in names)
 
     @property
     def limited(self) -> tuple[str, ...]:
         """Layers that reached a ratio of 1, at once or with a part of the others' excess."""
-        return tuple(
-            name
-            for name, r in self.relative.items()
-            if r * self.scale > 1 or self.ratios[name] == 1
-        )
+        relative, ratios = self.relative.items(), self.ratios
+        return tuple(name for name, r in relative if r * self.scale > 1 or ratios[name] == 1)
 
     def for_modules(self, modules: Mapping[str, int]) -> Allocation:
         """Transfers the allocation to the modules that a pruner works on.
@@ -119,11 +115,23 @@ class Allocation:
             {'h.0.qkv': 0.4, 'h.1.qkv': 0.6}
         """
         counts = weight_counts("modules", modules)
-        relative = {name: self._relative_of(name) for name in counts}
-        alphas = {name: self._alpha_of(name) for name in counts} if self.alphas else {}
+        relative: dict[str, float] = {}
+        alphas: dict[str, float] = {}
         blocks: dict[str, list[str]] = {}
-        for name in counts:
-            blocks.setdefault(self._block_of(name) or name, []).append(name)
+        for module in counts:
+            parts = [name for name in self.relative if name.startswith(f"{module}.")]
+            parts = [module] if module in self.relative else parts
+            block = self._block_of(module, parts)
+            if not (names := parts or self.blocks.get(block, ())):
+                raise ValueError(
+                    f"modules: {module!r} is neither a layer of the allocation nor in one of its "
+                    "blocks"
+                )
+            relative[module] = self._mean(self.relative, names)
+            fitted = [name for name in parts if not math.isnan(self.alphas.get(name, math.nan))]
+            if self.alphas:
+                alphas[module] = self._mean(self.alphas, fitted)
+            blocks.setdefault(block or module, []).append(module)
         scale, ratios = self.scale, {name: self.ratios.get(name, math.nan) for name in counts}
         if relative != self.relative or counts != self.params:
             scale, scaled = scale_to_total(
@@ -170,7 +178,11 @@ class Allocation:
             {'0.0': (5, 8), '1.0': (4, 8), '2.0': (3, 8)}
         """
         size = check_int("m", m, least=1)
-        units = self._units()
+        # Layers of one ratio: a whole block where its layers are alike.
+        units: list[tuple[str, ...]] = []
+        for names in self.blocks.values():
+            alike = len({self.relative[name] for name in names}) == 1
+            units += [names] if alike else [(name,) for name in names]
         counts = [sum(self.params[name] for name in unit) for unit in units]
         kept = kept_of_groups([self.ratios[unit[0]] for unit in units], counts, size)
         return {name: (n, size) for unit, n in zip(units, kept, strict=True) for name in unit}
@@ -217,46 +229,26 @@ class Allocation:
             lines.append(f"{line}, sparsity {ratio:.4f}")
         return "\n".join(lines)
 
-    def _units(self) -> list[list[str]]:
-        """Layers grouped by common ratio: a whole block where its layers are alike."""
-        units: list[list[str]] = []
-        for names in self.blocks.values():
-            alike = len({self.relative[name] for name in names}) == 1
-            units += [list(names)] if alike else [[name] for name in names]
-        return units
-
-    def _parts_of(self, module: str) -> list[str]:
-        if module in self.relative:
-            return [module]
-        return [name for name in self.relative if name.startswith(f"{module}.")]
-
-    def _block_of(self, module: str) -> str | None:
-        parts = set(self._parts_of(module))
+    def _block_of(self, module: str, parts: Sequence[str]) -> str:
+        """The block of a module or of its parts; "" outside of blocks."""
         for block, names in self.blocks.items():
-            if parts & set(names) or module.startswith(f"{block}."):
+            if set(parts) & set(names) or module.startswith(f"{block}."):
                 return block
-        return None
+        return ""
 
-    def _relative_of(self, module: str) -> float:
-        block = self._block_of(module)
-        names = self._parts_of(module) or list(self.blocks.get(block or "", ()))
-        if not names:
-            raise ValueError(
-                f"modules: {module!r} is neither a layer of the allocation nor in one of its blocks"
-            )
-        return self._mean(self.relative, names)
-
-    def _alpha_of(self, module: str) -> float:
-        parts = [n for n in self._parts_of(module) if not math.isnan(self.alphas.get(n, math.nan))]
-        return self._mean(self.alphas, parts) if parts else math.nan
-
-    def _mean(self, values: Mapping[str, float], names: list[str]) -> float:
-        """The mean weighted by parameters."""
+    def _mean(self, values: Mapping[str, float], names: Sequence[str]) -> float:
+        """The mean weighted by parameters, NaN of none."""
         distinct = {values[name] for name in names}
         if len(distinct) == 1:  # rounding may move a weighted mean of equal numbers
             return distinct.pop()
         weight = sum(self.params[name] for name in names)
-        return math.fsum(values[name] * self.params[name] for name in names) / weight
+        return math.fsum(values[name] * self.params[name] for name in names) / (weight or math.nan)
+
+
+def mean_of_fitted(alphas: Iterable[float]) -> float:
+    """The mean of the alphas that are not NaN; NaN of none."""
+    fitted = [alpha for alpha in alphas if not math.isnan(alpha)]
+    return math.fsum(fitted) / len(fitted) if fitted else math.nan
 
 
 def as_number(argument: str, value: Any, of: str) -> float:
@@ -302,12 +294,7 @@ def scale_to_total(
 
     The excess over 1 goes to the others; `clip` replaces a ratio above 1 by 0.998 (0.99999 for a
     share of 0.7) instead, as the published code does. The first factor of `relative` is returned
-    with them. ValueError where too many ratios are 0 to make up the share.
-
-    Example:
-        >>> scale, ratios = scale_to_total(np.array([1.0, 3.0]), np.ones(2), 0.75)
-        >>> scale, ratios.tolist()
-        (0.375, [0.5, 1.0])
+    with them.
     """
     wanted = sparsity * weights.sum()
     if weights[relative > 0].sum() < wanted:
@@ -330,12 +317,7 @@ def scale_to_total(
 
 
 def kept_of_groups(ratios: Sequence[float], counts: Sequence[int], size: int) -> list[int]:
-    """How many of `size` weights each layer (or block) keeps, by the rule of `Allocation.n_m`.
-
-    Example:
-        >>> kept_of_groups([0.9, 0.5, 0.7], [8, 8, 8], 4)
-        [1, 2, 1]
-    """
+    """How many of `size` weights each layer (or block) keeps, by the rule of `Allocation.n_m`."""
     wanted = [(1 - ratio) * size for ratio in ratios]
     minimum = [0 if ratio == 1 else 1 for ratio in ratios]
     # A ratio such as 0.7 is inexact: 2.9999999999999996 means 3.
@@ -343,9 +325,8 @@ def kept_of_groups(ratios: Sequence[float], counts: Sequence[int], size: int) ->
     kept = [max(pair) for pair in zip(down, minimum, strict=True)]
 
     def missing() -> float:
-        return math.fsum(
-            (value - n) * count for value, n, count in zip(wanted, kept, counts, strict=True)
-        )
+        units = zip(wanted, kept, counts, strict=True)
+        return math.fsum((value - n) * count for value, n, count in units)
 
     lacking = missing()
     while lacking < 0:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from farms_fast.core.arguments import check_dtype, check_int, check_type, resolve_device
 
@@ -56,16 +57,14 @@ class InputStatistics:
         check_dtype(dtype)
         self.columns = check_int("columns", columns, least=1)
         self.has_hessian = hessian
-        self.device = (
-            None if device is None else resolve_device(device, default=torch.device("cpu"))
-        )
+        self.device = None if device is None else resolve_device(device, torch.device("cpu"))
         self.dtype = dtype
         self.layer = layer
         self.tokens = 0
-        self._moments: torch.Tensor | None = None
+        self._moments: Tensor | None = None
 
     @torch.no_grad()
-    def add(self, activations: torch.Tensor) -> None:
+    def add(self, activations: Tensor) -> None:
         """Adds the inputs of one call of the layer, without waiting for the device.
 
         Args:
@@ -76,7 +75,7 @@ class InputStatistics:
             ValueError: the last dimension is not the layer's number of inputs.
         """
         argument = f"activations of layer {self.layer!r}"
-        check_type(argument, activations, torch.Tensor, "a torch.Tensor")
+        check_type(argument, activations, Tensor, "a torch.Tensor")
         if activations.ndim < 1 or activations.shape[-1] != self.columns:
             raise ValueError(
                 f"{argument}: expected shape (..., {self.columns}), got {tuple(activations.shape)}"
@@ -101,18 +100,18 @@ class InputStatistics:
         self.tokens = tokens
 
     @property
-    def mean_squares(self) -> torch.Tensor:
+    def mean_squares(self) -> Tensor:
         """Mean of x² over the tokens, (columns,); ValueError without tokens or if not finite."""
         moments = self._checked()
         return moments.diagonal() if self.has_hessian else moments
 
     @property
-    def norms(self) -> torch.Tensor:
+    def norms(self) -> Tensor:
         """Root of the mean squares, (columns,)."""
         return self.mean_squares.sqrt()
 
     @property
-    def hessian(self) -> torch.Tensor:
+    def hessian(self) -> Tensor:
         """Mean of x xᵀ over the tokens, (columns, columns), not a copy.
 
         Raises:
@@ -124,7 +123,7 @@ class InputStatistics:
             )
         return self._checked()
 
-    def _checked(self) -> torch.Tensor:
+    def _checked(self) -> Tensor:
         if self._moments is None:
             raise ValueError(
                 f"statistics of layer {self.layer!r}: no calibration activations reached it"
@@ -140,7 +139,7 @@ class InputStatistics:
         return self._moments
 
 
-def check_statistics(statistics: object, weight: torch.Tensor, layer: str = "") -> InputStatistics:
+def check_statistics(statistics: object, weight: Tensor, layer: str = "") -> InputStatistics:
     """Raises unless the statistics fit a weight (out, in); returns them."""
     if not isinstance(statistics, InputStatistics):
         got = None if statistics is None else type(statistics).__name__
@@ -161,11 +160,6 @@ def full_float32() -> Iterator[None]:
 
     TF32 and bfloat16 products have errors of 1e-3, as large as a Hessian's small eigenvalues after
     a damping of 0.01.
-
-    Example:
-        >>> with full_float32():
-        ...     torch.backends.cuda.matmul.fp32_precision
-        'ieee'
     """
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]

@@ -17,8 +17,12 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from farms_fast.adapters.pruning.blocks import find_blocks
-from farms_fast.adapters.pruning.evaluation import check_causal, perplexity
-from farms_fast.adapters.pruning.likelihood import check_order, with_another_end
+from farms_fast.adapters.pruning.evaluation import (
+    check_causal,
+    check_order,
+    perplexity,
+    with_another_end,
+)
 from farms_fast.adapters.pruning.sequential import prune_model
 from farms_fast.cli import main as cli
 from tests.support.language_models import (
