@@ -12,9 +12,8 @@ import numpy as np
 from torch import nn
 
 from farms_fast.compat.arguments import number
-from farms_fast.compat.farms.estimators import Results, results_of, whole_layers
-from farms_fast.compat.farms.spectra import FittedSpectrum
-from farms_fast.compat.farms.tails import TailRule
+from farms_fast.compat.farms.estimators import COLUMNS, Results, results_of, whole_layers
+from farms_fast.compat.farms.spectra import FittedSpectrum, TailRule
 from farms_fast.core.arguments import check_int, check_type
 
 
@@ -35,8 +34,7 @@ def net_esd_estimator(
     """Alpha and stable ranks of every Linear and Conv2d, with ModelBalancing's columns.
 
     Args:
-        net: as in `farms_fast.compat.net_esd_estimator`, and so are `EVALS_THRESH`, `bins`,
-            `fix_fingers`, `xmin_pos`, `conv_norm` and `filter_zeros`.
+        net: see `farms_fast.compat.net_esd_estimator`.
         EVALS_THRESH: see there.
         bins: see there.
         fix_fingers: see there.
@@ -98,6 +96,5 @@ def net_esd_estimator(
                 "eig_ratio": float(largest / evals[len(evals) // 2]),
             }
 
-    columns = ["alpha", "spectral_norm", "D", "longname", "eigs", "norm", "stable_rank"]
-    columns += ["norm_stable_rank", "init_norm_stable_rank", "eig_ratio"]
-    return results_of(layers, rule, memory, columns, row)
+    own = ("stable_rank", "norm_stable_rank", "init_norm_stable_rank", "eig_ratio")
+    return results_of(layers, rule, memory, (*COLUMNS, *own), row)

@@ -18,26 +18,26 @@ from torch import Tensor, nn
 
 from farms_fast.compat.arguments import positive
 from farms_fast.compat.farms.published_windows import (
+    PublishedWindows,
     block_windows,
     sampled_windows,
     stepped_windows,
-    whole_matrix,
 )
 from farms_fast.compat.farms.spectra import (
     FittedSpectrum,
+    TailRule,
     WindowedLayer,
     fitted_spectra,
     kernel_positions,
     warn_of_missing_fit,
     weights_of,
 )
-from farms_fast.compat.farms.tails import TailRule
 from farms_fast.core.arguments import check_int, check_module
 
 Results = dict[str, list[Any]]
 
 # The columns that every function has, in front of its own.
-_COLUMNS = ("alpha", "spectral_norm", "D", "longname", "eigs", "norm")
+COLUMNS = ("alpha", "spectral_norm", "D", "longname", "eigs", "norm")
 
 
 def net_esd_estimator(
@@ -106,9 +106,10 @@ def net_esd_estimator(
     rule = TailRule.published(fix_fingers, xmin_pos, bins, EVALS_THRESH, filter_zeros)
 
     def row(spectra: Sequence[FittedSpectrum]) -> dict[str, Any]:
-        return {"eigs": spectra[0].evals.astype(np.float32), "alphahat": spectra[0].alpha_hat}
+        (whole,) = spectra
+        return {"eigs": whole.evals.astype(np.float32), "alphahat": whole.columns["alpha_hat"]}
 
-    return results_of(whole_layers(net, conv_norm), rule, memory, (*_COLUMNS, "alphahat"), row)
+    return results_of(whole_layers(net, conv_norm), rule, memory, (*COLUMNS, "alphahat"), row)
 
 
 def net_esd_estimator_farms(
@@ -144,8 +145,7 @@ def net_esd_estimator_farms(
     positions. Without `use_sliding_window` both are whole matrices.
 
     Args:
-        net: as in `net_esd_estimator`, and so are `EVALS_THRESH`, `bins`, `fix_fingers`,
-            `xmin_pos`, `conv_norm` and `filter_zeros`.
+        net: see `net_esd_estimator`.
         EVALS_THRESH: see there.
         bins: see there.
         fix_fingers: see there.
@@ -229,7 +229,7 @@ def net_esd_estimator_farms(
         eigs = np.concatenate([one.entered for one in spectra]).astype(np.float32)
         return {"eigs": eigs, "eigs_num": len(eigs)}
 
-    columns = [*_COLUMNS, "alpha_hat", "stable_rank", "norm_stable_rank"]
+    columns = [*COLUMNS, "alpha_hat", "stable_rank", "norm_stable_rank"]
     if variant == "cv":
         columns.insert(5, "eigs_num")
     return results_of(layers, rule, memory, columns, row)
@@ -259,7 +259,7 @@ def results_of(
 
 
 def _mean(column: str, spectra: Sequence[FittedSpectrum]) -> float:
-    values = [getattr(one, column) for one in spectra]
+    values = [one.columns[column] for one in spectra]
     if column in ("alpha", "D", "alpha_hat"):
         values = [value for value in values if not math.isnan(value)] or [math.nan]
     return fmean(values)
@@ -274,7 +274,7 @@ def whole_layers(net: nn.Module, conv_norm: float) -> list[WindowedLayer]:
 def _whole_layer(name: str, weight: Tensor, conv_norm: float) -> WindowedLayer:
     stack = kernel_positions(weight)
     scale = conv_norm if weight.ndim == 4 else 1.0
-    return WindowedLayer(name, stack, whole_matrix(*stack.shape[1:]), scale)
+    return WindowedLayer(name, stack, PublishedWindows(*stack.shape[1:]), scale)
 
 
 def _layer_of_blocks(name: str, weight: Tensor, q: float, conv_norm: float) -> WindowedLayer:

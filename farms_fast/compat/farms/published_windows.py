@@ -18,13 +18,14 @@ from farms_fast.spectra.windows import FixedAspectSampling
 class PublishedWindows:
     """Windows of rows x columns at every pair of a row start and a column start.
 
-    All windows of a stack make one spectrum; with `by_row` those of each row start make one.
+    All windows of a stack make one spectrum; with `by_row` those of each row start make one. The
+    default is one window, the matrix itself.
     """
 
     rows: int
     columns: int
-    row_starts: tuple[int, ...]
-    column_starts: tuple[int, ...]
+    row_starts: tuple[int, ...] = (0,)
+    column_starts: tuple[int, ...] = (0,)
     by_row: bool = False
 
     @property
@@ -54,11 +55,6 @@ class PublishedWindows:
         if self.by_row:
             table = table.swapaxes(0, 1)
         return table.reshape(-1, 6)
-
-
-def whole_matrix(rows: int, columns: int) -> PublishedWindows:
-    """One window, the matrix itself."""
-    return PublishedWindows(rows, columns, (0,), (0,))
 
 
 def sampled_windows(

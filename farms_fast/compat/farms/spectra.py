@@ -14,14 +14,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from farms_fast.compat.arguments import choice, number
 from farms_fast.compat.farms.published_windows import PublishedWindows
-from farms_fast.compat.farms.tails import TailRule
 from farms_fast.core.arguments import check_module
 from farms_fast.core.arrays import FLOATING
 from farms_fast.core.packing import group_by_budget
 from farms_fast.engine.solve import SolveTask, fit_pools, make_pools, solve_side_by_side
 from farms_fast.engine.streams import STREAMS, make_streams
-from farms_fast.spectra.power_law import STATUSES
+from farms_fast.spectra.bootstrap import FitRule
+from farms_fast.spectra.power_law import STATUSES, XMIN_RULES, PowerLawFits
 from farms_fast.weights.module_tensors import module_tensor, sparse_layout
 
 # Eigenvalues that are held on the device at once, unless one layer has more.
@@ -30,6 +31,57 @@ _VALUES_PER_BATCH = 2**24
 
 class FitWarning(UserWarning):
     """A layer has no power-law fit; the message says which and why."""
+
+
+@dataclass(frozen=True)
+class TailRule:
+    """Where a tail starts; only eigenvalues above the threshold enter the fit, unless none is."""
+
+    rule: FitRule
+    threshold: float | None
+
+    @classmethod
+    def published(
+        cls,
+        fix_fingers: str | None,
+        xmin_pos: float,
+        bins: int,
+        EVALS_THRESH: float,
+        filter_zeros: bool,
+    ) -> TailRule:
+        """From the published arguments, checked."""
+        if fix_fingers is not None:
+            choice("fix_fingers", fix_fingers, (None, *XMIN_RULES))
+        threshold = number("EVALS_THRESH", EVALS_THRESH)
+        rule = FitRule.checked(fix_fingers or "ks", xmin_pos, bins, "farms")
+        return cls(rule, threshold if filter_zeros else None)
+
+    def fit_at(self, evals: Tensor, offsets: Tensor) -> PowerLawFits:
+        """Fits of packed spectra, each ascending with NaN last, as `FitRule.fit_at`."""
+        return self.rule.fit_at(self._entering(evals, offsets), offsets)
+
+    def _entering(self, evals: Tensor, offsets: Tensor) -> Tensor:
+        """The spectra with 0, which no fit counts, for what does not enter."""
+        lengths, begins = offsets.diff(), offsets[:-1]
+        numbers = torch.arange(lengths.numel(), device=evals.device)
+        owners = numbers.repeat_interleave(lengths, output_size=evals.numel())
+        left_out = torch.zeros_like(lengths)
+        if self.threshold is not None:
+            left_out.index_add_(0, owners, (evals <= self.threshold).to(torch.int64))
+            left_out = torch.where(left_out < lengths, left_out, 0)
+        # Ascending spectra begin with what is left out.
+        indices = torch.arange(evals.numel(), device=evals.device) - begins[owners]
+        out = indices < left_out[owners]
+        entering = evals.masked_fill(out, 0.0)
+        if self.rule.xmin == "median":
+            # A zero has its place below the median as any eigenvalue has. At or above it there is
+            # no tail with zeros, and then it starts at the median of the positive ones.
+            counts = (lengths - left_out).to(torch.float64)
+            start = left_out + (counts / self.rule.xmin_pos).long()
+            positive = entering[begins + torch.minimum(start, lengths - 1)] > 0
+            zero = (evals == 0) & ~out & positive[owners]
+            entering = entering.masked_fill(zero, torch.finfo(torch.float64).tiny)
+        return entering
 
 
 @dataclass(frozen=True)
@@ -61,31 +113,21 @@ class FittedSpectrum:
     D: float
     status: str
 
-    @property
-    def spectral_norm(self) -> float:
-        """The largest eigenvalue."""
-        return float(self.evals[-1]) if self.evals.size else math.nan
-
-    @property
-    def alpha_hat(self) -> float:
-        """Alpha times log10 of the largest eigenvalue; NaN for a zero matrix."""
-        norm = self.spectral_norm
-        return self.alpha * math.log10(norm) if norm > 0 else math.nan
-
     @cached_property
-    def norm(self) -> float:
-        """The sum of all eigenvalues."""
-        return float(self.evals.sum()) if self.evals.size else math.nan
-
-    @property
-    def stable_rank(self) -> float:
-        """Sum over largest."""
-        return self.norm / self.spectral_norm if self.spectral_norm else math.nan
-
-    @property
-    def norm_stable_rank(self) -> float:
-        """Mean eigenvalue."""
-        return self.norm / self.evals.size if self.evals.size else math.nan
+    def columns(self) -> dict[str, float]:
+        """What the published functions list of a spectrum; NaN of one without eigenvalues."""
+        count = self.evals.size
+        largest = float(self.evals[-1]) if count else math.nan
+        norm = float(self.evals.sum()) if count else math.nan
+        return {
+            "alpha": self.alpha,
+            "D": self.D,
+            "spectral_norm": largest,
+            "norm": norm,
+            "alpha_hat": self.alpha * math.log10(largest) if largest > 0 else math.nan,
+            "stable_rank": norm / largest if largest else math.nan,
+            "norm_stable_rank": norm / count if count else math.nan,
+        }
 
 
 def weights_of(net: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -145,8 +187,8 @@ def _solved(
     layers = list(chain.from_iterable(batches))
     device = layers[0].stack.device
     tasks = [
-        SolveTask.of([(x.windows, len(x.stack)) for x in batch], memory, number % STREAMS)
-        for number, batch in enumerate(batches)
+        SolveTask.of([(x.windows, len(x.stack)) for x in batch], memory, index % STREAMS)
+        for index, batch in enumerate(batches)
     ]
     current = torch.cuda.current_stream(device) if device.type == "cuda" else None
     streams = make_streams(device, current)

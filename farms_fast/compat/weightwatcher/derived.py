@@ -2,49 +2,44 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 from torch import Tensor
 
-from farms_fast.compat.weightwatcher.layers import WeightLayer, WeightLayers, layers_of
+from farms_fast.compat.weightwatcher.layers import LayersAndSkipped, WeightLayer, layers_of
 from farms_fast.compat.weightwatcher.options import Options
 
 
-def find_layers(model: object, base_model: object, options: Options) -> WeightLayers:
-    """The layers of a model, or what the options make of them: differences, products, slices."""
-    own = layers_of(model, options)
-    layers = own.layers
+def find_layers(model: object, base_model: object, options: Options) -> LayersAndSkipped:
+    """What `layers_of` gives, or what is made of its layers: differences, products, slices."""
+    layers, skipped = layers_of(model, options)
     if base_model is not None:
-        layers = _differences(layers, layers_of(base_model, options, "base_model").layers)
+        layers = _differences(layers, layers_of(base_model, options, "base_model")[0])
     elif options.peft:
         layers = _adapters(layers, options.peft == "with_base")
     elif not options.pool:
         layers = [part for layer in layers for part in _slices(layer, options)]
-    return WeightLayers(layers, own.skipped)
+    return layers, skipped
 
 
 def _slices(layer: WeightLayer, options: Options) -> list[WeightLayer]:
     """A convolution's kernel positions as layers of their own; any other layer as it is."""
     if layer.layer_type != "conv2d":
-        return [dataclasses.replace(layer, extra={"slice_id": 0})]
+        return [replace(layer, extra={"slice_id": 0})]
+
+    def load(position: int) -> Tensor:
+        return layer.load()[position : position + 1]
+
     count = layer.shape[0]
+    scale = count / 2 if options.conv2d_norm else 1.0
+    part = replace(layer, shape=(1, *layer.shape[1:]), scale=scale)
     return [
-        dataclasses.replace(
-            layer,
-            shape=(1, *layer.shape[1:]),
-            load=partial(_position, layer, position),
-            scale=count / 2 if options.conv2d_norm else 1.0,
-            extra={"slice_id": position},
-        )
+        replace(part, load=partial(load, position), extra={"slice_id": position})
         for position in range(count)
     ]
-
-
-def _position(layer: WeightLayer, position: int) -> Tensor:
-    return layer.load()[position : position + 1]
 
 
 def _differences(
@@ -55,11 +50,11 @@ def _differences(
     alone: list[str] = []
     waiting = list(base_layers)
     for layer in layers:
-        if not waiting or layer.name not in waiting[0].name:
+        if waiting and layer.name in waiting[0].name:
+            made.append(_difference(layer, waiting.pop(0)))
+        else:
             alone.append(layer.longname)
             made.append(layer)
-            continue
-        made.append(_difference(layer, waiting.pop(0)))
     if alone:
         warnings.warn(
             "base_model: nothing to subtract from, so analysed as they are: " + ", ".join(alone),
@@ -76,26 +71,22 @@ def _difference(layer: WeightLayer, base: WeightLayer) -> WeightLayer:
         )
 
     def load() -> Tensor:
-        subtrahend = base.load()
-        if layer.shape != base.shape:
-            subtrahend = subtrahend.mT
+        subtrahend = base.load() if layer.shape == base.shape else base.load().mT
         weight = layer.load()
         return weight - subtrahend.to(weight.device)
 
-    return dataclasses.replace(layer, load=load)
+    return replace(layer, load=load)
 
 
 def _adapters(layers: Sequence[WeightLayer], with_base: bool) -> list[WeightLayer]:
     """The products B A of LoRA adapters; with the base, the layers and their sums with them too."""
     made: list[WeightLayer] = []
-    base: WeightLayer | None = None
-    first: WeightLayer | None = None
+    base = first = None
     for layer in layers:
-        adapter = layer.layer_type == "dense" and "lora_" in layer.longname
-        if not adapter:
+        if layer.layer_type != "dense" or "lora_" not in layer.longname:
             base = layer
             if with_base:
-                made.append(dataclasses.replace(layer, extra={"peft": False}))
+                made.append(replace(layer, extra={"peft": False}))
         elif "lora_A" in layer.longname:
             first = layer
         elif "lora_B" in layer.longname:
@@ -112,10 +103,8 @@ def _adapters(layers: Sequence[WeightLayer], with_base: bool) -> list[WeightLaye
 def _product(a: WeightLayer, b: WeightLayer) -> WeightLayer:
     turn_a = a.shape[2] > a.shape[3]
     inner, columns = sorted(a.shape[2:])
-    rows, width = b.shape[2:]
-    turn_b = width != inner
-    if turn_b:
-        rows, width = width, rows
+    turn_b = b.shape[3] != inner
+    rows, width = (b.shape[3], b.shape[2]) if turn_b else b.shape[2:]
     if width != inner:
         raise ValueError(
             f"peft: expected {b.longname!r} to have a side of {inner}, as {a.longname!r}, "
@@ -153,14 +142,7 @@ def _made_of(
     components: int,
 ) -> WeightLayer:
     """A layer of one matrix that an adapter's layer stands for."""
-    return dataclasses.replace(
-        layer,
-        name=layer.name.replace(*renamed),
-        longname=layer.longname.replace(*renamed),
-        N=max(shape),
-        M=min(shape),
-        shape=(1, 1, *shape),
-        load=load,
-        components=components,
-        extra={"peft": True},
-    )
+    name, longname = (text.replace(*renamed) for text in (layer.name, layer.longname))
+    M, N = sorted(shape)
+    made = replace(layer, name=name, longname=longname, N=N, M=M, shape=(1, 1, *shape), load=load)
+    return replace(made, components=components, extra={"peft": True})

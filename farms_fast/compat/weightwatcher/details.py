@@ -141,15 +141,12 @@ are not computed
             "peft: expected False with a base_model, which WeightWatcher ignores it for"
         )
     where = resolve_device(device, default_device())
-    weights = find_layers(model, base_model, options)
-    spectra = layer_spectra(weights.layers, where, shuffle=options.randomize, seed=options.seed)
-    fits = fit_tails(spectra, options)
-    rows = [
-        columns_of(layer, spectrum, fit, options)
-        for layer, spectrum, fit in zip(weights.layers, spectra, fits, strict=True)
-    ]
+    weights, skipped = find_layers(model, base_model, options)
+    spectra = layer_spectra(weights, where, shuffle=options.randomize, seed=options.seed)
+    by_layer = zip(weights, spectra, fit_tails(spectra, options), strict=True)
+    rows = [columns_of(layer, spectrum, fit, options) for layer, spectrum, fit in by_layer]
     first = ["layer_id", "name"]
     rest = sorted(set(rows[0]) - set(first)) if rows else []
     details = pd.DataFrame(rows, columns=[*first, *rest])
-    details.attrs["skipped"] = weights.skipped
+    details.attrs["skipped"] = skipped
     return details

@@ -7,16 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from farms_fast.compat.weightwatcher.options import Options
-from farms_fast.compat.weightwatcher.spectra import LayerSpectra
+from farms_fast.compat.weightwatcher.spectra import FloatArray, LayerSpectra
 from farms_fast.compat.weightwatcher.truncated_power_law import fit_truncated_power_law
 from farms_fast.spectra.bootstrap import FitRule
-
-FloatArray = npt.NDArray[np.float64]
 
 # Eigenvalues up to this are no part of a tail.
 _THRESHOLD = 1e-5
@@ -80,9 +77,8 @@ def fit_tails(spectra: Sequence[LayerSpectra], options: Options) -> list[TailFit
             for one, evals in zip(spectra, clipped, strict=True)
         ]
         fits = _fit_power_laws(packed, small_rule=options.pl_package == "ww")
-    return [
-        _completed(fit, evals, options.pl_package) for fit, evals in zip(fits, clipped, strict=True)
-    ]
+    fitted = zip(fits, clipped, strict=True)
+    return [_completed(fit, evals, options.pl_package) for fit, evals in fitted]
 
 
 def _clipped(evals: FloatArray, clip: int) -> FloatArray:
@@ -193,8 +189,8 @@ def _fit_without_fingers(spectra: Sequence[LayerSpectra], options: Options) -> l
         # A limit below half of the eigenvalues is replaced by the default.
         limits.append(_MAX_FINGERS if limit is None or limit < one.evals.size / 2 else limit)
         values = one.packed[int(np.count_nonzero(one.evals <= _THRESHOLD)) :]
-        clips = _clips(limits[-1])
-        variants += [values, *(values[: max(0, len(values) - clip)] for clip in clips)]
+        clips = (0, *_clips(limits[-1]))
+        variants += [values[: max(0, len(values) - clip)] for clip in clips]
     fits = iter(_fit_power_laws(variants, small_rule=options.pl_package == "ww"))
     chosen: list[TailFit] = []
     for one, limit in zip(spectra, limits, strict=True):

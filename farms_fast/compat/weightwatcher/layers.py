@@ -27,32 +27,18 @@ from farms_fast.weights.sources import MappingSource, PickleSource, SafetensorsS
 
 # A class counts by the first of these words in its name, the name of its module included, or by
 # the first of these classes that it is derived from.
-_KINDS: tuple[tuple[str, tuple[type[nn.Module], ...], str], ...] = (
-    ("linear", (nn.Linear,), "dense"),
-    ("conv1d", (nn.Conv1d,), "conv1d"),
-    ("conv2d", (nn.Conv2d,), "conv2d"),
-    ("embedding", (nn.Embedding,), "embedding"),
-    ("norm", (), "norm"),
-)
+_KINDS = {"linear": nn.Linear, "conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "embedding": nn.Embedding}
 
 
 @dataclass(frozen=True)
 class WeightLayer:
     """A row of the table to come: matrices of equal shape and what WeightWatcher says of them.
 
-    Attributes:
-        layer_id: position among the modules, or among the weights of a state dict.
-        name: last part of the module's name; the whole name in a state dict.
-        longname: the whole name.
-        layer_type: one of `LAYER_TYPES`.
-        N: longer side of the matrices (not always of an even number of kernel positions).
-        M: shorter side, likewise.
-        rf: kernel positions, 1 without a kernel.
-        shape: (P, B, R, C): P matrices, each a batch of B (1 unless the weight has 3 dimensions).
-        load: the weights in this shape, float32 (float64 of float64 NumPy arrays); not written.
-        components: how many of the largest singular values of each of the P count.
-        scale: what eigenvalues are multiplied by.
-        extra: further columns.
+    `load` gives the weights in the `shape` (P, B, R, C), not to be written, float32 (float64 of
+    float64 NumPy arrays): P matrices, each a batch of B (1 unless the weight has 3 dimensions), of
+    which the `components` largest singular values count. Eigenvalues are multiplied by `scale`.
+    N and M are the longer and the shorter side, not always of an even number `rf` of kernel
+    positions. `extra` are further columns.
     """
 
     layer_id: int
@@ -77,18 +63,12 @@ class WeightLayer:
 # Long names, each with its layer or with the reason why there is none.
 _Weights = Iterator[tuple[str, WeightLayer | str]]
 _Source = MappingSource | SafetensorsSource | PickleSource
+# Layers, and by their long names the reasons why other weights are none.
+LayersAndSkipped = tuple[list[WeightLayer], dict[str, str]]
 
 
-@dataclass(frozen=True)
-class WeightLayers:
-    """Layers to analyse, and the long names of the other weights with the reasons."""
-
-    layers: list[WeightLayer]
-    skipped: dict[str, str]
-
-
-def layers_of(model: object, options: Options, argument: str = "model") -> WeightLayers:
-    """The layers of a model, as `weightwatcher` takes one, that are within the options' ranges."""
+def layers_of(model: object, options: Options, argument: str = "model") -> LayersAndSkipped:
+    """The layers that the options ask for; messages call the model by the `argument`."""
     every: list[WeightLayer] = []
     skipped: dict[str, str] = {}
     for longname, layer in _weights(model, options, argument):
@@ -111,7 +91,7 @@ def layers_of(model: object, options: Options, argument: str = "model") -> Weigh
             skipped[layer.longname] = reason
         else:
             layers.append(layer)
-    return WeightLayers(layers, skipped)
+    return layers, skipped
 
 
 def _weights(model: object, options: Options, argument: str) -> _Weights:
@@ -174,14 +154,14 @@ def _named_weights(
 
 def _module_type(module: nn.Module) -> str:
     described = str(type(module)).lower()
-    for word, classes, layer_type in _KINDS:
-        if word in described or isinstance(module, classes):
-            return layer_type
+    for word, kind in _KINDS.items():
+        if word in described or isinstance(module, kind):
+            return "dense" if word == "linear" else word
     return ""
 
 
 def _unusable(layer_type: str, weight: Tensor) -> str:
-    if layer_type in ("", "norm"):
+    if not layer_type:
         return "not a linear, convolution or embedding class"
     if weight.is_meta:
         return ON_META
@@ -230,12 +210,8 @@ def _filtered(weights: Sequence[WeightLayer], chosen: Iterable[int | str]) -> se
                 f"layers: expected ids of layers with weights, some of {sorted(every)}; "
                 f"got {unknown_ids[0]}"
             )
-        if min(ids) < 0:
-            return every - {-entry for entry in ids}
-        return set(ids)
-    if types:
-        return {weight.layer_id for weight in weights if weight.layer_type in types}
-    return every
+        return every - {-entry for entry in ids} if min(ids) < 0 else set(ids)
+    return {weight.layer_id for weight in weights if not types or weight.layer_type in types}
 
 
 def _layer(
@@ -245,8 +221,7 @@ def _layer(
     options: Options,
 ) -> WeightLayer:
     """The layer of a weight, of which id, name, long name and type are told."""
-    rf, scale = 1, 1.0
-    shape: tuple[int, int, int, int]
+    rf, scale, order = 1, 1.0, tuple(range(len(weight_shape)))
     if told[-1] == "conv2d":
         out, inner, *kernel = weight_shape
         rf = math.prod(kernel)
@@ -257,17 +232,14 @@ def _layer(
         # Matrices with more columns than rows are turned, which a shuffle's order depends on.
         shape = (rf, 1, max(out, inner), min(out, inner))
         scale = 0.5 if options.conv2d_norm else 1.0
-
-        def load() -> Tensor:
-            order = (2, 3, 1, 0) if out < inner else (2, 3, 0, 1)
-            return load_weight().permute(order).reshape(shape)
+        order = (2, 3, 1, 0) if out < inner else (2, 3, 0, 1)
     else:
         N, M = max(weight_shape), min(weight_shape)
         rows, columns = weight_shape[-2:]
         shape = (1, math.prod(weight_shape[:-2]), rows, columns)
 
-        def load() -> Tensor:
-            return load_weight().reshape(shape)
+    def load() -> Tensor:
+        return load_weight().permute(order).reshape(shape)
 
     return WeightLayer(*told, N, M, rf, shape, load, components=M * rf, scale=scale)
 

@@ -12,11 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from farms_fast.spectra.marchenko_pastur import marchenko_pastur_density
-
-FloatArray = npt.NDArray[np.float64]
+from farms_fast.spectra.marchenko_pastur import FloatArray, marchenko_pastur_density
 
 _BANDWIDTH = 0.1
 _POINTS = 1000
@@ -137,10 +134,9 @@ def _nelder_mead(cost: Callable[[float], float], start: float) -> float:
         if f_reflected < f_best:
             expanded = 3 * best - 2 * worst
             f_expanded = cost(expanded)
+            worst, f_worst = reflected, f_reflected
             if f_expanded < f_reflected:
                 worst, f_worst = expanded, f_expanded
-            else:
-                worst, f_worst = reflected, f_reflected
             continue
         # Not better than the best is not better than the second worst: there are but two.
         outside = f_reflected < f_worst

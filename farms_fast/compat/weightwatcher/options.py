@@ -74,7 +74,7 @@ def refuse_unsupported(given: Mapping[str, object], supported: Sequence[str]) ->
         if name not in _UNSUPPORTED:
             raise TypeError(f"{name}: no such option; expected one of {', '.join(supported)}")
         harmless, reason = _UNSUPPORTED[name]
-        if not any(value is choice or value == choice for choice in harmless):
+        if value not in harmless:
             raise ValueError(
                 f"{name}: WeightWatcher's option {name}={value!r} is not supported: {reason}"
             )

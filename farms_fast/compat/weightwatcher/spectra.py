@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, starmap
 
 import numpy as np
 import numpy.typing as npt
@@ -107,10 +107,10 @@ def _solved(
     replicas = [] if seed is None else _replicas(weights, layers, seed)
     # Of the product of two adapters no more are wanted than its rank, and nothing asks for the
     # smallest of a shuffled matrix.
-    exact = [min(layer.order, layer.components) for layer in layers] + [0] * len(replicas)
+    exact = [min(layer.order, layer.components) for layer in layers]
     solved = _eigenvalues([*weights, *replicas], exact)
     evals = _counting(solved[: len(layers)], layers)
-    random_evals = [own.new_empty(0) for own in evals]
+    random_evals = [own[:0] for own in evals]
     if replicas:
         random_evals = _counting(solved[len(layers) :], layers)
     # Of each layer all eigenvalues, those of the shuffled weights, and those of the first replica.
@@ -137,21 +137,18 @@ def _solved(
 
 def _replicas(weights: Sequence[Tensor], layers: Sequence[WeightLayer], seed: int) -> list[Tensor]:
     """(draws, P, B, R, C) a layer: the elements of each of the P matrices in a random order."""
-    keys: list[tuple[int, ...]] = []
-    rows: list[Tensor] = []
-    for weight, layer in zip(weights, layers, strict=True):
-        matrices = weight.reshape(layer.shape[0], -1)
-        slice_id = int(str(layer.extra.get("slice_id", 0)))
-        for draw in range(_draws(layer)):
-            for position, row in enumerate(matrices):
-                keys.append((seed, layer.layer_id, slice_id, draw, position))
-                rows.append(row)
+    keyed_rows = [
+        (row, (seed, layer.layer_id, int(str(layer.extra.get("slice_id", 0))), draw, position))
+        for weight, layer in zip(weights, layers, strict=True)
+        for draw in range(_draws(layer))
+        for position, row in enumerate(weight.reshape(layer.shape[0], -1))
+    ]
     if weights[0].device.type == "cuda":
-        drawn = iter([shuffled(row, key) for row, key in zip(rows, keys, strict=True)])
+        drawn: Iterator[Tensor] = starmap(shuffled, keyed_rows)
     else:
         # NumPy shuffles without holding the interpreter.
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            drawn = iter(list(pool.map(shuffled, rows, keys)))
+            drawn = pool.map(shuffled, *zip(*keyed_rows, strict=True))
     return [
         torch.stack(list(islice(drawn, _draws(layer) * layer.shape[0]))).reshape(-1, *layer.shape)
         for layer in layers
@@ -161,16 +158,15 @@ def _replicas(weights: Sequence[Tensor], layers: Sequence[WeightLayer], seed: in
 def _eigenvalues(weights: Sequence[Tensor], exact: Sequence[int]) -> list[Tensor]:
     """(S, order) of all matrices of each weight (..., R, C).
 
-    The `exact` largest of each weight are right even where they almost vanish.
+    Of the first weights, the `exact` largest are right even where they almost vanish.
     """
     stacks = [weight.flatten(0, -3) for weight in weights]
     if len({stack.dtype for stack in stacks}) > 1:
         stacks = [stack.double() for stack in stacks]
     task = SolveTask.of([(FullMatrix().grid(*stack.shape[1:]), len(stack)) for stack in stacks])
     evals = list(task.solve(stacks).split(task.windows))
-    for number, (stack, part, count) in enumerate(zip(stacks, evals, exact, strict=True)):
-        if count == 0:
-            continue
+    for number, count in enumerate(exact):
+        stack, part = stacks[number], evals[number]
         # A Gram matrix knows its eigenvalues to this; below it, only singular values can tell 0
         # from small, as ranks ask for.
         vague = (part[:, -count] <= 8 * task.order * _EPS * part[:, -1]) & (part[:, -1] > 0)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,8 @@ import numpy.typing as npt
 from farms_fast.spectra.power_law import one_spectrum
 
 FloatArray = npt.NDArray[np.float64]
+FloatArrays = tuple[FloatArray, ...]
+Pieces = tuple[FloatArray, FloatArray, npt.NDArray[np.int64]]
 
 # Where the integrand has fallen by exp(-42), less than a rounding error is left of the integral.
 _DECAY = 42.0
@@ -51,15 +53,15 @@ class TruncatedPowerLawFit:
             than two different values in the range of xmin.
     """
 
-    alpha: float
-    Lambda: float
-    D: float
-    xmin: float
-    n_tail: int
-    n: int
-    dropped: int
-    loglikelihood: float
-    status: str
+    alpha: float = math.nan
+    Lambda: float = math.nan
+    D: float = math.nan
+    xmin: float = math.nan
+    n_tail: int = 0
+    n: int = 0
+    dropped: int = 0
+    loglikelihood: float = math.nan
+    status: str = "too_few"
 
 
 def fit_truncated_power_law(
@@ -99,15 +101,15 @@ def fit_truncated_power_law(
     if fixed:
         values = values[values >= low]
     if values.size < 2 or values[0] == values[-1]:
-        return _failed("too_few", values.size, dropped)
+        return TruncatedPowerLawFit(n=values.size, dropped=dropped, status="too_few")
     if fixed:
-        return _fitted(values, low, np.zeros(1, dtype=np.int64), dropped)
-    candidates = np.unique(values, return_index=True)[1]
-    starts = values[candidates]
-    candidates = candidates[(starts >= low) & (starts <= high)][:-1]
-    if candidates.size == 0:
-        return _failed("no_candidate", values.size, dropped)
-    return _fitted(values, None, candidates, dropped)
+        candidates, starts = np.zeros(1, dtype=np.int64), np.array([low])
+    else:
+        starts, candidates = np.unique(values, return_index=True)
+        within = (starts >= low) & (starts <= high)
+        candidates, starts = candidates[within][:-1], starts[within][:-1]
+    fit = _best_fit(values, candidates, starts)
+    return replace(fit, n=values.size, dropped=dropped)
 
 
 def _range(xmin: object) -> tuple[float, float]:
@@ -127,16 +129,12 @@ def _range(xmin: object) -> tuple[float, float]:
     return start, start
 
 
-def _failed(status: str, n: int, dropped: int) -> TruncatedPowerLawFit:
-    nan = math.nan
-    return TruncatedPowerLawFit(nan, nan, nan, nan, 0, n, dropped, nan, status)
-
-
-def _fitted(
-    values: FloatArray, fixed: float | None, candidates: npt.NDArray[np.int64], dropped: int
+def _best_fit(
+    values: FloatArray, candidates: npt.NDArray[np.int64], starts: FloatArray
 ) -> TruncatedPowerLawFit:
     """The candidate of least D, of those whose parameters could be found."""
-    starts = values[candidates] if fixed is None else np.array([fixed])
+    if candidates.size == 0:
+        return TruncatedPowerLawFit(status="no_candidate")
     logs = np.log(values)
     counts = (values.size - candidates).astype(np.float64)
     # From the top, so that no large sum is subtracted from another.
@@ -146,82 +144,59 @@ def _fitted(
     mean = np.maximum(sums / counts / starts, 1.0 + 1e-15)
     alpha, rate, log_z = maximum_likelihood(mean_log, mean)
     pieces = _pieces(logs)
+    laws = zip(candidates.tolist(), starts, alpha.tolist(), rate.tolist(), strict=True)
     distances = np.array(
-        [
-            _distance(logs, pieces, int(i), float(np.log(start)), float(a), float(z))
-            for i, start, a, z in zip(candidates, starts, alpha, rate, strict=True)
-        ]
+        [_distance(logs, pieces, i, float(np.log(start)), a, z) for i, start, a, z in laws]
     )
     if np.isnan(distances).all():
-        return _failed("no_candidate", values.size, dropped)
+        return TruncatedPowerLawFit(status="no_candidate")
     best = int(np.nanargmin(distances))
     start, n = float(starts[best]), int(counts[best])
-    likelihood = -n * (
-        alpha[best] * mean_log[best] + rate[best] * mean[best] + log_z[best] + math.log(start)
-    )
+    a, z = float(alpha[best]), float(rate[best])
+    cost = float(a * mean_log[best] + z * mean[best] + log_z[best] + math.log(start))
     return TruncatedPowerLawFit(
-        alpha=float(alpha[best]),
-        Lambda=float(rate[best]) / start,
-        D=float(distances[best]),
-        xmin=start,
-        n_tail=n,
-        n=values.size,
-        dropped=dropped,
-        loglikelihood=float(likelihood),
-        status="ok",
+        a, z / start, float(distances[best]), start, n, loglikelihood=-n * cost, status="ok"
     )
 
 
-def maximum_likelihood(
-    mean_log: FloatArray, mean: FloatArray
-) -> tuple[FloatArray, FloatArray, FloatArray]:
+def maximum_likelihood(mean_log: FloatArray, mean: FloatArray) -> FloatArrays:
     """Alpha >= 1, z >= 0 and ln Z of the tails whose ln t and t have these means, (n,) each."""
     parts = [
         _maximum_likelihood(mean_log[i : i + _CHUNK], mean[i : i + _CHUNK])
         for i in range(0, mean_log.size, _CHUNK)
     ]
-    alpha, rate, log_z = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return alpha, rate, log_z
+    return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
 
 
-def _maximum_likelihood(
-    mean_log: FloatArray, mean: FloatArray
-) -> tuple[FloatArray, FloatArray, FloatArray]:
+def _maximum_likelihood(mean_log: FloatArray, mean: FloatArray) -> FloatArrays:
     with np.errstate(divide="ignore", over="ignore"):
         power_law = 1 + 1 / mean_log
     # Under a power law <t> is (alpha - 1) / (alpha - 2), or infinite. A sample whose mean exceeds
     # it has its maximum at Lambda = 0.
     heavy = (power_law > 2) & (mean * (power_law - 2) >= power_law - 1)
-    alpha = np.ones_like(power_law)
-    rate = 1 / (mean - 1)
-    log_z = np.zeros_like(alpha)
-    _newton(alpha, rate, log_z, mean_log, mean, ~heavy, free=False)
+    alpha, rate, log_z = found = np.ones_like(power_law), 1 / (mean - 1), np.zeros_like(power_law)
+    # The exponential that is left to be found is of t - 1: its mean stays positive near t = 1.
+    means = mean_log, mean - 1
+    _newton(found, means, ~heavy, free=False)
     # Where <ln t> exceeds the law's at alpha = 1, a larger alpha would be less likely still.
     inside = ~heavy
     inside[~heavy] = mean_log[~heavy] < _moments(alpha[~heavy], rate[~heavy])[1]
     alpha[inside] = np.minimum(power_law[inside], 50.0)
     rate[inside] = 1 / mean[inside]
-    _newton(alpha, rate, log_z, mean_log, mean, inside, free=True)
+    _newton(found, means, inside, free=True)
     alpha[heavy], rate[heavy] = power_law[heavy], 0.0
     log_z[heavy] = -np.log(power_law[heavy] - 1)
-    return alpha, rate, log_z
+    return found
 
 
 def _newton(
-    alpha: FloatArray,
-    rate: FloatArray,
-    log_z: FloatArray,
-    mean_log: FloatArray,
-    mean: FloatArray,
-    where: npt.NDArray[np.bool_],
-    free: bool,
+    found: FloatArrays, means: FloatArrays, where: npt.NDArray[np.bool_], free: bool
 ) -> None:
     """Minimises `alpha <ln t> + z <t> + ln Z` in place, over z alone unless alpha is free."""
     rows = np.flatnonzero(where)
     if rows.size == 0:
         return
-    # The exponential that is left to be found is of t - 1: its mean stays positive near t = 1.
-    m1, m2 = mean_log, mean - 1
+    (alpha, rate, log_z), (m1, m2) = found, means
     state = _moments(alpha[rows], rate[rows])
     for _ in range(_ITERATIONS):
         a, z = alpha[rows], rate[rows]
@@ -264,7 +239,7 @@ def _newton(
     alpha[rows[np.abs(promised) > 1e-10]] = np.nan
 
 
-def _moments(alpha: FloatArray, rate: FloatArray) -> tuple[FloatArray, ...]:
+def _moments(alpha: FloatArray, rate: FloatArray) -> FloatArrays:
     """Ln of the integral of t^-alpha exp(-z (t - 1)), and means and covariances of ln t and t - 1.
 
     The variable of integration is u = ln t.
@@ -285,17 +260,11 @@ def _moments(alpha: FloatArray, rate: FloatArray) -> tuple[FloatArray, ...]:
     mean_u = (density * u).sum(axis=1)
     mean_t = (density * t).sum(axis=1)
     du, dt = u - mean_u[:, None], t - mean_t[:, None]
-    return (
-        np.log(total * reach / 2) + top,
-        mean_u,
-        mean_t,
-        (density * du * du).sum(axis=1),
-        (density * du * dt).sum(axis=1),
-        (density * dt * dt).sum(axis=1),
-    )
+    covariances = [(density * x * y).sum(axis=1) for x, y in ((du, du), (du, dt), (dt, dt))]
+    return np.log(total * reach / 2) + top, mean_u, mean_t, *covariances
 
 
-def _pieces(logs: FloatArray) -> tuple[FloatArray, FloatArray, npt.NDArray[np.int64]]:
+def _pieces(logs: FloatArray) -> Pieces:
     """Nodes and weights of the integral between neighbours, and where each gap's nodes begin."""
     gaps = np.diff(logs)
     parts = np.maximum(1, np.ceil(gaps / _LONGEST_PIECE)).astype(np.int64)
@@ -309,12 +278,7 @@ def _pieces(logs: FloatArray) -> tuple[FloatArray, FloatArray, npt.NDArray[np.in
 
 
 def _distance(
-    logs: FloatArray,
-    pieces: tuple[FloatArray, FloatArray, npt.NDArray[np.int64]],
-    start: int,
-    log_start: float,
-    alpha: float,
-    rate: float,
+    logs: FloatArray, pieces: Pieces, start: int, log_start: float, alpha: float, rate: float
 ) -> float:
     """D of the tail that begins at an index, whose law begins at a value not above it."""
     nodes, weights, first = pieces
