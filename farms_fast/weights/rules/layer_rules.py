@@ -71,18 +71,17 @@ def linear(weight: Weight, *, transposed: bool = False) -> list[Part]:
             Part(f"{name}.{role}", "attention", (1, count * size, cols), HeadRows(role, *heads))
             for role, count in counts.items()
         ]
+    kind, sizes = "linear", {"": rows}
     if leaf in _FUSED_QKV_LEAVES:
         query, key = config.heads * size, config.key_heads * size
-        sizes = {"q": query, "k": key, "v": key}
         if rows == 3 * cols:
-            sizes = dict.fromkeys("qkv", cols)
+            kind, sizes = "attention", dict.fromkeys("qkv", cols)
         # Fewer key than query heads, or heads wider than the model: the config tells where to cut.
-        if rows == 3 * cols or (query and rows == query + 2 * key):
-            return _cut_rows(name, shape, sizes, kind="attention", transposed=transposed)
-    if leaf == "gate_up_proj" and _is_gate_and_up(weight, rows):
+        elif query and rows == query + 2 * key:
+            kind, sizes = "attention", {"q": query, "k": key, "v": key}
+    elif leaf == "gate_up_proj" and _is_gate_and_up(weight, rows):
         sizes = dict.fromkeys(("gate", "up"), rows // 2)
-        return _cut_rows(name, shape, sizes, transposed=transposed)
-    return _cut_rows(name, shape, {"": rows}, transposed=transposed)
+    return _cut_rows(name, shape, sizes, kind=kind, transposed=transposed)
 
 
 def _is_gate_and_up(weight: Weight, rows: int) -> bool:
