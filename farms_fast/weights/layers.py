@@ -100,10 +100,7 @@ def layers_from_module(
             positions.update(dict.fromkeys(header.stored, len(owners)))
             owners.append(owner)
     config, notes = _config_of(module), module_notes(module)
-    weights = [
-        weight if weight.reason else _as_wrapped(weight.header, wrappers)
-        for weight in dequantised_headers(stored, config)
-    ]
+    weights = [_as_wrapped(weight, wrappers) for weight in dequantised_headers(stored, config)]
     weights = _changed(merge_complex_parts(weights, notes), change)
     index = HeaderIndex((header for header, _ in weights), config, notes)
     for header, reason in weights:
@@ -124,10 +121,9 @@ def _changed(
     return change(weights)
 
 
-def _as_wrapped(header: TensorHeader, wrappers: Mapping[str, Wrapper]) -> WeightCandidate:
+def _as_wrapped(weight: WeightCandidate, wrappers: Mapping[str, Wrapper]) -> WeightCandidate:
     """A weight with the updates of all LoRA layers around the module that has it."""
-    weight = WeightCandidate(header)
-    path = header.stored[0].rpartition(".")[0]
+    path = weight.header.stored[0].rpartition(".")[0]
     while not weight.reason and path.rpartition(".")[2] == "base_layer":
         path = path.rpartition(".")[0]
         if path not in wrappers:
@@ -189,9 +185,8 @@ def _left_out(part: Part, included: list[str] | None, excluded: list[str] | None
             return f"excluded by {pattern!r}"
     if included is None:
         return part.left_out
-    if any(fnmatchcase(part.name, pattern) for pattern in included):
-        return ""
-    return "not matched by include"
+    matched = any(fnmatchcase(part.name, pattern) for pattern in included)
+    return "" if matched else "not matched by include"
 
 
 def _patterns(argument: str, value: Globs) -> list[str] | None:

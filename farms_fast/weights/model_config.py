@@ -54,11 +54,7 @@ class ModelConfig:
         )
 
     def grouped_heads(self, leaf: str) -> tuple[int, int] | None:
-        """The number of head groups of a fused projection and of query heads in each, if known.
-
-        `query_key_value` is of GPT-NeoX, BLOOM and Falcon, `wqkv` of InternLM2, `c_attn` of
-        GPT-BigCode.
-        """
+        """The number of head groups of a fused projection and of query heads in each, if known."""
         if not self.heads or not self.key_heads or self.heads % self.key_heads:
             return None
         by_key_head = (self.key_heads, self.heads // self.key_heads)

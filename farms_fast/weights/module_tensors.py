@@ -29,12 +29,17 @@ def module_tensor(module: nn.Module, name: str) -> Tensor:
         tensor = None
     if not isinstance(tensor, Tensor):
         raise ValueError(f"name: expected a tensor of {type(module).__name__}, got {name!r}")
+    return data_of(name, tensor)
+
+
+def data_of(name: str, tensor: Tensor) -> Tensor:
+    """The values of a tensor, detached; ValueError where it has none."""
     if tensor.is_meta:
         raise ValueError(f"{name}: {ON_META}")
-    return tensor.detach()
+    return _dequantised(tensor.detach())
 
 
-def dequantised(tensor: Tensor) -> Tensor:
+def _dequantised(tensor: Tensor) -> Tensor:
     """The values of a tensor, also of a class that holds a quantised weight, as torchao's do."""
     if type(tensor).dequantize is Tensor.dequantize:
         return tensor
@@ -74,7 +79,7 @@ def _effective(owner: nn.Module, leaf: str) -> Tensor:
         tensor = owner._parameters[leaf]
     else:
         tensor = getattr(owner, leaf)
-    return dequantised(tensor) if isinstance(tensor, Tensor) else tensor  # type: ignore[no-any-return]
+    return _dequantised(tensor) if isinstance(tensor, Tensor) else tensor  # type: ignore[no-any-return]
 
 
 def own_tensors(owner: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor, str]]:

@@ -18,7 +18,7 @@ from torch import nn
 from farms_fast.weights import digest as digests
 from farms_fast.weights.digest import layer_digest_of, tensor_digest
 from farms_fast.weights.formats import dequantise
-from farms_fast.weights.formats.complex_weights import (
+from farms_fast.weights.formats.complex import (
     ComplexPairs,
     FactorisedTensor,
     RealAndImaginary,

@@ -63,10 +63,7 @@ class Scaled(Recipe, name="scaled/1"):
 def scale_layout(
     shape: tuple[int, ...], scale: tuple[int, ...], configured: tuple[int, ...]
 ) -> ScaleLayout | None:
-    """How a scale of one shape lies over a weight of another; None when it does not.
-
-    Without `configured` sizes blocks have 128, as is usual, or what divides evenly.
-    """
+    """How a scale of one shape lies over a weight of another; None when it does not."""
     rank = len(shape)
     if math.prod(scale) == 1:
         return ScaleLayout((1,) * rank, shape)

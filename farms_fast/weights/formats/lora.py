@@ -263,8 +263,7 @@ def _number_of(name: str, by_name: Mapping[str, int]) -> int | None:
     """The number of a weight of the base; one of the two names may have a prefix more."""
     pieces = name.split(".")
     for first in range(len(pieces) - 1):
-        number = by_name.get(".".join(pieces[first:]))
-        if number is not None:
+        if (number := by_name.get(".".join(pieces[first:]))) is not None:
             return number
     longer = [number for other, number in by_name.items() if other.endswith(f".{name}")]
     return longer[0] if len(longer) == 1 else None

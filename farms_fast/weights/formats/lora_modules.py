@@ -26,8 +26,7 @@ from farms_fast.weights.stacks import TensorHeader, WeightCandidate
 class Wrapper:
     """A module of PEFT around another one.
 
-    `children` are the names on the way to the module in use, `("base_layer",)` or for example
-    `("modules_to_save", "default")`; `adapters` are active and not merged.
+    `children` lead to the module in use, as `("base_layer",)` or `("modules_to_save", "default")`.
     """
 
     path: str
@@ -39,7 +38,7 @@ class Wrapper:
         """The wrapped module's weight with the updates of the active adapters."""
         owner: Any = self.module
         if hasattr(owner, "parameter_name"):
-            changed = self.adapters and base.name.rpartition(".")[2] == owner.parameter_name
+            changed = self.adapters and base.leaf == owner.parameter_name
             return WeightCandidate(base, UPDATED_PARAMETER if changed else "")
         if not base.name.endswith("weight"):
             return WeightCandidate(base)
@@ -82,8 +81,7 @@ def module_wrappers(module: nn.Module) -> dict[str, Wrapper]:
         children = owner._modules
         if "base_layer" in children and "lora_A" in children and hasattr(owner, "scaling"):
             tables = [getattr(owner, table, {}) for table in ("lora_A", "lora_embedding_A")]
-            merged = bool(getattr(owner, "merged", False))
-            active = () if merged else _active(owner)
+            active = () if getattr(owner, "merged", False) else _active(owner)
             own = tuple(name for name in active if any(name in table for table in tables))
             wrappers[path] = Wrapper(path, owner, ("base_layer",), own)
         elif "original_module" in children and "modules_to_save" in children:

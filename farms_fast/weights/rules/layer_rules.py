@@ -42,12 +42,7 @@ _NOT_WEIGHTS = (
 
 
 def _cut_rows(
-    name: str,
-    shape: tuple[int, ...],
-    sizes: Mapping[str, int],
-    *,
-    kind: str = "linear",
-    transposed: bool = False,
+    name: str, shape: tuple[int, ...], sizes: Mapping[str, int], kind: str, transposed: bool = False
 ) -> list[Part]:
     """A layer for each role, of so many rows, one after the other; the role "" adds no name."""
     parts: list[Part] = []
@@ -71,18 +66,17 @@ def linear(weight: Weight, *, transposed: bool = False) -> list[Part]:
             Part(f"{name}.{role}", "attention", (1, count * size, cols), HeadRows(role, *heads))
             for role, count in counts.items()
         ]
+    kind, sizes = "linear", {"": rows}
     if leaf in _FUSED_QKV_LEAVES:
         query, key = config.heads * size, config.key_heads * size
-        sizes = {"q": query, "k": key, "v": key}
         if rows == 3 * cols:
-            sizes = dict.fromkeys("qkv", cols)
+            kind, sizes = "attention", dict.fromkeys("qkv", cols)
         # Fewer key than query heads, or heads wider than the model: the config tells where to cut.
-        if rows == 3 * cols or (query and rows == query + 2 * key):
-            return _cut_rows(name, shape, sizes, kind="attention", transposed=transposed)
-    if leaf == "gate_up_proj" and _is_gate_and_up(weight, rows):
+        elif query and rows == query + 2 * key:
+            kind, sizes = "attention", {"q": query, "k": key, "v": key}
+    elif leaf == "gate_up_proj" and _is_gate_and_up(weight, rows):
         sizes = dict.fromkeys(("gate", "up"), rows // 2)
-        return _cut_rows(name, shape, sizes, transposed=transposed)
-    return _cut_rows(name, shape, {"": rows}, transposed=transposed)
+    return _cut_rows(name, shape, sizes, kind, transposed)
 
 
 def _is_gate_and_up(weight: Weight, rows: int) -> bool:
@@ -207,9 +201,9 @@ def _attention(weight: Weight) -> Answer:
     shape, leaf = weight.shape, weight.leaf
     in_proj = weight.header.name.removesuffix(leaf) + "in_proj"
     if leaf == "in_proj_weight" and weight.rank == 2 and shape[0] == 3 * shape[1]:
-        return _cut_rows(in_proj, shape, dict.fromkeys("qkv", shape[1]), kind="attention")
+        return _cut_rows(in_proj, shape, dict.fromkeys("qkv", shape[1]), "attention")
     if leaf in _SEPARATE_QKV and weight.rank == 2:
-        return _cut_rows(in_proj, shape, {_SEPARATE_QKV[leaf]: shape[0]}, kind="attention")
+        return _cut_rows(in_proj, shape, {_SEPARATE_QKV[leaf]: shape[0]}, "attention")
     return None
 
 
@@ -220,19 +214,19 @@ def _recurrent(weight: Weight) -> Answer:
         return None
     name, shape = weight.header.name, weight.shape
     if match[1] == "hr":  # the projection of the hidden state, which only an LSTM has
-        return _cut_rows(name, shape, {"": shape[0]}, kind="lstm")
+        return _cut_rows(name, shape, {"": shape[0]}, "lstm")
     hidden, projection = (
         weight.same_module(f"weight_{which}{match[2] or ''}") for which in ("hh", "hr")
     )
     if hidden is None or len(hidden.shape) != 2:
-        return _cut_rows(name, shape, {"": shape[0]})
+        return _cut_rows(name, shape, {"": shape[0]}, "linear")
     # weight_hh is (gates * size, size), or (gates * size, projected) beside a projection.
     size = projection.shape[-1] if projection is not None and projection.shape else hidden.shape[1]
     gates = hidden.shape[0] // size if size and hidden.shape[0] % size == 0 else 0
     if gates not in _GATES or shape[0] != hidden.shape[0]:
-        return _cut_rows(name, shape, {"": shape[0]})
+        return _cut_rows(name, shape, {"": shape[0]}, "linear")
     kind, roles = _GATES[gates]
-    return _cut_rows(name, shape, dict.fromkeys(roles or [""], shape[0] // gates), kind=kind)
+    return _cut_rows(name, shape, dict.fromkeys(roles or [""], shape[0] // gates), kind)
 
 
 def _experts(weight: Weight) -> Answer:

@@ -19,11 +19,7 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from farms_fast.weights.formats.complex_weights import (
-    ComplexPairs,
-    FactorisedTensor,
-    RealAndImaginary,
-)
+from farms_fast.weights.formats.complex import ComplexPairs, FactorisedTensor, RealAndImaginary
 from farms_fast.weights.recipes import AsStored, TrailingPositions
 from farms_fast.weights.rules.header_index import Weight
 from farms_fast.weights.stacks import Part, TensorHeader, WeightCandidate
@@ -172,13 +168,12 @@ def module_notes(module: nn.Module) -> dict[str, str]:
             notes.setdefault(path, "pairs")
         elif not isinstance(owner, _ConvNd):
             kind = type(owner).__name__
-            says_so = _PAIRS_OWNER.search(kind)
             for leaf, _ in owner.named_parameters(recurse=False):
                 if _AFNO.search(kind) and leaf in ("w1", "w2", "b1", "b2"):
                     notes[dot + leaf] = "afno"
                 elif leaf == _FILTER and "conv" not in kind.lower():
                     notes[dot + leaf] = "global filter"
-                elif says_so or _PAIRS.search(dot + leaf):
+                elif _PAIRS_OWNER.search(kind) or _PAIRS.search(dot + leaf):
                     notes[dot + leaf] = "pairs"
         for name, order in _spectral_weights(owner, dot):
             if getattr(owner, "separable", False) is True:

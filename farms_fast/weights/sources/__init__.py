@@ -85,27 +85,23 @@ def checkpoints_of(
 ) -> list[Path]:
     """The paths that `open_source` reads for these arguments: an adapter's config may name one."""
     model = Path(path).expanduser()
-    if base is None:
-        config = adapter_config(model) if model.is_dir() else None
-        named = None if config is None else named_base(config)
-    else:
-        named = Path(base).expanduser()
+    named = None if base is None else Path(base).expanduser()
+    if base is None and model.is_dir() and (config := adapter_config(model)):
+        named = named_base(config)
     return [model] if named is None else [model, named]
 
 
 def _open_base(
     folder: Path, config: Mapping[str, Any], base: Model | None
 ) -> HeaderSource | ModuleSource:
+    base = named_base(config) if base is None else base
     if base is None:
-        local = named_base(config)
-        if local is None:
-            named = config.get("base_model_name_or_path")
-            raise ValueError(
-                f"{folder}: expected the base of this adapter, whose config names {named!r}, which"
-                " is no path here: give it as base, or analyse the adapter's factors as they are"
-                " by giving the path of its file"
-            )
-        base = local
+        named = config.get("base_model_name_or_path")
+        raise ValueError(
+            f"{folder}: expected the base of this adapter, whose config names {named!r}, which is"
+            " no path here: give it as base, or analyse the adapter's factors as they are by giving"
+            " the path of its file"
+        )
     path = _path_of("base", base)
     if path is not None and path.is_dir() and adapter_config(path) is not None:
         raise ValueError(f"base: expected a model, got another adapter: {str(path)!r}")

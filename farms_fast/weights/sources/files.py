@@ -153,10 +153,7 @@ def _safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def _bytes_of(descriptor: int, extent: _Extent) -> Tensor | None:
-    """uint8, None where the file has become too short.
-
-    Large tensors have a private map of the file, which goes with the last tensor that uses it.
-    """
+    """uint8, mapped where large; None where the file has become too short."""
     if extent.bytes >= _MAPPED_FROM and extent.offset % extent.dtype.itemsize == 0:
         before = extent.offset % mmap.ALLOCATIONGRANULARITY
         start, size = extent.offset - before, before + extent.bytes

@@ -12,13 +12,7 @@ from torch import Tensor, nn
 from farms_fast.core.arrays import from_numpy
 from farms_fast.weights.layers import layers_from_headers, layers_from_module
 from farms_fast.weights.model_config import ModelConfig
-from farms_fast.weights.module_tensors import (
-    ON_META,
-    dequantised,
-    module_tensor,
-    sparse_layout,
-    tensor_identity,
-)
+from farms_fast.weights.module_tensors import data_of, module_tensor, sparse_layout, tensor_identity
 from farms_fast.weights.stacks import (
     Globs,
     Layers,
@@ -115,11 +109,7 @@ class MappingSource(HeaderSource):
             )
 
     def _load(self, name: str, stored: Tensor | np.ndarray[Any, Any]) -> Tensor:
-        if not isinstance(stored, Tensor):
-            return from_numpy(stored)
-        if stored.is_meta:
-            raise ValueError(f"{name}: {ON_META}")
-        return dequantised(stored.detach())
+        return data_of(name, stored) if isinstance(stored, Tensor) else from_numpy(stored)
 
     def _unwrapped(self, tensors: Mapping[str, Any]) -> Mapping[str, Any]:
         """The innermost state dict; its neighbours on the way are noted as skipped."""
