@@ -282,10 +282,9 @@ def _layer_of_blocks(name: str, weight: Tensor, q: float, conv_norm: float) -> W
     # So published: whichever two dimensions are larger are taken for the channels.
     kernel_is_matrix = outputs + inputs < height + width
     stack = weight.flatten(0, 1) if kernel_is_matrix else kernel_positions(weight)
-    if stack.shape[1] < stack.shape[2]:
-        stack = stack.mT
-    _, rows, columns = stack.shape
-    return WindowedLayer(name, stack, block_windows(rows, columns, q), conv_norm)
+    tall = stack.mT if stack.shape[1] < stack.shape[2] else stack
+    _, rows, columns = tall.shape
+    return WindowedLayer(name, tall, block_windows(rows, columns, q), conv_norm)
 
 
 def _waived(net: nn.Module, names: Collection[str]) -> set[str]:

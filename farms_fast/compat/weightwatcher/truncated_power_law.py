@@ -108,8 +108,7 @@ def fit_truncated_power_law(
         starts, candidates = np.unique(values, return_index=True)
         within = (starts >= low) & (starts <= high)
         candidates, starts = candidates[within][:-1], starts[within][:-1]
-    fit = _best_fit(values, candidates, starts)
-    return replace(fit, n=values.size, dropped=dropped)
+    return replace(_best_fit(values, candidates, starts), n=values.size, dropped=dropped)
 
 
 def _range(xmin: object) -> tuple[float, float]:
