@@ -117,10 +117,7 @@ WeightTransform = Callable[[Sequence[WeightCandidate]], list[WeightCandidate]]
 
 @dataclass(frozen=True)
 class Part:
-    """A layer that a rule makes of one tensor, with the fields of `LayerSpec`.
-
-    `left_out` is why only an include pattern brings the layer into an analysis, empty by default.
-    """
+    """A layer that a rule makes of a tensor; `left_out` says why only `include` brings it in."""
 
     name: str
     kind: str

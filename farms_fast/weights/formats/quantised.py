@@ -47,10 +47,7 @@ def dequantised_headers(
 
 
 class _Stored:
-    """A tensor that may be the main one of a quantised weight, and the model around it.
-
-    `name` is the weight's: the tensor's unless the format says otherwise.
-    """
+    """A tensor that may be the main one of a quantised weight `name`, and the model around it."""
 
     def __init__(
         self, header: TensorHeader, headers: Mapping[str, TensorHeader], config: ModelConfig

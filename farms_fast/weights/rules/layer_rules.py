@@ -114,10 +114,7 @@ def embedding(weight: Weight) -> list[Part]:
 
 
 def is_stack(weight: Weight) -> bool:
-    """Whether a 3-D weight looks like `(steps, in, out)`, not like a kernel `(out, in, width)`.
-
-    Fewer matrices than channels, as a kernel has fewer positions than channels.
-    """
+    """Whether a 3-D weight is `(steps, in, out)`, no kernel: it has fewer steps than channels."""
     shape = weight.shape
     return len(shape) == 3 and not weight.header.dtype.is_complex and shape[0] < shape[2]
 
