@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import nn
@@ -172,17 +173,13 @@ def _candidates(model: nn.Module) -> Iterator[_Candidate]:
     for name, container in model.named_modules():
         if not isinstance(container, (nn.ModuleList, nn.Sequential)):
             continue
-        run: list[tuple[str, nn.Module]] = []
+        prefix = f"{name}." if name else ""
         # Not `named_children`, which leaves out the second appearance of a module.
-        for leaf, child in [*container._modules.items(), ("", None)]:
-            if child is not None and run and type(child) is type(run[-1][1]):
-                run.append((f"{name}.{leaf}" if name else leaf, child))
-                continue
-            if len(run) > 1:
-                weights = sum(_linear_weights([member]) for _, member in run)
-                if weights and not _is_linear(run[0][1]):
-                    yield _Candidate(name, tuple(run), weights)
-            run = [] if child is None else [(f"{name}.{leaf}" if name else leaf, child)]
+        for _, run in groupby(container._modules.items(), key=lambda item: type(item[1])):
+            children = tuple((prefix + leaf, child) for leaf, child in run if child is not None)
+            weights = sum(_linear_weights([child]) for _, child in children)
+            if len(children) > 1 and weights and not _is_linear(children[0][1]):
+                yield _Candidate(name, children, weights)
 
 
 def _quantised(module: nn.Module) -> str | None:

@@ -54,26 +54,9 @@ class BlockRunner:
     """Runs the blocks of a model over the batches of a calibration set, one after the other.
 
     It is a context manager: inside, the model is in evaluation mode and without gradients; after
-    it, only the model's weights may differ.
-
-    Args:
-        model: called as `model(tokens)`, with `use_cache=False` if it takes that.
-        blocks: result of `find_blocks`.
-        tokens: int64 (samples, seqlen).
-        device: device of the running block; None leaves every block where it is.
-        memory: the most bytes to take on that device; None is half of the device's. The hidden
-            states stay on the device if they fit beside the rest, else in the host's memory.
-        batch_size: samples at a time to begin with; None is about 4096 tokens, or fewer if the
-            memory is short.
-        statistics: bytes of the statistics of a block.
-
-    Attributes:
-        use: the predicted `farms_fast.adapters.pruning.memory_use.MemoryUse`.
-        batch_size: the current batch size.
-
-    Raises:
-        ValueError: the memory does not suffice for one sample, the device is unknown, or the model
-            never reaches its first block.
+    it, only the model's weights may differ. Tokens are int64 (samples, seqlen); `statistics` gives
+    the bytes of a block's statistics; the other arguments are those of `prune_model`. The predicted
+    `use` of memory and the `batch_size` change when memory runs out.
     """
 
     def __init__(
@@ -81,7 +64,6 @@ class BlockRunner:
         model: nn.Module,
         blocks: Blocks,
         tokens: Tensor,
-        *,
         device: str | torch.device | None = None,
         memory: int | None = None,
         batch_size: int | None = None,
@@ -263,7 +245,6 @@ class BlockRunner:
         """Yields, once, the model's outputs by batch, after all blocks have run with `keep`.
 
         `make` gets the output of a batch and the number of its first sample; its result is yielded.
-        Batches are halved if it runs out of memory.
         """
         first = 0
 

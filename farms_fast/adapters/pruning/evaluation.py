@@ -235,10 +235,8 @@ class TokenLosses:
         self._model = model
         self._size = batch_size if batch_size is None else check_int("batch_size", batch_size, 1)
         self._memory = None if memory is None else check_int("memory", memory, least=1)
-        self._model_device = input_device(model)
-        self._device = (
-            self._model_device if device is None else block_device(device, self._model_device)
-        )
+        home = self._model_device = input_device(model)
+        self._device = home if device is None else block_device(device, home)
 
     def __call__(self, windows: Tensor, targets: Tensor) -> Iterator[Tensor]:
         """Yields float64 (windows, scored) on the CPU for every batch, in evaluation mode.
@@ -283,14 +281,8 @@ class TokenLosses:
     def _by_block(self, windows: Tensor, make: Callable[[Any, int], Tensor]) -> Iterator[Tensor]:
         """Runs one block after the other on the device."""
         blocks = find_blocks(self._model)
-        runner = BlockRunner(
-            self._model,
-            blocks,
-            windows,
-            device=self._device,
-            memory=self._memory,
-            batch_size=self._size,
-        )
+        limits = (self._device, self._memory, self._size)
+        runner = BlockRunner(self._model, blocks, windows, *limits)
         with runner:
             for _ in blocks.blocks:
                 with runner.on_device():

@@ -19,15 +19,11 @@ _BATCH_TOKENS = 4096
 class MemoryUse:
     """Bytes that calibration takes besides the model itself.
 
-    Attributes:
-        hidden_states: those between two blocks: samples · seqlen · hidden size · bytes of a value
-            (and whatever else a block returns).
-        block: the largest block's weights, if they are not on the device already.
-        statistics: the statistics of one block's layers.
-        batch: one batch inside a block: batch · seqlen · (2 · hidden size + the inputs and outputs
-            of its layers) · bytes of a value, and a float32 copy of the widest input, for attention
-            that keeps no matrix of scores.
-        on_device: whether the hidden states are on the device; else they are in the host's memory.
+    The `hidden_states` between two blocks take samples · seqlen · hidden size · bytes of a value,
+    and are in the host's memory unless `on_device`. `block` is the largest block's weights, if they
+    are not on the device already; `statistics` are those of one block's layers. A `batch` inside a
+    block takes batch · seqlen · (2 · hidden size + the inputs and outputs of its layers) · bytes of
+    a value, and a float32 copy of the widest input, for attention that keeps no matrix of scores.
     """
 
     hidden_states: int

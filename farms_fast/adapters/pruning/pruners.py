@@ -71,12 +71,6 @@ def magnitude_prune_(
     """Sets the weights of least |W| in the whole matrix to zero; called as `PruneFunction`.
 
     A matrix with more zeros than asked for does not change.
-
-    Example:
-        >>> weight = torch.tensor([[3.0, -1.0], [0.5, 2.0]])
-        >>> _ = magnitude_prune_(weight, 0.5)
-        >>> weight.tolist()
-        [[3.0, 0.0], [0.0, 2.0]]
     """
     check_target(weight, ratio, n_m, layer)
     count = round((ratio or 0.0) * weight.numel())
@@ -107,13 +101,6 @@ def wanda_prune_(
 
     Every row gets the same number of zeros to within one. A row with more zeros does not change, so
     that the total can exceed the ratio.
-
-    Example:
-        >>> statistics = InputStatistics(2)
-        >>> statistics.add(torch.tensor([[3.0, 1.0]]))
-        >>> weight = torch.tensor([[1.0, 2.0]])
-        >>> wanda_prune_(weight, 0.5, statistics).tolist()
-        [[False, True]]
     """
     check_target(weight, ratio, n_m, layer)
     scores = _scores(weight, check_statistics(statistics, weight, layer))

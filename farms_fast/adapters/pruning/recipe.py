@@ -29,10 +29,9 @@ def to_recipe(
     `llmcompressor.oneshot(model=..., recipe="recipe.yaml", dataset=...)`; it was checked with 0.14
     (`python -m tests.support.recipe_in_llmcompressor`).
 
-    Its results differ in details from those of `prune_model`: its SparseGPT prunes one weight more
-    in every block of columns, and all weights that tie with it; its Wanda rounds the number of
-    every row down; it knows `nn.Linear` but not Hugging Face's Conv1D (GPT-2). Magnitude becomes a
-    `MagnitudePruningModifier`, which acts in training and not in a one-shot run.
+    Its counts differ from those of `prune_model`: its SparseGPT prunes one weight more in every
+    block of columns, and all that tie with it; its Wanda rounds every row's number down. It does
+    not know Hugging Face's Conv1D (GPT-2), and its magnitude modifier acts only in training.
 
     Args:
         method: "magnitude", "wanda" or "sparsegpt".
@@ -53,7 +52,7 @@ def to_recipe(
             that are not those of the ratios, or n_m with magnitude, which llm-compressor lacks.
 
     Example:
-        >>> print(to_recipe("wanda", {"layers.0.q": 0.5, "layers.1.q": 0.7}))
+        >>> print(to_recipe("wanda", {"layers.0.q": 0.5, "layers.0.k": 0.5}))
         sparsity_stage:
           layers_0_q_modifiers:
             WandaPruningModifier:
@@ -61,12 +60,7 @@ def to_recipe(
               mask_structure: "0:0"
               targets:
               - "layers.0.q"
-          layers_1_q_modifiers:
-            WandaPruningModifier:
-              sparsity: 0.7
-              mask_structure: "0:0"
-              targets:
-              - "layers.1.q"
+              - "layers.0.k"
         <BLANKLINE>
     """
     pruner(method)

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from farms_fast.adapters.pruning.blocks import Block, Blocks, PrunableLayer, find_blocks
 from farms_fast.adapters.pruning.calibration import BlockRunner
 from farms_fast.adapters.pruning.layer_inputs import collect_statistics
-from farms_fast.adapters.pruning.masks import check_target, check_weight
+from farms_fast.adapters.pruning.masks import NM, check_target
 from farms_fast.adapters.pruning.modules import block_device, device_of
 from farms_fast.adapters.pruning.oom import raise_oom_as_value_error
 from farms_fast.adapters.pruning.owl import outlier_ratio
@@ -26,7 +27,6 @@ from farms_fast.core.arguments import check_int
 from farms_fast.core.progress import Progress, reporter
 from farms_fast.weights.stacks import Skipped
 
-NM = tuple[int, int]
 # A ratio or an N:M, the other None.
 Target = tuple[float | None, NM | None]
 
@@ -159,7 +159,6 @@ def prune_model(
     blocks = find_blocks(model)
     targets = _targets(blocks, ratios, n_m)
     for layer in blocks.layers:
-        check_weight(layer.matrix, layer.name)
         check_target(layer.matrix, *targets[layer.name], layer.name)
     tokens = None
     if calibration is not None:
@@ -186,15 +185,8 @@ def prune_model(
             for block in blocks.blocks:
                 prune_block(block, {}, where)
         else:
-            runner = BlockRunner(
-                model,
-                blocks,
-                tokens,
-                device=device,
-                memory=memory,
-                batch_size=batch_size,
-                statistics=lambda block: _statistics_bytes(block, chosen),
-            )
+            needed = partial(_statistics_bytes, chosen)
+            runner = BlockRunner(model, blocks, tokens, device, memory, batch_size, needed)
             used = runner.use.device
             with runner:
                 for block in blocks.blocks:
@@ -251,15 +243,11 @@ def owl_statistics(
     check_positive("threshold", threshold)
     blocks = find_blocks(model)
     tokens = check_tokens(model, calibration)
-    runner = BlockRunner(
-        model,
-        blocks,
-        tokens,
-        device=device,
-        memory=memory,
-        batch_size=batch_size,
-        statistics=lambda block: 12 * sum(math.prod(layer.shape) for layer in block.layers),
-    )
+
+    def needed(block: Block) -> int:
+        return 12 * sum(math.prod(layer.shape) for layer in block.layers)
+
+    runner = BlockRunner(model, blocks, tokens, device, memory, batch_size, needed)
     outliers: dict[str, float] = {}
     count = len(blocks.blocks)
     with reporter(progress, count, count, "blocks") as report, runner:
@@ -310,14 +298,14 @@ def _unchanged(target: Target) -> bool:
     return ratio == 0 if groups is None else groups[0] == groups[1]
 
 
-def _statistics_bytes(block: Block, chosen: Pruner) -> int:
+def _statistics_bytes(chosen: Pruner, block: Block) -> int:
     """Bytes of all layers' statistics, and of the pruner's work on the largest layer."""
     columns = [layer.shape[1] for layer in block.layers]
-    weights = max((math.prod(layer.shape) for layer in block.layers), default=0)
+    # Scores, their order, and masks.
+    work = 16 * max((math.prod(layer.shape) for layer in block.layers), default=0)
     if not chosen.needs_hessian:
-        # Scores, their order, and masks.
-        return 4 * sum(columns) + 16 * weights
-    return 4 * sum(c * c for c in columns) + 16 * max(columns, default=0) ** 2 + 16 * weights
+        return 4 * sum(columns) + work
+    return 4 * sum(c * c for c in columns) + 16 * max(columns, default=0) ** 2 + work
 
 
 def _prune_layer(

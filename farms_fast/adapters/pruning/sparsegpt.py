@@ -78,29 +78,14 @@ def sparsegpt_prune_(
 ) -> Tensor:
     """Prunes a matrix and adjusts the kept weights so that the layer's outputs change little.
 
-    Other arguments and errors are those of `farms_fast.adapters.pruning.pruners.PruneFunction`. The
-    zeros are evenly distributed over the blocks of columns. Existing zeros stay zero; a matrix with
-    more of them than asked for does not change. Weights of inputs that were always zero go first,
-    by magnitude. The mask that is returned marks the weights set to zero; a kept weight can round
-    to zero in float16.
+    Arguments and errors are those of `farms_fast.adapters.pruning.pruners.PruneFunction`, with
+    statistics made with `hessian=True`. `block` columns choose their mask together; with n_m that
+    is rounded up to a multiple of m. `damping` is that of `inverse_factor`.
 
-    Args:
-        weight: floating (out, in); written in place.
-        ratio: share of zeros.
-        statistics: those of the layer's inputs, made with `hessian=True`.
-        n_m: (n, m) instead of a ratio.
-        block: columns that choose their mask together; with n_m rounded up to a multiple of m.
-        damping: as `inverse_factor` takes it.
-        layer: the layer's name for messages.
-
-    Example:
-        >>> statistics = InputStatistics(2, hessian=True)
-        >>> statistics.add(torch.tensor([[1.0, 0.9], [0.9, 1.0]]))
-        >>> weight = torch.tensor([[1.0, 2.0]])
-        >>> sparsegpt_prune_(weight, 0.5, statistics).tolist()
-        [[True, False]]
-        >>> 2.9 < float(weight[0, 1]) < 3.0
-        True
+    The zeros are evenly distributed over the blocks of columns. Existing zeros stay zero; a matrix
+    with more of them than asked for does not change. Weights of inputs that were always zero go
+    first, by magnitude. The mask that is returned marks the weights set to zero; a kept weight can
+    round to zero in float16.
     """
     check_target(weight, ratio, n_m, layer)
     hessian = check_statistics(statistics, weight, layer).hessian

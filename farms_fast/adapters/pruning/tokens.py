@@ -14,19 +14,15 @@ from farms_fast.adapters.pruning.modules import input_embeddings
 from farms_fast.core.arguments import check_int, check_type
 from farms_fast.core.optional import optional_import
 
-# Data sets by name: path on the hub and options. Of C4, one of 1024 files is for calibration and
-# one of 8 for evaluation, as in the literature.
+# One file of 1024 is for calibration and one of 8 for evaluation, as in the literature.
+_C4_FILES = {
+    "train": "en/c4-train.00000-of-01024.json.gz",
+    "test": "en/c4-validation.00000-of-00008.json.gz",
+}
+# Data sets by name: path on the hub and options.
 _DATASETS: dict[str, tuple[str, dict[str, Any]]] = {
     "wikitext2": ("Salesforce/wikitext", {"name": "wikitext-2-raw-v1"}),
-    "c4": (
-        "allenai/c4",
-        {
-            "data_files": {
-                "train": "en/c4-train.00000-of-01024.json.gz",
-                "test": "en/c4-validation.00000-of-00008.json.gz",
-            }
-        },
-    ),
+    "c4": ("allenai/c4", {"data_files": _C4_FILES}),
 }
 # The number of C4's first documents that evaluation reads, as in the literature.
 _C4_DOCUMENTS = 1100
@@ -183,10 +179,8 @@ def _from_hub(name: str, split: str, argument: str) -> Iterator[str]:
     path, options = _DATASETS[name]
     if "data_files" in options:
         # The hub knows the sizes of all files together only.
-        options = {
-            "data_files": {split: options["data_files"][split]},
-            "verification_mode": "no_checks",
-        }
+        files = {split: options["data_files"][split]}
+        options = {"data_files": files, "verification_mode": "no_checks"}
     try:
         rows = datasets.load_dataset(path, split=split, **options)
     except Exception as error:  # of many types: network, cache, files
@@ -200,9 +194,7 @@ def _from_hub(name: str, split: str, argument: str) -> Iterator[str]:
 
 def check_tokens(model: nn.Module, tokens: object) -> Tensor:
     """Checks calibration tokens against a model; returns int64 (samples, seqlen) on the CPU."""
-    if isinstance(tokens, Tensor) and (
-        tokens.dim() != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2
-    ):
+    if isinstance(tokens, Tensor) and (tokens.dim() != 2 or len(tokens) < 1 or tokens.shape[1] < 2):
         raise ValueError(
             "calibration: expected a tensor (samples, seqlen) of at least one sample of two "
             f"tokens, got shape {tuple(tokens.shape)}"
