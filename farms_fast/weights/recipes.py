@@ -8,6 +8,7 @@ name of a class. The number in the name rises when a recipe gives other values t
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, is_dataclass
 from types import FunctionType
 from typing import Any, ClassVar
@@ -15,7 +16,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 
-class Recipe:
+class Recipe(ABC):
     """Base of all recipes; a subclass declares its name: `class Rows(Recipe, name="rows/1")`."""
 
     recipe_name: ClassVar[str]
@@ -23,9 +24,9 @@ class Recipe:
     def __init_subclass__(cls, *, name: str) -> None:
         cls.recipe_name = name
 
+    @abstractmethod
     def __call__(self, *tensors: Any, **options: Any) -> Tensor:
         """The weight or the `(S, R, C)` stack, a view where strides allow one."""
-        raise NotImplementedError
 
     def region(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Views of what the recipe reads of its tensors."""

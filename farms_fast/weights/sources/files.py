@@ -13,6 +13,7 @@ import mmap
 import os
 import re
 import warnings
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -77,8 +78,9 @@ class _FileSource(HeaderSource):
                     self.headers.append(item)
                     self._stored[name] = path
 
+    @abstractmethod
     def _read_headers(self, path: Path) -> Mapping[str, TensorHeader | Skipped]:
-        raise NotImplementedError
+        """The tensors of a file, and what else it holds with the reason."""
 
 
 class SafetensorsSource(_FileSource):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -39,7 +40,7 @@ class Source(Protocol):
         """One tensor, named as in `LayerSpec.tensors`, where it lives; not to be written."""
 
 
-class HeaderSource:
+class HeaderSource(ABC):
     """A source that knows its tensors by `headers`; `skipped` is what else it holds."""
 
     def __init__(self, description: str, config: ModelConfig | None = None) -> None:
@@ -64,8 +65,9 @@ class HeaderSource:
             raise ValueError(f"name: expected a tensor of {self.description}, got {name!r}")
         return self._load(name, self._stored[name])
 
+    @abstractmethod
     def _load(self, name: str, stored: Any) -> Tensor:
-        raise NotImplementedError
+        """The tensor, from what the source has noted of it."""
 
 
 class ModuleSource:
