@@ -144,6 +144,13 @@ def unmatched_pattern(argument: str, pattern: str, names: Sequence[str]) -> Valu
     )
 
 
+def check_flag(argument: str, value: object) -> bool:
+    """The value; TypeError unless it is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{argument}: expected True or False, got {value!r}")
+    return value
+
+
 def is_real(value: object) -> TypeGuard[float]:
     """Whether it is a real number, of Python's or NumPy's, and no bool."""
     return isinstance(value, Real) and not isinstance(value, bool)

@@ -74,13 +74,25 @@ def window_gram(
     Args:
         weights: stacks of shape (S, R, C), any strides, all of one device and one of float16,
             bfloat16, float32, float64, complex64, complex128.
-        windows: the window table, contiguous.
+        windows: the window table, (windows, 6), int64, CPU, contiguous.
         order: k = min(rows, columns), the same for every window.
         dtype: precision of the result, float64 or float32 (sums are float64 on CUDA either way).
 
     Returns:
         (windows, k, k): `G[i, j] = Σ_t v_i[t]·conj(v_j[t])` with v the window's rows, or its
         columns where those are fewer; real or complex as the weights are.
+
+    Raises:
+        RuntimeError: an argument is not as above; the message names it.
+        torch.OutOfMemoryError: the device has no memory for it.
+
+    Example:
+        >>> import torch
+        >>> from farms_fast.core import ops
+        >>> weight = torch.arange(6.0).reshape(1, 2, 3)
+        >>> ops.window_gram([weight], torch.tensor([[0, 0, 0, 0, 2, 3]]), order=2)
+        tensor([[[ 5., 14.],
+                 [14., 50.]]], dtype=torch.float64)
     """
     call = torch.ops.farms_fast.window_gram
     return cast(Tensor, _called(call, weights, windows, order, dtype))
@@ -97,6 +109,16 @@ def eigvalsh(gram: Tensor, solver: str = "auto", memory_budget: int = 0) -> Tens
 
     Returns:
         (batch, k), real, ascending. A matrix with a value that is not finite gives NaN.
+
+    Raises:
+        RuntimeError: an argument is not as above, or the budget does not hold one matrix.
+        torch.OutOfMemoryError: the device has no memory for it.
+
+    Example:
+        >>> import torch
+        >>> from farms_fast.core import ops
+        >>> ops.eigvalsh(torch.diag(torch.tensor([3.0, 1.0, 2.0])).unsqueeze(0))
+        tensor([[1., 2., 3.]])
     """
     return cast(Tensor, _called(torch.ops.farms_fast.eigvalsh, gram, solver, memory_budget))
 
@@ -111,13 +133,31 @@ def window_eigvalsh(
 ) -> Tensor:
     """Eigenvalues of the windows' Gram matrices; neither windows nor all Grams are ever stored.
 
-    Overlapping windows share products as in `window_gram`, within the budget. Arguments are those
-    of `window_gram` and `eigvalsh`, with the Gram matrices in the budget; its default on the CPU is
-    1 GiB of shared products and no bound on the rest.
+    Overlapping windows share products as in `window_gram`, within the budget.
+
+    Args:
+        weights: as for `window_gram`.
+        windows: as for `window_gram`.
+        order: as for `window_gram`.
+        dtype: precision of the Gram matrices, the solver and the result, float64 or float32.
+        solver: as for `eigvalsh`.
+        memory_budget: bytes for Gram matrices and workspace, 0 for the default: on CUDA a quarter
+            of the device, on the CPU 1 GiB of shared products and no bound on the rest.
 
     Returns:
         (windows, k) of `dtype`, ascending, negative rounding noise set to 0; NaN for a window with
         a value that is not finite, infinity or NaN where an eigenvalue is beyond `dtype`'s range.
+
+    Raises:
+        RuntimeError: as for `window_gram` and `eigvalsh`.
+        torch.OutOfMemoryError: the device has no memory for it.
+
+    Example:
+        >>> import torch
+        >>> from farms_fast.core import ops
+        >>> weight = torch.diag(torch.tensor([2.0, 1.0])).unsqueeze(0)
+        >>> ops.window_eigvalsh([weight], torch.tensor([[0, 0, 0, 0, 2, 2]]), order=2)
+        tensor([[1., 4.]], dtype=torch.float64)
     """
     call = torch.ops.farms_fast.window_eigvalsh
     return cast(Tensor, _called(call, weights, windows, order, dtype, solver, memory_budget))
@@ -141,6 +181,21 @@ def fit_power_law(
         xmin_pos: the median rule starts the tail at index `int(N / xmin_pos)`.
         bins: bins of the peak rule's histogram.
         log10_lower_bound: take log10 of the peak rule's lower bound, as the published code does.
+
+    Returns:
+        A `FitTensors` of tensors (spectra,).
+
+    Raises:
+        RuntimeError: an argument is not as above; the message names it.
+        torch.OutOfMemoryError: the device has no memory for it.
+
+    Example:
+        >>> import torch
+        >>> from farms_fast.core import ops
+        >>> evals = torch.tensor([1.0, 2.0, 4.0, 8.0], dtype=torch.float64)
+        >>> fit = ops.fit_power_law(evals, torch.tensor([0, 4]))
+        >>> fit.n_tail, fit.status
+        (tensor([2]), tensor([0]))
     """
     call = torch.ops.farms_fast.fit_power_law
     rest = rule, float(xmin_pos), int(bins), log10_lower_bound

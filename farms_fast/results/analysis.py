@@ -72,14 +72,17 @@ class NamedLayers(Generic[_Layer]):
 class Analysis(NamedLayers[LayerRecord]):
     """The records of a model's layers, in the model's order, and what was left out.
 
-    `len(analysis)`, iteration and `analysis[name]` go over the layers. A file that an analysis
-    writes replaces the one that is there and appears whole or not at all; an OSError says why it
-    cannot be written.
+    `len(analysis)`, iteration and `analysis[name]` go over the layers.
 
     Args:
+        layers: the records.
+        skipped: the tensors that are not layers.
+        settings: how the analysis was made; None for one made by hand.
+
+    Attributes:
         layers: one `LayerRecord` per layer.
         skipped: the tensors that are not layers, each with its reason.
-        settings: how the analysis was made; None for one made by hand.
+        settings: how it was made (`AnalysisSettings`); None for one made by hand.
 
     Example:
         >>> record = LayerRecord("encoder.fc", "linear", (1, 4, 4), "ok", alpha=2.5)
@@ -141,7 +144,14 @@ class Analysis(NamedLayers[LayerRecord]):
         return analysis_html(repr(self), self.layers)
 
     def plot_alpha(self, ax: Axes | None = None) -> Axes:
-        """Draws alpha against depth, as `farms_fast.views.plots.plot_alpha` does."""
+        """Draws alpha against depth with its interval over windows; see `farms_fast.views.plots`.
+
+        Args:
+            ax: where to draw; None is a figure of its own.
+
+        Raises:
+            ImportError: if matplotlib is not installed.
+        """
         return plot_alpha(self.layers, ax)
 
     def to_html(
@@ -168,22 +178,38 @@ class Analysis(NamedLayers[LayerRecord]):
         return Side(self.layers, self.skipped, settings, self.mean_alpha)
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row per layer with the scalars of the records as columns; needs pandas."""
+        """One row per layer, in order, with the scalars of the records as columns.
+
+        Raises:
+            ImportError: if pandas is not installed.
+        """
         return data_frame(CSV_COLUMNS, [layer.scalars() for layer in self.layers])
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Writes one line per layer, UTF-8, with the columns of `to_pandas`.
 
-        Floats are written so that reading them gives the same bits, NaN as `nan`.
+        Floats are written so that reading them gives the same bits, NaN as `nan`. The file
+        appears whole or not at all.
+
+        Args:
+            path: the file, replaced if it exists.
+
+        Raises:
+            OSError: if it cannot be written.
         """
         write_rows(path, CSV_COLUMNS, [layer.scalars() for layer in self.layers])
 
     def to_json(self, path: str | os.PathLike[str], spectra: bool = False) -> None:
         """Writes everything that `from_json` reads back; NaN as null.
 
+        The file appears whole or not at all.
+
         Args:
-            path: the file.
+            path: the file, replaced if it exists.
             spectra: whether to write the eigenvalues too (about 20 bytes each).
+
+        Raises:
+            OSError: if it cannot be written.
         """
         write_json(path, self.layers, self.skipped, self.settings, spectra)
 
@@ -202,10 +228,18 @@ class Analysis(NamedLayers[LayerRecord]):
         return cls(*read_json(path))
 
     def to_parquet(self, path: str | os.PathLike[str]) -> None:
-        """Writes one row per layer with the columns of `to_pandas`; needs pyarrow.
+        """Writes one row per layer with the columns of `to_pandas`.
 
         Floats keep their bits and NaN stays NaN; `matrix_rank` is a float. The settings are in
-        the schema's metadata as JSON, `farms_fast.settings`.
+        the schema's metadata as JSON, `farms_fast.settings`. The file appears whole or not at
+        all.
+
+        Args:
+            path: the file, replaced if it exists.
+
+        Raises:
+            ImportError: if pyarrow is not installed.
+            OSError: if it cannot be written.
         """
         write_parquet(path, self.layers, self.settings)
 
@@ -240,7 +274,11 @@ class Analysis(NamedLayers[LayerRecord]):
         The tensors are those of `spectra_to_npz`; the settings are in the metadata as JSON,
         `settings`.
 
+        Args:
+            path: the file, replaced if it exists.
+
         Raises:
+            OSError: if it cannot be written.
             ValueError: if the analysis was read from a JSON file without spectra.
         """
         write_safetensors(path, self.layers, self.settings)

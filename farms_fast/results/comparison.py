@@ -234,15 +234,33 @@ class Comparison(NamedLayers[LayerDifference]):
         return comparison_html(". ".join([repr(self), *self.notes]), self.layers)
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row per layer with `COMPARISON_COLUMNS`; needs pandas."""
+        """One row per layer with `COMPARISON_COLUMNS`.
+
+        Raises:
+            ImportError: if pandas is not installed.
+        """
         return data_frame(COMPARISON_COLUMNS, [layer.scalars() for layer in self.layers])
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Writes one line per layer with the columns of `to_pandas`; NaN as `nan`."""
+        """Writes one line per layer with the columns of `to_pandas`; NaN as `nan`.
+
+        Args:
+            path: the file, replaced if it exists; it appears whole or not at all.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
         write_rows(path, COMPARISON_COLUMNS, [layer.scalars() for layer in self.layers])
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
-        """Writes the rows of `to_pandas`, the settings of both and the notes; NaN as null."""
+        """Writes the rows of `to_pandas`, the settings of both and the notes; NaN as null.
+
+        Args:
+            path: the file, replaced if it exists; it appears whole or not at all.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
         document = {
             "format": "farms_fast.comparison",
             "version": 2,

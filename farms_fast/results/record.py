@@ -134,10 +134,25 @@ class LayerRecord:
         eps: float = float(np.finfo(np.float64).eps),
         message: str = "",
     ) -> LayerRecord:
-        """The record of a layer from `window_evals`, (windows, k), each row ascending.
+        """Builds the record of a layer whose eigenvalues are known.
 
-        A caller that has all of them in order gives them as `evals` too. `eps` is the unit roundoff
-        of the arithmetic that they come from.
+        Args:
+            name: the layer's name.
+            kind: the layer's kind.
+            shape: the stack's shape (S, R, C).
+            window_evals: float64 (windows, k), the eigenvalues of each window, each row ascending.
+            fit: the power-law fit of all of them pooled; its status becomes the record's.
+            window_rows: rows of one window.
+            window_cols: columns of one window.
+            uncertainty: the spread over the windows; None where it was not asked for. Ignored when
+                there is one window, which has no spread.
+            evals: the pooled eigenvalues in ascending order, if the caller has them already. The
+                metrics are computed from them; they are not kept.
+            eps: unit roundoff of the arithmetic that gave the eigenvalues.
+            message: what went wrong; by default the fit's status in words.
+
+        Raises:
+            ValueError: if window_evals is not two-dimensional or evals is not as long.
         """
         per_window = np.asarray(window_evals, dtype=np.float64)
         if per_window.ndim != 2:
@@ -196,7 +211,19 @@ class LayerRecord:
         return np.sort(self.read_window_evals(), axis=None)
 
     def defer_window_evals(self, load: Callable[[], Array]) -> None:
-        """Drops `window_evals` and has them loaded when they are next asked for."""
+        """Drops `window_evals` and has them loaded when they are next asked for.
+
+        A copy or a pickle of the record has the values themselves.
+
+        Args:
+            load: returns float64 (windows, k).
+
+        Example:
+            >>> record = LayerRecord("fc", "linear", (1, 2, 2), "ok")
+            >>> record.defer_window_evals(lambda: np.array([[2.0, 3.0], [1.0, 4.0]]))
+            >>> record.evals.tolist()
+            [1.0, 2.0, 3.0, 4.0]
+        """
         self.__dict__.pop("window_evals", None)
         self.__dict__["_load_window_evals"] = load
 
@@ -231,7 +258,15 @@ class LayerRecord:
         return record_html(self)
 
     def plot_esd(self, ax: Axes | None = None) -> Axes:
-        """Draws the spectrum and the fitted tail, as `farms_fast.views.plots.plot_esd` does."""
+        """Draws the spectrum's density with the fitted tail; see `farms_fast.views.plots`.
+
+        Args:
+            ax: where to draw; None is a figure of its own.
+
+        Raises:
+            ImportError: if matplotlib is not installed.
+            ValueError: if the record has no spectrum.
+        """
         return plot_esd(self, ax)
 
     def scalars(self) -> dict[str, str | int | float]:

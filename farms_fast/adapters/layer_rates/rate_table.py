@@ -118,7 +118,11 @@ class RateTable:
         return "\n".join(lines)
 
     def to_pandas(self) -> pd.DataFrame:
-        """Returns a frame with the columns of `CsvLog`; ImportError without pandas."""
+        """A frame with one row per layer, and the columns of `CsvLog`.
+
+        Raises:
+            ImportError: if pandas is not installed.
+        """
         call = {"call": self.call, "base_lr": self.base_lr}
         return data_frame(COLUMNS, [call | asdict(row) for row in self.rows], instead="")
 

@@ -39,7 +39,7 @@ from farms_fast.adapters.layer_rates.tuned_layers import (
     require_layers,
     tuned_layers,
 )
-from farms_fast.core.arguments import check_int, check_module
+from farms_fast.core.arguments import check_flag, check_int, check_module
 from farms_fast.core.jsonable import plain
 from farms_fast.live import LayerAlpha, LiveAnalysis, PendingAlphas
 from farms_fast.spectra.windows import FixedAspectSampling, Sampling
@@ -149,14 +149,14 @@ class LayerRates(ABC):
         if unit not in ("epoch", "step"):
             raise ValueError(f"unit: expected 'epoch' or 'step', got {unit!r}")
         self.unit = unit
-        self.overlap = _flag("overlap", overlap)
-        self.initial = _flag("initial", initial)
+        self.overlap = check_flag("overlap", overlap)
+        self.initial = check_flag("initial", initial)
         self.process_group = process_group
         ranks_of(process_group)
         specs, self.skipped = layers_from_module(self.model, include, exclude, change=change)
         self.layers = tuned_layers(self.model, specs)
         self.blocks = block_names(self.model, self.layers, per)
-        first, last = _flag("skip_first", skip_first), _flag("skip_last", skip_last)
+        first, last = check_flag("skip_first", skip_first), check_flag("skip_last", skip_last)
         if self.layers and last:
             self.layers[-1].edge = "the last layer (skip_last)"
         if self.layers and first:
@@ -304,7 +304,14 @@ class LayerRates(ABC):
         """Sets the rates again, as `step` does, without making new ones or counting a call.
 
         A scheduler that steps more often than rates are made needs it after each of its steps.
-        Arguments and errors are those of `step`.
+
+        Args:
+            optimizer: as in `step`, and so is `lr`.
+            lr: see there.
+
+        Raises:
+            ValueError: as in `step`.
+            TypeError: as in `step`.
         """
         groups, base = self._groups_of(optimizer, lr, search=False)
         self._log_initial()
@@ -387,9 +394,3 @@ class LayerRates(ABC):
     def _log(self, table: RateTable) -> None:
         for log in self.logs if self._is_main else ():
             log(table)
-
-
-def _flag(argument: str, value: object) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"{argument}: expected True or False, got {value!r}")
-    return value

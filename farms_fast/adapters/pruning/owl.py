@@ -26,6 +26,9 @@ def outlier_ratio(scores: Iterable[torch.Tensor], threshold: float = 5.0) -> flo
         scores: |W|·‖x‖ of every layer of a block (`wanda_scores`), any shapes.
         threshold: M.
 
+    Returns:
+        The percentage.
+
     Raises:
         TypeError: scores that are no tensors.
         ValueError: no scores, scores that are not finite, or a threshold that is not positive.

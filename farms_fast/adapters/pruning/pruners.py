@@ -159,7 +159,10 @@ PRUNERS = {
 
 
 def pruner(name: str) -> Pruner:
-    """The pruner of that name; ValueError where there is none.
+    """The pruner of that name.
+
+    Raises:
+        ValueError: there is none.
 
     Example:
         >>> pruner("wanda").needs_hessian

@@ -101,13 +101,22 @@ class InputStatistics:
 
     @property
     def mean_squares(self) -> Tensor:
-        """Mean of x² over the tokens, (columns,); ValueError without tokens or if not finite."""
+        """Mean of x² over the tokens, (columns,).
+
+        Raises:
+            ValueError: there were no tokens, or some were not finite (NaN, infinity, or squares
+                beyond the range of the sums).
+        """
         moments = self._checked()
         return moments.diagonal() if self.has_hessian else moments
 
     @property
     def norms(self) -> Tensor:
-        """Root of the mean squares, (columns,)."""
+        """Root of the mean squares, (columns,).
+
+        Raises:
+            ValueError: as `mean_squares`.
+        """
         return self.mean_squares.sqrt()
 
     @property

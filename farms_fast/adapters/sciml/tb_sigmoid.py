@@ -114,7 +114,11 @@ class TBSigmoid(LayerRates):
         return {"scale": list(self.scale), "tau": self.tau}
 
     def factors(self, scores: Sequence[float]) -> list[float]:
-        """Returns 10^φ for each of at least one alpha, or mean of a block's alphas."""
+        """10^φ for each alpha.
+
+        Args:
+            scores: at least one alpha, or mean of a block's alphas.
+        """
         low, high = self.scale
         mean = math.fsum(scores) / len(scores)
         # ½·tanh(x/2) is the sigmoid less one half, without an overflow far from the mean.

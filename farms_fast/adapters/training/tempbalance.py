@@ -91,7 +91,11 @@ class TempBalance(LayerRates):
         return {"assign": self.assign}
 
     def factors(self, scores: Sequence[float]) -> list[float]:
-        """Returns rate over base rate for each of at least two alphas, not all equal."""
+        """Rate over base rate for each alpha.
+
+        Args:
+            scores: at least two alphas, not all equal.
+        """
         n = len(scores)
         low, high = self.lr_range
         if self.assign == "linear":

@@ -8,7 +8,7 @@ from numbers import Integral
 from typing import Any
 
 from farms_fast.compat.arguments import choice, finite
-from farms_fast.core.arguments import check_int
+from farms_fast.core.arguments import check_flag, check_int
 
 LAYER_TYPES = ("conv2d", "conv1d", "dense", "embedding", "norm")
 
@@ -83,8 +83,7 @@ def refuse_unsupported(given: Mapping[str, object], supported: Sequence[str]) ->
 def checked_options(given: Mapping[str, Any]) -> Options:
     """The options of `weightwatcher` by their names, each checked."""
     for name in _FLAGS:
-        if not isinstance(given[name], bool):
-            raise TypeError(f"{name}: expected True or False, got {given[name]!r}")
+        check_flag(name, given[name])
     min_evals, max_evals = (
         check_int(name, 0 if given[name] is None else given[name])
         for name in ("min_evals", "max_evals")
