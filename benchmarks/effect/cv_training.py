@@ -10,12 +10,13 @@ epoch, on images that nothing was chosen by.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -75,6 +76,17 @@ def images_of(settings: Settings) -> Images:
     return found.to(torch.device(settings.device))
 
 
+@contextlib.contextmanager
+def without_onednn() -> Iterator[None]:
+    """On some CPUs torch 2.13 crashes in oneDNN's backward convolutions of few channels."""
+    before = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before
+
+
 class Run:
     """A model in training."""
 
@@ -124,7 +136,8 @@ class Run:
 
     def step(self, x: torch.Tensor, labels: torch.Tensor) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        nn.functional.cross_entropy(self.logits(x), labels).backward()
+        with without_onednn():
+            nn.functional.cross_entropy(self.logits(x), labels).backward()
         self.optimizer.step()
 
     def rebalance(self) -> RateTable | None:
