@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help:
 	@echo "make demo          analyse a trained model (all-MiniLM-L6-v2) and show its table"
 	@echo "make test          run the tests, on all cores"
-	@echo "make test-fast     run the quick ones of all but adapters and benchmarks"
+	@echo "make test-fast     run the quick ones of the lower floors, within a minute"
 	@echo "make build         set up the virtual environment and build the extension in place"
 	@echo "make lint          ruff, the import linter, mypy and clang-format, changing nothing"
 	@echo "make format        ruff and clang-format, in place"
@@ -35,9 +35,9 @@ test: $(VENV)/built $(VENV)/test-tools $(VENV)/model
 	@if $(BIN)/python -c "import torch; raise SystemExit(not torch.cuda.is_available())"; then \
 	  set -x; $(BIN)/python -m pytest -m gpu; fi
 
-# What is quick, of the floors below the adapters.
+# The quick tests of the floors below `live`.
 test-fast: $(VENV)/built $(VENV)/test-tools $(VENV)/model
-	$(BIN)/python -m pytest $(PARALLEL) tests --ignore=tests/adapters --ignore=tests/benchmarks \
+	$(BIN)/python -m pytest $(PARALLEL) $(addprefix tests/,core weights spectra engine results views) \
 	  -m "not slow and not gpu"
 
 demo: $(VENV)/built $(VENV)/model
