@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import nn
 
-from farms_fast.weights.sources.files import PICKLE_SUFFIXES, PickleSource, SafetensorsSource
 from farms_fast.weights.sources.folder import (
     AdapterSource,
     adapter_config,
@@ -23,6 +22,8 @@ from farms_fast.weights.sources.folder import (
     open_folder,
 )
 from farms_fast.weights.sources.memory import HeaderSource, MappingSource, ModuleSource, Source
+from farms_fast.weights.sources.pickles import PICKLE_SUFFIXES, PickleSource
+from farms_fast.weights.sources.safetensors import SafetensorsSource
 
 __all__ = [
     "AdapterSource",

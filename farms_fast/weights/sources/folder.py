@@ -10,15 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
+from farms_fast.core.json_files import parse_json
 from farms_fast.weights.formats.lora import ADAPTER_PREFIX, Adapter
 from farms_fast.weights.model_config import ModelConfig
-from farms_fast.weights.sources.files import (
-    PICKLE_SUFFIXES,
-    PickleSource,
-    SafetensorsSource,
-    parse_json,
-)
 from farms_fast.weights.sources.memory import HeaderSource, ModuleSource
+from farms_fast.weights.sources.pickles import PICKLE_SUFFIXES, PickleSource
+from farms_fast.weights.sources.safetensors import SafetensorsSource
 from farms_fast.weights.stacks import Globs, Layers
 
 _ADAPTER_CONFIG = "adapter_config.json"

@@ -14,7 +14,13 @@ import torch
 from safetensors.torch import save_file
 
 from farms_fast.weights.digest import layer_digest_of
-from farms_fast.weights.sources import PickleSource, SafetensorsSource, files, open_source
+from farms_fast.weights.sources import (
+    PickleSource,
+    SafetensorsSource,
+    open_source,
+    pickles,
+    safetensors,
+)
 
 MIB = 2**20
 SIDE = 2048  # of float32 matrices of 16 MiB
@@ -94,7 +100,7 @@ def test_digests_of_a_checkpoint_take_no_more_than_the_tensors_in_use(checkpoint
 def test_pickles_take_no_more_than_is_read_between_two_maps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "_PICKLE_BYTES", 48 * MIB)
+    monkeypatch.setattr(pickles, "_PICKLE_BYTES", 48 * MIB)
     weight = torch.ones(SIDE, SIDE)
     weight_map = {}
     for shard in range(2):
@@ -130,7 +136,7 @@ def test_tensors_outlive_their_source(checkpoint: Path, tmp_path: Path) -> None:
 def test_mapped_and_read_tensors_are_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mapped_from: int
 ) -> None:
-    monkeypatch.setattr(files, "_MAPPED_FROM", mapped_from)
+    monkeypatch.setattr(safetensors, "_MAPPED_FROM", mapped_from)
     tensors = {
         "a": torch.randn(300, 70),
         "b": torch.randn(11, 7, dtype=torch.float64),
@@ -156,7 +162,7 @@ def test_mapped_and_read_tensors_are_the_same(
 def test_tensor_at_an_odd_place_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mapped_from: int
 ) -> None:
-    monkeypatch.setattr(files, "_MAPPED_FROM", mapped_from)
+    monkeypatch.setattr(safetensors, "_MAPPED_FROM", mapped_from)
     weight = torch.randn(3, 4)
     header = {
         "pad": {"dtype": "U8", "shape": [3], "data_offsets": [0, 3]},
@@ -177,6 +183,6 @@ def test_tensor_is_read_where_no_more_maps_are_to_be_had(
 
     weight = torch.randn(5, 6)
     save_file({"w": weight}, tmp_path / "m.safetensors")
-    monkeypatch.setattr(files, "_MAPPED_FROM", 0)
-    monkeypatch.setattr(files.mmap, "mmap", refuse)
+    monkeypatch.setattr(safetensors, "_MAPPED_FROM", 0)
+    monkeypatch.setattr(safetensors.mmap, "mmap", refuse)
     assert torch.equal(open_source(tmp_path).load("w"), weight)
