@@ -128,6 +128,7 @@ def analyze(
     csv: options.MetricsCsv = None,
     json: options.AnalysisJson = None,
     base: options.Base = None,
+    download: options.Download = False,
     store: Annotated[
         Path | None,
         typer.Option(
@@ -176,6 +177,7 @@ def analyze(
             include=include or None,
             exclude=exclude or None,
             base=base,
+            download=download,
             store=store,
             force=force,
             process_group=group,
