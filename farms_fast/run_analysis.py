@@ -56,6 +56,7 @@ def analyze(
     memory: int | str | None = None,
     base: nn.Module | Mapping[str, Any] | str | os.PathLike[str] | None = None,
     download: bool = False,
+    key: str | None = None,
     store: str | os.PathLike[str] | None = None,
     force: bool = False,
     process_group: ProcessGroup | None = None,
@@ -88,6 +89,8 @@ def analyze(
         base: the model that a LoRA adapter changes, where the first argument is the adapter's
             folder (see `open_source`).
         download: fetch a model by its name on the Hub, where the local cache lacks it.
+        key: dotted path of the mapping that holds the weights, such as "state_dict_ema", where a
+            checkpoint has several.
         store: an SQLite file that every layer is written to when it is finished, made if there is
             none. A run with the same settings, source, selection of layers and release goes on
             where one has ended: layers whose weights are the same are not computed again (see
@@ -134,7 +137,7 @@ def analyze(
     ranks = Ranks.of(process_group)
     if force and store is None:
         raise ValueError("force: computes anew what a store holds, so it needs store=")
-    source = open_source(model_or_state_dict_or_path, base=base, download=download)
+    source = open_source(model_or_state_dict_or_path, base=base, key=key, download=download)
     specs, skipped = source.layers(include, exclude)
     of_base = None
     if base is not None and isinstance(source, AdapterSource):
@@ -142,6 +145,7 @@ def analyze(
     settings = AnalysisSettings(
         source=_absolute(model_or_state_dict_or_path) or source.description,
         base=of_base,
+        key=key,
         include=_patterns(include),
         exclude=_patterns(exclude),
         sampling=declared_sampling(sampling),

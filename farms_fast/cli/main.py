@@ -129,6 +129,7 @@ def analyze(
     json: options.AnalysisJson = None,
     base: options.Base = None,
     download: options.Download = False,
+    key: options.Key = None,
     store: Annotated[
         Path | None,
         typer.Option(
@@ -178,6 +179,7 @@ def analyze(
             exclude=exclude or None,
             base=base,
             download=download,
+            key=key,
             store=store,
             force=force,
             process_group=group,

@@ -23,11 +23,14 @@ def is_read(path: Path) -> bool:
     return recognise(path) in _SOURCES
 
 
-def open_files(files: Files, description: str, config: ModelConfig | None = None) -> FileSource:
+def open_files(
+    files: Files, description: str, config: ModelConfig | None = None, key: str | None = None
+) -> FileSource:
     """The source of one file, or of shards, all of one format.
 
     Raises:
-        ValueError: the format is another one, which the message names with the way out.
+        ValueError: the format is another one, which the message names with the way out, or `key` is
+            given for a format without mappings.
         ImportError: the package that reads the format is not installed.
     """
     first, *others = files
@@ -38,4 +41,4 @@ def open_files(files: Files, description: str, config: ModelConfig | None = None
     if kind not in _SOURCES:
         way_out = f": {kind.way_out}" if kind.way_out else ""
         raise ValueError(f"{first}: expected weights as {_READ}, got {kind.name}{way_out}")
-    return _SOURCES[kind](files, description, config)
+    return _SOURCES[kind](files, description, config, key)

@@ -16,7 +16,7 @@ from farms_fast.weights.sources.components import (
     component_folders,
 )
 from farms_fast.weights.sources.file_formats import is_read, open_files
-from farms_fast.weights.sources.file_source import Files
+from farms_fast.weights.sources.file_source import Files, no_keys
 from farms_fast.weights.sources.hub import CACHE_PREFIX, snapshot_of
 from farms_fast.weights.sources.indexes import numbered_shards, read_index, read_json_object
 from farms_fast.weights.sources.memory import HeaderSource
@@ -40,13 +40,15 @@ _MOST_LISTED = 5
 _MOST_RECOGNISED = 100
 
 
-def open_folder(folder: Path) -> HeaderSource:
-    """The weights of a model's folder; see `open_source` for the order."""
+def open_folder(folder: Path, key: str | None = None) -> HeaderSource:
+    """The weights of a model's folder; see `open_source` for the order and for `key`."""
     if folder.name.startswith(CACHE_PREFIX) and (folder / "snapshots").is_dir():
-        return open_folder(snapshot_of(folder))
+        return open_folder(snapshot_of(folder), key)
     if os.path.lexists(folder / PIPELINE_INDEX):
+        if key is not None:
+            raise no_keys(folder, key)
         return _open_pipeline(folder)
-    return open_files(_files_of(folder), str(folder), model_config(folder))
+    return open_files(_files_of(folder), str(folder), model_config(folder), key)
 
 
 def model_config(folder: Path) -> ModelConfig | None:

@@ -16,6 +16,7 @@ from farms_fast.weights.sources.adapter import (
     open_adapter,
 )
 from farms_fast.weights.sources.file_formats import open_files
+from farms_fast.weights.sources.file_source import no_keys
 from farms_fast.weights.sources.folder import model_config, open_folder
 from farms_fast.weights.sources.hub import download as download_model
 from farms_fast.weights.sources.hub import hub_name, local_path
@@ -27,7 +28,7 @@ Model = nn.Module | Mapping[str, Any] | str | os.PathLike[str]
 
 
 def open_source(
-    model: Model, *, base: Model | None = None, download: bool = False
+    model: Model, *, base: Model | None = None, key: str | None = None, download: bool = False
 ) -> HeaderSource | ModuleSource | AdapterSource:
     """Opens whatever holds weights.
 
@@ -42,6 +43,8 @@ def open_source(
             other name. Its `config.json` tells what headers do not.
         base: for the folder of a LoRA adapter, the model that it changes: anything that `model`
             may be but an adapter. None takes what the adapter's config names.
+        key: dotted path of the mapping that holds the weights, for a mapping or pickle that has
+            several; None finds it.
         download: whether to fetch a model by its name on the Hub, weights and configs only.
 
     Returns:
@@ -52,8 +55,9 @@ def open_source(
     Raises:
         FileNotFoundError: the path, or a file that an index names, does not exist.
         ValueError: there are no readable weights, an index names a file outside its folder, an
-            adapter has no base, or `base` is given for what is no adapter. The message names what
-            was recognised instead of weights, and the way out.
+            adapter has no base, `base` is given for what is no adapter, or `key` leads to no
+            tensors or is given for what has no keys. The message names what was recognised instead
+            of weights, and the way out.
         TypeError: `model` is none of these, or an array in a mapping has no numbers.
         ImportError: the format needs a package that is not installed; the message has the extra.
 
@@ -69,7 +73,9 @@ def open_source(
     if path is None or config is None:
         if base is not None:
             raise ValueError("base: expected None, because the model is no folder of an adapter")
-        return _open("model", model, path)
+        return _open("model", model, path, key)
+    if key is not None:
+        raise no_keys(path, key)
     return AdapterSource(_open_base(path, config, base, download), open_adapter(path), config)
 
 
@@ -128,19 +134,24 @@ def _path_of(argument: str, model: object, download: bool) -> Path | None:
     return path
 
 
-def _open(argument: str, model: Model, path: Path | None) -> HeaderSource | ModuleSource:
+def _open(
+    argument: str, model: Model, path: Path | None, key: str | None = None
+) -> HeaderSource | ModuleSource:
     if isinstance(model, nn.Module):
-        return ModuleSource(model)
+        source = ModuleSource(model)
+        if key is not None:
+            raise no_keys(source.description, key)
+        return source
     if isinstance(model, Mapping):
-        return MappingSource(model, f"state dict of {len(model)} entries")
+        return MappingSource(model, f"state dict of {len(model)} entries", key)
     assert path is not None
     if path.is_dir():
-        return open_folder(path)
+        return open_folder(path, key)
     if not os.path.lexists(path):
         raise FileNotFoundError(
             f"{argument}: expected a file or folder of weights, got {str(path)!r}, which does not"
             " exist"
         )
     if recognise(path) is INDEX:
-        return open_files(read_index(path), str(path), model_config(path.parent))
-    return open_files(dict.fromkeys(numbered_shards(path)), str(path))
+        return open_files(read_index(path), str(path), model_config(path.parent), key)
+    return open_files(dict.fromkeys(numbered_shards(path)), str(path), key=key)

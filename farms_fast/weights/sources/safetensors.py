@@ -40,9 +40,15 @@ _BITS |= {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 class SafetensorsSource(FileSource):
     """Tensors of safetensors files, which keep no order: sorted by name, numbers as numbers."""
 
-    def __init__(self, files: Files, description: str, config: ModelConfig | None = None) -> None:
+    def __init__(
+        self,
+        files: Files,
+        description: str,
+        config: ModelConfig | None = None,
+        key: str | None = None,
+    ) -> None:
         self._extents: dict[tuple[Path, str], Extent] = {}
-        super().__init__(files, description, config)
+        super().__init__(files, description, config, key)
         self.headers.sort(key=lambda header: _natural_order(header.name))
 
     def _load(self, name: str, stored: Path) -> Tensor:
