@@ -7,6 +7,7 @@ from pathlib import Path
 from farms_fast.weights.model_config import ModelConfig
 from farms_fast.weights.sources import recognise as kinds
 from farms_fast.weights.sources.file_source import Files, FileSource
+from farms_fast.weights.sources.gguf import GGUFSource
 from farms_fast.weights.sources.pickles import PickleSource
 from farms_fast.weights.sources.recognise import FileKind, recognise
 from farms_fast.weights.sources.safetensors import SafetensorsSource
@@ -14,8 +15,9 @@ from farms_fast.weights.sources.safetensors import SafetensorsSource
 _SOURCES: dict[FileKind, type[FileSource]] = {
     kinds.SAFETENSORS: SafetensorsSource,
     kinds.PICKLE: PickleSource,
+    kinds.GGUF: GGUFSource,
 }
-_READ = "safetensors or a pickle of torch"
+_READ = "safetensors, a pickle of torch or GGUF"
 
 
 def is_read(path: Path) -> bool:
