@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import re
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -108,6 +109,15 @@ def no_keys(description: object, key: str) -> ValueError:
     return ValueError(
         f"key: expected None, because {description} is no mapping of mappings, got {key!r}"
     )
+
+
+def natural_order(name: str) -> list[tuple[int, int, str]]:
+    """A key that compares runs of digits as numbers, however long they are."""
+    pieces = re.split(r"([0-9]+)", name)
+    numbers = [piece.lstrip("0") for piece in pieces[1::2]]
+    order = [(1, 0, piece) for piece in pieces]
+    order[1::2] = [(0, len(number), number) for number in numbers]
+    return [key for key, piece in zip(order, pieces, strict=True) if piece]
 
 
 def file_state(file: Path | int) -> tuple[int, int]:

@@ -23,7 +23,7 @@ from farms_fast.core.optional import optional_import
 from farms_fast.core.regular_files import open_regular
 from farms_fast.weights.model_config import ModelConfig
 from farms_fast.weights.sources.binary import FieldReader
-from farms_fast.weights.sources.file_source import Extent, Files, FileSource
+from farms_fast.weights.sources.file_source import Extent, Files, FileSource, natural_order
 from farms_fast.weights.stacks import Skipped, TensorHeader
 
 _NAME_BYTES = 2**16
@@ -60,7 +60,7 @@ class _Quantised:
 
 
 class GGUFSource(FileSource):
-    """Tensors of GGUF files by the names that llama.cpp gives them.
+    """Tensors of GGUF files by the names that llama.cpp gives them, numbers as numbers.
 
     Shapes are those of torch, `(out, in)`; quantised tensors are float32.
     """
@@ -74,6 +74,7 @@ class GGUFSource(FileSource):
     ) -> None:
         self._tensors: dict[tuple[Path, str], _Quantised] = {}
         super().__init__(files, description, config, key)
+        self.headers.sort(key=lambda header: natural_order(header.name))
 
     def _load(self, name: str, stored: Path) -> Tensor:
         tensor = self._tensors[stored, name]

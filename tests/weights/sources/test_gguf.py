@@ -103,6 +103,13 @@ def test_shapes_are_those_of_torch(tmp_path: Path, dtype: str) -> None:
     assert [layer.name for layer in source.layers()[0]] == ["blk.0.attn_q", "v.patch_embd"]
 
 
+def test_layers_are_ordered_with_numbers_as_numbers(tmp_path: Path) -> None:
+    names = [f"blk.{n}.ffn_up" for n in (10, 2, 1)]
+    path = tmp_path / "m.gguf"
+    _write(path, {f"{name}.weight": np.ones((4, 32), np.float32) for name in names})
+    assert [layer.name for layer in open_source(path).layers()[0]] == names[::-1]
+
+
 def test_fused_projections_are_cut_by_the_heads_of_the_metadata(tmp_path: Path) -> None:
     weight = np.random.default_rng(0).normal(size=(24, 10)).astype(np.float32)
     heads = {"attention__head_count": 4, "attention__head_count_kv": 2, "attention__key_length": 3}
