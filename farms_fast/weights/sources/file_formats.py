@@ -8,6 +8,7 @@ from farms_fast.weights.model_config import ModelConfig
 from farms_fast.weights.sources import recognise as kinds
 from farms_fast.weights.sources.file_source import Files, FileSource
 from farms_fast.weights.sources.gguf import GGUFSource
+from farms_fast.weights.sources.hdf5 import HDF5Source
 from farms_fast.weights.sources.pickles import PickleSource
 from farms_fast.weights.sources.recognise import FileKind, recognise
 from farms_fast.weights.sources.safetensors import SafetensorsSource
@@ -16,8 +17,10 @@ _SOURCES: dict[FileKind, type[FileSource]] = {
     kinds.SAFETENSORS: SafetensorsSource,
     kinds.PICKLE: PickleSource,
     kinds.GGUF: GGUFSource,
+    kinds.HDF5: HDF5Source,
+    kinds.KERAS: HDF5Source,
 }
-_READ = "safetensors, a pickle of torch or GGUF"
+_READ = "safetensors, a pickle of torch, GGUF or HDF5"
 
 
 def is_read(path: Path) -> bool:
