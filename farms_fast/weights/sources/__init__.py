@@ -47,7 +47,7 @@ def open_source(
 
     Args:
         model: a module; a mapping of names to tensors or NumPy arrays; or a path. A path may be a
-            `.safetensors` file, a pickled state dict (`.pt`, `.pth`, `.bin`, `.ckpt`), or a folder
+            `.safetensors` file, a pickled checkpoint (`.pt`, `.pth`, `.bin`, `.ckpt`), or a folder
             with, in this order of preference, `adapter_config.json` (a PEFT adapter),
             `model.safetensors`, an index of safetensors shards, a single safetensors file,
             `pytorch_model.bin` or its index. Its `config.json` tells what headers do not.
@@ -57,7 +57,7 @@ def open_source(
             several; None finds it.
 
     Returns:
-        A source. Pickles are read with `weights_only`. An adapter has the layers of its base, with
+        A source. Nothing in a pickle is run. An adapter has the layers of its base, with
         the weights that are in effect: an update alone is of low rank and has no spectrum to fit.
         The path of the adapter's file gives its factors as they are.
 
@@ -154,7 +154,7 @@ def _open_path(argument: str, path: Path, key: str | None) -> HeaderSource:
         )
     if path.suffix == ".safetensors":
         return SafetensorsSource({path: None}, str(path))
-    if path.suffix in PICKLE_SUFFIXES:
+    if path.name.endswith(PICKLE_SUFFIXES):
         return PickleSource({path: None}, str(path), key=key)
     arrays = path.suffix == ".npz"
     in_python = " (in Python, analyze(dict(numpy.load(path))) takes it)" if arrays else ""
