@@ -22,13 +22,15 @@ from farms_fast.weights.sources.folder import (
     open_folder,
 )
 from farms_fast.weights.sources.memory import HeaderSource, MappingSource, ModuleSource, Source
-from farms_fast.weights.sources.pickles import PICKLE_SUFFIXES, PickleSource
+from farms_fast.weights.sources.numpy_files import NUMPY_SUFFIXES, NumpySource
+from farms_fast.weights.sources.pickles import PICKLE_SUFFIXES, PickleSource, StoredTensorSource
 from farms_fast.weights.sources.safetensors import SafetensorsSource
 
 __all__ = [
     "AdapterSource",
     "MappingSource",
     "ModuleSource",
+    "NumpySource",
     "PickleSource",
     "SafetensorsSource",
     "Source",
@@ -47,10 +49,10 @@ def open_source(
 
     Args:
         model: a module; a mapping of names to tensors or NumPy arrays; or a path. A path may be a
-            `.safetensors` file, a pickled checkpoint (`.pt`, `.pth`, `.bin`, `.ckpt`), or a folder
-            with, in this order of preference, `adapter_config.json` (a PEFT adapter),
-            `model.safetensors`, an index of safetensors shards, a single safetensors file,
-            `pytorch_model.bin` or its index. Its `config.json` tells what headers do not.
+            `.safetensors` file, a pickled checkpoint (`.pt`, `.pth`, `.bin`, `.ckpt`), a `.npy` or
+            `.npz` file, or a folder with, in this order of preference, `adapter_config.json` (a
+            PEFT adapter), `model.safetensors`, an index of safetensors shards, a single safetensors
+            file, `pytorch_model.bin` or its index. Its `config.json` tells what headers do not.
         base: for the folder of a LoRA adapter, the model that it changes: anything that `model`
             may be but an adapter. None takes the path that the adapter's config names.
         key: dotted path of the mapping that holds the weights, for a mapping or pickle that has
@@ -135,7 +137,7 @@ def _open(argument: str, model: Model, key: str | None = None) -> HeaderSource |
         return MappingSource(model, f"state dict of {len(model)} entries", key)
     else:
         source = _open_path(argument, Path(model).expanduser(), key)
-    if key is not None and not isinstance(source, PickleSource):
+    if key is not None and not isinstance(source, StoredTensorSource):
         raise _no_keys(source.description, key)
     return source
 
@@ -156,9 +158,9 @@ def _open_path(argument: str, path: Path, key: str | None) -> HeaderSource:
         return SafetensorsSource({path: None}, str(path))
     if path.name.endswith(PICKLE_SUFFIXES):
         return PickleSource({path: None}, str(path), key=key)
-    arrays = path.suffix == ".npz"
-    in_python = " (in Python, analyze(dict(numpy.load(path))) takes it)" if arrays else ""
+    if path.suffix in NUMPY_SUFFIXES:
+        return NumpySource({path: None}, str(path), key=key)
     raise ValueError(
         f"{argument}: expected a folder or a file ending in .safetensors,"
-        f" {', '.join(PICKLE_SUFFIXES)}, got {str(path)!r}{in_python}"
+        f" {', '.join((*PICKLE_SUFFIXES, *NUMPY_SUFFIXES))}, got {str(path)!r}"
     )

@@ -48,6 +48,7 @@ class ZipMember:
         stored: bytes that it takes.
         size: bytes that it has.
         method: 0 for bytes as they are, 8 for deflated ones; others are not read.
+        crc: checksum of its bytes. That of bytes as they are may be wrong: torch can leave it out.
     """
 
     name: str
@@ -55,6 +56,7 @@ class ZipMember:
     stored: int
     size: int
     method: int
+    crc: int
 
     @property
     def defect(self) -> str:
@@ -78,6 +80,7 @@ class StoredTensor:
         location: the storage that it is a view of; None where there is none.
         size: bytes of the storage, by what the file says of it.
         offset: of the first element in the storage, in elements.
+        begin: bytes of the location before the storage.
         swapped: whether the bytes of a number are in the other order.
         conjugated: whether the values are the conjugates of those stored.
         negated: whether the values are the negatives of those stored.
@@ -90,6 +93,7 @@ class StoredTensor:
     stride: tuple[int, ...]
     dtype: torch.dtype
     offset: int = 0
+    begin: int = 0
     swapped: bool = False
     conjugated: bool = False
     negated: bool = False
@@ -100,7 +104,7 @@ class StoredTensor:
         """Equal for two tensors of the same values in one file."""
         location = id(self.location) if isinstance(self.location, bytes) else self.location
         ways = self.dtype, self.swapped, self.conjugated, self.negated
-        return location, self.offset, self.shape, self.stride, ways
+        return location, self.begin, self.offset, self.shape, self.stride, ways
 
     @property
     def defect(self) -> str:
@@ -115,16 +119,11 @@ class StoredTensor:
         if self._end > self.size:
             return f"an end at byte {self._end:,} of a storage of {self.size:,}"
         location = self.location
-        if isinstance(location, ZipMember):
-            if location.defect:
-                return location.defect
-            if location.size < self.size:
-                return f"{location.size:,} bytes in {location.name}, which has {self.size:,}"
-        elif isinstance(location, bytes) and len(location) < self.size:
-            return f"{len(location):,} bytes of {self.size:,}"
-        elif isinstance(location, FileBytes) and location.size < self.size:
-            return f"{location.size:,} bytes of {self.size:,}"
-        return ""
+        if isinstance(location, ZipMember) and location.defect:
+            return location.defect
+        there = len(location or b"") if isinstance(location, bytes | None) else location.size
+        lacks = there < self.begin + self.size and not getattr(location, "is_text", False)
+        return f"{max(0, there - self.begin):,} bytes of {self.size:,}" if lacks else ""
 
     @property
     def _start(self) -> int:
@@ -144,7 +143,8 @@ class StoredTensor:
             raise BrokenContent(self.reason or self.defect or "it has no values")
         if 0 in self.shape:
             return torch.empty(self.shape, dtype=self.dtype, device="cpu")
-        raw = bytes_of(self.location, self._start, self._end - self._start, read)
+        start = self.begin + self._start
+        raw = bytes_of(self.location, start, self._end - self._start, read)
         if self.swapped:
             unit = self.dtype.itemsize // (2 if self.dtype.is_complex else 1)
             raw = raw.view(-1, unit).flip(1).reshape(-1)
@@ -174,23 +174,27 @@ def _inflated(member: ZipMember, start: int, offset: int, count: int, read: Read
     """Bytes of a deflated member; no more of it is held than these."""
     content = torch.empty(count, dtype=torch.uint8, device="cpu")
     target = content.numpy().data
-    engine, compressed, taken, done = zlib.decompressobj(-zlib.MAX_WBITS), b"", 0, -offset
+    engine, compressed, taken = zlib.decompressobj(-zlib.MAX_WBITS), b"", 0
+    done, crc = -offset, 0
     try:
         while done < count:
             if not compressed and taken < member.stored:
                 size = min(_INFLATED_AT_ONCE, member.stored - taken)
                 compressed = read(start + taken, size).numpy().tobytes()
                 taken += size
-            piece = engine.decompress(compressed, _INFLATED_AT_ONCE)
+            piece = engine.decompress(compressed, min(_INFLATED_AT_ONCE, count - done))
             if not piece and (engine.eof or taken == member.stored):
                 raise BrokenContent(f"{member.name} is damaged")
             compressed = engine.unconsumed_tail
-            kept = piece[max(0, -done) : count - done]
+            kept = piece[max(0, -done) :]
             first = max(0, done)
             target[first : first + len(kept)] = kept
             done += len(piece)
+            crc = zlib.crc32(piece, crc)
     except zlib.error:
         raise BrokenContent(f"{member.name} is damaged") from None
+    if offset + count == member.size and crc != member.crc:
+        raise BrokenContent(f"{member.name} is damaged")
     return content
 
 

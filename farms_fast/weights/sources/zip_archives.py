@@ -51,7 +51,7 @@ def zip_members(path: Path) -> dict[str, ZipMember]:
             start = _start_of(file.fileno(), entry, size)
             method = -1 if entry.flag_bits & _ENCRYPTED else entry.compress_type
             members[entry.filename] = ZipMember(
-                entry.filename, start, entry.compress_size, entry.file_size, method
+                entry.filename, start, entry.compress_size, entry.file_size, method, entry.CRC
             )
     return members
 

@@ -27,6 +27,7 @@ from farms_fast.weights.sources.torch_files.tensors import FUNCTIONS
 from tests.support.checkpoints import WEIGHTS, loaded
 
 MIB = 2**20
+MANY = 2 * 10**5
 
 
 def text(value: str) -> bytes:
@@ -189,13 +190,9 @@ BOMBS: dict[str, Callable[[], bytes]] = {
         b"(" + b"N" * 10**5 + b"tq\0" + b"ctorch\nSize\nh\0R" * 10**4 + b"."
     ),
     "bytes": lambda: (
-        b"]"
-        + text("x" * 1000)
-        + b"q\0c_codecs\nencode\nq\1"
-        + b"h\1h\0\x85R" * 2 * 3 * 10**4
-        + b"."
+        b"]" + text("x" * 1000) + b"q\0c_codecs\nencode\nq\1" + b"h\1h\0\x85R" * MANY + b"."
     ),
-    "names": lambda: text("x" * 900) + b"q\0" + b"h\0h\0\x93" * 2 * 3 * 10**4 + b".",
+    "names": lambda: text("x" * 900) + b"q\0" + b"h\0h\0\x93" * MANY + b".",
 }
 
 

@@ -215,7 +215,7 @@ def test_tensor_beyond_its_storage_is_an_error(tmp_path: Path, view: Any, zipped
 @pytest.mark.parametrize("content", [b"", b"too short"])
 def test_storage_that_is_too_short_is_an_error(tmp_path: Path, content: bytes) -> None:
     path = rewritten(saved({"w": torch.ones(3, 4)}, tmp_path / "m.pt"), {"data/0": content})
-    with pytest.raises(ValueError, match=r"m.pt: expected 'w' in its storage, got \d bytes in"):
+    with pytest.raises(ValueError, match=r"m.pt: expected 'w' in its storage, got \d bytes of"):
         open_source(path)
 
 

@@ -200,7 +200,7 @@ def test_empty_path_is_not_the_current_folder() -> None:
         open_source("")
 
 
-@pytest.mark.parametrize("name", ["m.npz", "m.onnx", "m", "m.safetensors.index.json"])
+@pytest.mark.parametrize("name", ["m.zip", "m.onnx", "m", "m.safetensors.index.json"])
 def test_unsupported_suffix(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"x")
     with pytest.raises(ValueError, match=rf"ending in .safetensors, .pt.*got .*{name}"):
