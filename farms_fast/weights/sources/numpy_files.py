@@ -29,7 +29,6 @@ from farms_fast.weights.sources.stored_tensors import (
 from farms_fast.weights.sources.zip_archives import zip_members
 from farms_fast.weights.stacks import Skipped, TensorHeader
 
-NUMPY_SUFFIXES = (".npy", ".npz")
 # NumPy itself takes headers up to 10,000 bytes.
 _HEADER_BYTES = 2**14
 _HEADERS = {

@@ -18,14 +18,14 @@ from farms_fast.weights.sources.stored_tensors import BrokenContent, StoredTenso
 from farms_fast.weights.sources.torch_files.reader import read_checkpoint
 from farms_fast.weights.stacks import Skipped, TensorHeader
 
-PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".pkl", ".pickle", ".ptl")
-
 
 class StoredTensorSource(FileSource):
     """Tensors that files keep as plain memory, in mappings that may wrap them or be nested.
 
     `key` is the dotted path of the mapping to take where there are several.
     """
+
+    takes_key = True
 
     def __init__(
         self,
@@ -34,9 +34,8 @@ class StoredTensorSource(FileSource):
         config: ModelConfig | None = None,
         key: str | None = None,
     ) -> None:
-        self._key = key
         self._tensors: dict[tuple[Path, str], StoredTensor] = {}
-        super().__init__(files, description, config)
+        super().__init__(files, description, config, key)
 
     def _load(self, name: str, stored: Path) -> Tensor:
         try:

@@ -34,26 +34,36 @@ class _LimitedReads:
         return content
 
 
+def zip_names(path: Path) -> list[str]:
+    """The names of an archive's members; `BrokenContent` for what is no sound archive."""
+    with open_regular(path) as file:
+        return [entry.filename for entry in _entries(file)]
+
+
 def zip_members(path: Path) -> dict[str, ZipMember]:
     """The members of an archive by their names; `BrokenContent` for what is no sound archive."""
+    members: dict[str, ZipMember] = {}
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-        limited: Any = _LimitedReads(file)
-        try:
-            with zipfile.ZipFile(limited) as archive:
-                entries = archive.infolist()
-        except _BROKEN as error:
-            raise BrokenContent(f"its zip archive is broken: {error}") from None
-        members: dict[str, ZipMember] = {}
-        for entry in entries:
-            if entry.filename in members:
-                raise BrokenContent(f"its zip archive has {entry.filename[:200]!r} twice")
+        for entry in _entries(file):
+            name = entry.filename
+            if name in members:
+                raise BrokenContent(f"its zip archive has {name[:200]!r} twice")
             start = _start_of(file.fileno(), entry, size)
             method = -1 if entry.flag_bits & _ENCRYPTED else entry.compress_type
-            members[entry.filename] = ZipMember(
-                entry.filename, start, entry.compress_size, entry.file_size, method, entry.CRC
+            members[name] = ZipMember(
+                name, start, entry.compress_size, entry.file_size, method, entry.CRC
             )
     return members
+
+
+def _entries(file: BinaryIO) -> list[zipfile.ZipInfo]:
+    limited: Any = _LimitedReads(file)
+    try:
+        with zipfile.ZipFile(limited) as archive:
+            return archive.infolist()
+    except _BROKEN as error:
+        raise BrokenContent(f"its zip archive is broken: {error}") from None
 
 
 def _start_of(descriptor: int, entry: zipfile.ZipInfo, size: int) -> int | None:

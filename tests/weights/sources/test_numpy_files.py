@@ -74,7 +74,6 @@ def test_what_is_no_array_of_numbers_is_listed(tmp_path: Path) -> None:
 
 BROKEN = {
     "noise.npy": b"noise",
-    "empty.npy": b"",
     "version.npy": b"\x93NUMPY\x09\0" + bytes(100),
     "header.npy": b"\x93NUMPY\1\0\x10\0" + b"('deep',[[[[[[[[" + bytes(64),
     "cut.npz": b"PK\x03\x04" + bytes(60),

@@ -30,7 +30,7 @@ from farms_fast.weights.sources.zip_archives import zip_members
 _MAGIC = 0x1950A86A20F9469CFC6C
 _ZIP = b"PK\x03\x04"
 # Members of the archives of torch before 0.1.10, which are tar files.
-_TAR = (b"sys_info\0", b"pickle\0", b"tensors\0", b"storages\0")
+OLD_ARCHIVE_MEMBERS = (b"sys_info\0", b"pickle\0", b"tensors\0", b"storages\0")
 # Of the code of a TorchScript archive: it names the buffers.
 _CODE_BYTES = 2**22
 _BUFFERS = re.compile(
@@ -49,7 +49,7 @@ def read_checkpoint(path: Path, read: Read) -> Checkpoint:
         try:
             if start.startswith(_ZIP):
                 return _read_zip(path, file, read)
-            if start.startswith(_TAR) or start[257:262] == b"ustar":
+            if start.startswith(OLD_ARCHIVE_MEMBERS):
                 raise BrokenContent("it is a tar file, which torch wrote before version 0.1.10")
             size = os.fstat(file.fileno()).st_size
             return Checkpoint(_read_pickles(PickleStream(file, 0, size), nested=True))
