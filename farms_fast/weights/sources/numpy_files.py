@@ -6,6 +6,7 @@ Only headers are read to know the arrays, also of compressed members.
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -77,7 +78,9 @@ def _array(file: BinaryIO, location: Location) -> StoredTensor:
         version = np.lib.format.read_magic(file)
         if version not in _HEADERS:
             raise BrokenContent(f"a header of version {version}, which is not read")
-        shape, fortran, dtype = _HEADERS[version](file)
+        with warnings.catch_warnings():  # about files of Python 2
+            warnings.simplefilter("ignore")
+            shape, fortran, dtype = _HEADERS[version](file)
     except BrokenContent:
         raise
     except Exception:  # NumPy's parser raises many things

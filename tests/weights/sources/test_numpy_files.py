@@ -40,6 +40,14 @@ def test_arrays_are_those_that_were_saved(tmp_path: Path, save: Callable[..., An
         assert np.array_equal(tensor.numpy(), ARRAYS[header.name])
 
 
+@pytest.mark.filterwarnings("error")
+def test_header_of_python_2(tmp_path: Path) -> None:
+    path = tmp_path / "m.npy"
+    np.save(path, np.ones((30, 40)))
+    path.write_bytes(path.read_bytes().replace(b"(30, 40), }  ", b"(30L, 40L), }"))
+    assert open_source(path).headers[0].shape == (30, 40)
+
+
 def test_single_array_is_named_after_its_file(tmp_path: Path) -> None:
     np.save(tmp_path / "fc.weight.npy", ARRAYS["down.weight"])
     source = open_source(tmp_path / "fc.weight.npy")

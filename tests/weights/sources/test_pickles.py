@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from farms_fast.weights.sources import PickleSource, open_source
 from tests.support.checkpoints import WEIGHTS, assert_holds_weights, loaded, write_index
@@ -358,6 +359,19 @@ def test_quantised_weights_of_a_module_are_its_buffers(tmp_path: Path) -> None:
     module.register_buffer("weight_scale", torch.ones(3, 1))
     source = open_source(saved(module, tmp_path / "m.pt"))
     assert [header.name for header in source.headers] == ["weight", "weight_scale"]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.spectral_norm")
+def test_parts_of_reparametrised_weights_of_a_module_are_there(tmp_path: Path) -> None:
+    """One part of such a weight would be read as a weight by itself if the others were left out."""
+    module = nn.Sequential(nn.Linear(6, 5, bias=False), nn.Linear(5, 4, bias=False))
+    prune.l1_unstructured(module[0], "weight", 0.5)
+    nn.utils.spectral_norm(module[1])
+    source = open_source(saved(module, tmp_path / "m.pt"))
+    assert {header.name for header in source.headers} == {
+        *("0.weight_orig", "0.weight_mask"),
+        *("1.weight_orig", "1.weight_u", "1.weight_v"),
+    }
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from farms_fast.weights.formats.quantised import QUANTISED_BUFFERS
@@ -13,7 +14,6 @@ from farms_fast.weights.sources.torch_files.machine import Global, StandIn
 from farms_fast.weights.sources.torch_files.tensors import (
     NumpyArray,
     TorchTensor,
-    as_buffer,
     as_stored,
 )
 
@@ -74,24 +74,43 @@ class Checkpoint:
         for name, tensor in _items(state.get("_buffers")):
             stored = self.stored(tensor)
             if stored is not None:
-                weight = name in QUANTISED_BUFFERS and (
-                    name != "weight" or stored.dtype.itemsize == 1
-                )
-                entries[name] = stored if weight else as_buffer(stored, self.swapped)
+                entries[name] = _of_module(name, stored, entries)
         entries.update((name, m) for name, m in _items(state["_modules"]) if m is not None)
         return entries
 
     def _scripted_entries(self, value: StandIn) -> dict[Any, Any]:
         buffers = (self.buffers or {}).get(value.name, frozenset())
-        return {
-            name: as_buffer(entry, self.swapped) if name in buffers else entry
-            for name, entry in value.state.items()
-            if isinstance(entry, _OF_SCRIPTED) or name == CONSTANTS
-        }
+        entries: dict[Any, Any] = {}
+        for name, entry in value.state.items():
+            if isinstance(entry, _OF_SCRIPTED) or name == CONSTANTS:
+                stored = self.stored(entry) if name in buffers else None
+                entries[name] = entry if stored is None else _of_module(name, stored, value.state)
+        return entries
 
 
 _OF_SCRIPTED = (StandIn, TorchTensor)
 _HOLDERS = (*_OF_SCRIPTED, dict, list, tuple, StoredTensor, NumpyArray)
+
+
+# What pruning and spectral normalisation keep beside a parameter `weight_orig`.
+_BESIDE_ORIGINAL = re.compile(r"(.+)_(?:mask|u|v)")
+
+
+def _of_module(name: Any, buffer: StoredTensor, beside: Mapping[Any, Any]) -> StoredTensor:
+    """A module's buffer, with a reason against it unless it is a part of a weight."""
+    if buffer.reason or _is_of_weight(name, buffer, beside):
+        return buffer
+    return replace(buffer, reason="a buffer of its module, no weight")
+
+
+def _is_of_weight(name: Any, buffer: StoredTensor, parameters: Mapping[Any, Any]) -> bool:
+    """Whether a module's buffer is a part of a weight: quantised, or what the weight is made of."""
+    if name in QUANTISED_BUFFERS:
+        return name != "weight" or buffer.dtype.itemsize == 1
+    if name == "mask" and "weight" in parameters:
+        return True
+    original = _BESIDE_ORIGINAL.fullmatch(name) if isinstance(name, str) else None
+    return original is not None and f"{original[1]}_orig" in parameters
 
 
 def _items(entries: Any) -> list[tuple[Any, Any]]:

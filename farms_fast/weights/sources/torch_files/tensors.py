@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -388,9 +388,3 @@ def as_stored(value: Any, swapped: bool) -> StoredTensor | None:
     if isinstance(value, TorchTensor):
         return value.stored(swapped)
     return value.stored() if isinstance(value, NumpyArray) else None
-
-
-def as_buffer(value: Any, swapped: bool) -> StoredTensor | None:
-    """As `as_stored`, for a module's buffer, which is no weight."""
-    stored = as_stored(value, swapped)
-    return stored and replace(stored, reason=stored.reason or "a buffer of its module, no weight")
