@@ -9,6 +9,7 @@ from farms_fast.weights.sources import recognise as kinds
 from farms_fast.weights.sources.file_source import Files, FileSource
 from farms_fast.weights.sources.gguf import GGUFSource
 from farms_fast.weights.sources.hdf5 import HDF5Source
+from farms_fast.weights.sources.msgpack import MsgpackSource
 from farms_fast.weights.sources.numpy_files import NumpySource
 from farms_fast.weights.sources.onnx import ONNXSource
 from farms_fast.weights.sources.pickles import PickleSource
@@ -24,8 +25,9 @@ _SOURCES: dict[FileKind, type[FileSource]] = {
     kinds.HDF5: HDF5Source,
     kinds.KERAS: HDF5Source,
     kinds.ONNX: ONNXSource,
+    kinds.MSGPACK: MsgpackSource,
 }
-_READ = "safetensors, a pickle of torch, .npz, .npy, GGUF, HDF5 or ONNX"
+_READ = "safetensors, a pickle of torch, .npz, .npy, GGUF, HDF5, ONNX or msgpack"
 
 
 def is_read(path: Path) -> bool:
