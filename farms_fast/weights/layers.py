@@ -16,7 +16,12 @@ from farms_fast.core.arguments import check_module, unmatched_pattern
 from farms_fast.weights.formats.lora_modules import Wrapper, module_wrappers, visible_name
 from farms_fast.weights.formats.quantised import dequantised_headers
 from farms_fast.weights.model_config import ModelConfig
-from farms_fast.weights.module_tensors import own_tensors, sparse_layout, tensor_identity
+from farms_fast.weights.module_tensors import (
+    own_tensors,
+    shape_of,
+    sparse_layout,
+    tensor_identity,
+)
 from farms_fast.weights.recipes import Computed
 from farms_fast.weights.rules.header_index import HeaderIndex, Weight
 from farms_fast.weights.rules.layer_rules import layers_of
@@ -48,10 +53,11 @@ def layers_from_headers(
     their headers. A header does not say whether a convolution is grouped or, without a bias,
     transposed: all are read as `(out, in, *kernel)`.
     """
-    names = [header.name for header in headers]
-    if len(set(names)) != len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"headers: expected each name once, got {twice!r} more than once")
+    seen: set[str] = set()
+    for header in headers:
+        if header.name in seen:
+            raise ValueError(f"headers: expected each name once, got {header.name!r} twice")
+        seen.add(header.name)
     weights = _changed(merge_complex_parts(dequantised_headers(headers, config)), change)
     index = HeaderIndex((header for header, _ in weights), config, {})
     answers = [(header, reason or layers_of(Weight(header, index))) for header, reason in weights]
@@ -85,7 +91,7 @@ def layers_from_module(
             lazy = isinstance(tensor, nn.parameter.UninitializedParameter)
             header = TensorHeader(
                 visible,
-                () if lazy else tuple(tensor.shape),
+                shape_of(tensor),
                 tensor.dtype,
                 None if lazy else tensor_identity(tensor),
                 () if visible == name else (name,),

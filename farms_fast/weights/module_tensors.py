@@ -8,6 +8,7 @@ from collections.abc import Hashable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from farms_fast.weights.formats.quantised import QUANTISED_BUFFERS
@@ -16,6 +17,12 @@ ON_META = (
     "is on the meta device: load the weights first (model.load_state_dict(state_dict, "
     "assign=True), or from_pretrained without offloading)"
 )
+NOT_INITIALISED = "not initialised: run the module once"
+_PACKED = (
+    "packed for the kernels of torch.ao's quantised modules, which is not read: analyse the model "
+    "as it was before"
+)
+_SCRIPTED = "in a ScriptModule, whose parts have lost their types: give the module it was made of"
 # What weight_norm, spectral_norm and pruning put in the place of a parameter, as forward hooks.
 _HOOKED = re.compile(r"(.+)_(?:orig|g|v)")
 
@@ -49,7 +56,7 @@ def _dequantised(tensor: Tensor) -> Tensor:
 
 def tensor_identity(tensor: Tensor) -> Hashable | None:
     """A key that is equal for two tensors of the same memory, shape, strides and dtype."""
-    if tensor.layout is not torch.strided or tensor.numel() == 0:
+    if sparse_layout(tensor) or tensor.numel() == 0:
         return None
     storage = tensor.untyped_storage()
     try:
@@ -61,8 +68,17 @@ def tensor_identity(tensor: Tensor) -> Hashable | None:
     return str(tensor.device), address, offset, shape, strides, tensor.dtype
 
 
+def shape_of(tensor: Tensor) -> tuple[int, ...]:
+    """Its shape; empty where it has none: not initialised, or nested."""
+    if is_lazy(tensor) or tensor.is_nested:
+        return ()
+    return tuple(tensor.shape)
+
+
 def sparse_layout(tensor: Tensor) -> str:
     """Why a tensor cannot be analysed that is not dense."""
+    if tensor.is_nested:
+        return "nested tensor: give its parts by name"
     if tensor.layout is torch.strided:
         return ""
     return f"layout {str(tensor.layout).removeprefix('torch.')}: make it dense first"
@@ -82,6 +98,13 @@ def _effective(owner: nn.Module, leaf: str) -> Tensor:
     return _dequantised(tensor) if isinstance(tensor, Tensor) else tensor  # type: ignore[no-any-return]
 
 
+def _packed(owner: nn.Module) -> Iterator[tuple[str, Tensor, str]]:
+    """Weights that torch.ao's quantised modules hold as objects, not as tensors."""
+    for leaf, value in vars(owner).items():
+        if isinstance(value, torch.ScriptObject):
+            yield leaf, torch.empty((), dtype=torch.int8, device="meta"), _PACKED
+
+
 def own_tensors(owner: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor, str]]:
     """A module's own tensors: leaf name, tensor, and why it is not analysed."""
     parameters = owner.named_parameters(recurse=False, remove_duplicate=False)
@@ -89,13 +112,17 @@ def own_tensors(owner: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor, st
         reason = "original of a parametrised weight, which is analysed as the module uses it"
         yield from ((leaf, parameter, reason) for leaf, parameter in parameters)
         return
+    if isinstance(owner, torch.jit.ScriptModule):
+        yield from ((leaf, parameter, _SCRIPTED) for leaf, parameter in parameters)
+        return
+    yield from _packed(owner)
     seen: set[str] = set()
     for leaf, parameter in parameters:
         match = _HOOKED.fullmatch(leaf)
         used = owner.__dict__.get(match[1]) if match else None
         if match is None or not isinstance(used, Tensor):
-            lazy = isinstance(parameter, nn.parameter.UninitializedParameter)
-            yield leaf, parameter, "not initialised: run the module once" if lazy else ""
+            lazy = is_lazy(parameter)
+            yield leaf, parameter, NOT_INITIALISED if lazy else ""
             continue
         if match[1] not in seen:
             seen.add(match[1])

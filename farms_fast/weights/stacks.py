@@ -10,8 +10,25 @@ import torch
 from torch import Tensor
 
 Globs = str | Sequence[str] | None
+# Keras and TensorFlow append the number of a variable's output to its name.
+_OUTPUT = ":0"
 # A recipe of `farms_fast.weights.recipes`, or a caller's own function.
 ToTensor = Callable[..., Tensor]
+
+
+def leaf_name(name: str) -> str:
+    """What stands after the last dot or slash, without the `:0` of a TensorFlow variable.
+
+    Example:
+        >>> leaf_name("encoder.fc.weight"), leaf_name("conv2d/kernel:0")
+        ('weight', 'kernel')
+    """
+    stem = name.removesuffix(_OUTPUT)
+    return stem[_leaf_start(stem) :]
+
+
+def _leaf_start(name: str) -> int:
+    return max(name.rfind("."), name.rfind("/")) + 1
 
 
 @dataclass(frozen=True)
@@ -82,11 +99,17 @@ class TensorHeader:
     @property
     def leaf(self) -> str:
         """The name within the module."""
-        return self.name.rpartition(".")[2]
+        return leaf_name(self.name)
+
+    @property
+    def module(self) -> str:
+        """The name of the module that has it."""
+        return self.name[: max(0, _leaf_start(self.name.removesuffix(_OUTPUT)) - 1)]
 
     def neighbour(self, leaf: str) -> str:
         """The name of the tensor `leaf` of the same module."""
-        return self.name.removesuffix(self.leaf) + leaf
+        stem = self.name.removesuffix(_OUTPUT)
+        return stem[: _leaf_start(stem)] + leaf + self.name[len(stem) :]
 
 
 class WeightCandidate(NamedTuple):

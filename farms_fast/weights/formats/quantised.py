@@ -73,6 +73,9 @@ class _Stored:
     def computed(
         self, shape: tuple[int, ...], parts: Sequence[TensorHeader], recipe: Recipe
     ) -> WeightCandidate:
+        # A recipe computes with real numbers and would drop the imaginary parts.
+        if complex_part := next((part for part in parts if part.dtype.is_complex), None):
+            return self.refused(f"whose {complex_part.leaf} holds complex numbers")
         return WeightCandidate.computed(self.name, shape, torch.float32, parts, recipe)
 
 

@@ -6,15 +6,12 @@ from collections.abc import Iterable, Mapping
 from functools import cached_property
 
 from farms_fast.weights.model_config import ModelConfig
-from farms_fast.weights.stacks import TensorHeader
+from farms_fast.weights.stacks import TensorHeader, leaf_name
 
+# Of a module's main weight, so that only the module's name says what it is for.
+_MAIN_LEAVES = frozenset({"weight", "kernel", "w", "weights", "table"})
 # Names of layers that GPT-2 stores (in, out).
 _GPT2_LEAVES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
-
-
-def leaf_name(name: str) -> str:
-    """What stands after the last dot."""
-    return name.rpartition(".")[2]
 
 
 class HeaderIndex:
@@ -52,14 +49,21 @@ class HeaderIndex:
 class Weight:
     """A tensor that the rules make layers of, in its model.
 
-    `name` is the layer's, `leaf` the tensor's within its module; `bias` is beside a `weight`.
+    `name` is the layer's, `leaf` the tensor's within its module; `bias` is beside a main weight.
     """
 
     def __init__(self, header: TensorHeader, index: HeaderIndex) -> None:
         self.header, self.index = header, index
         self.shape, self.rank = header.shape, len(header.shape)
         self.name, self.leaf = index.layer_name(header.name), header.leaf
-        self.bias = self.same_module("bias") if self.leaf == "weight" else None
+        self.bias = self.same_module("bias") if self.leaf in _MAIN_LEAVES else None
+
+    @property
+    def role(self) -> str:
+        """What the model calls it: the name of its module, or its own if that says more."""
+        if self.leaf not in _MAIN_LEAVES:
+            return self.leaf
+        return leaf_name(self.header.module) or self.leaf
 
     def same_module(self, leaf: str) -> TensorHeader | None:
         """The tensor `leaf` of the same module, if there is one."""
@@ -68,7 +72,7 @@ class Weight:
     @property
     def bias_proves_transposed(self) -> bool:
         """Whether it is stored (in, out, ...): its bias has the length of the second dimension."""
-        if self.bias is None or self.rank < 2:
+        if self.leaf != "weight" or self.bias is None or self.rank < 2:
             return False
         out, inputs = self.shape[:2]
         return self.bias.shape == (inputs,) and inputs != out

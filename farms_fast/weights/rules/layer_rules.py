@@ -10,14 +10,16 @@ import math
 import re
 from collections.abc import Mapping
 
+import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from farms_fast.core.arrays import FLOATING
+from farms_fast.core.arrays import COMPLEX, FLOATING
 from farms_fast.weights.recipes import AsStored, HeadRows, Rows, TrailingPositions
-from farms_fast.weights.rules.header_index import Weight, leaf_name
+from farms_fast.weights.rules.header_index import Weight
 from farms_fast.weights.rules.operator_layers import spectral_layers
-from farms_fast.weights.stacks import Part
+from farms_fast.weights.rules.tables import names_embedding, names_positions, not_a_weight
+from farms_fast.weights.stacks import Part, leaf_name
 
 Answer = list[Part] | str | None
 
@@ -28,17 +30,6 @@ _FUSED_QKV_LEAVES = frozenset({"qkv", "c_attn", "Wqkv", "qkv_proj", "to_qkv"})
 _SEPARATE_QKV = {"q_proj_weight": "q", "k_proj_weight": "k", "v_proj_weight": "v"}
 _RECURRENT = re.compile(r"weight_(ih|hh|hr)(_l\d+(?:_reverse)?)?")
 _GATES = {4: ("lstm", "ifgo"), 3: ("gru", "rzn"), 1: ("rnn", "")}
-_EMBEDDINGS = ("wte", "wpe", "relative_attention_bias")
-_NOT_WEIGHTS = (
-    (re.compile(r"(^|_)bias(_|$)"), "a bias"),
-    (re.compile(r"(^|_)mask$"), "a mask"),
-    (re.compile(r"^(cos|sin)_cached$|^freqs_cis$|^inv_freq$"), "a table of rotary positions"),
-    (re.compile(r"^(input|output|k|v)_scale$"), "a scale of activations"),
-    (
-        re.compile(r"(^|weight_|proj_)scales?(_inv|_2)?$|^q?zeros$|^weight_zero_point$|^SCB$"),
-        "the scale of a quantised weight",
-    ),
-)
 
 
 def _cut_rows(
@@ -177,7 +168,9 @@ def _unusable(weight: Weight) -> Answer:
     dtype = str(weight.header.dtype).removeprefix("torch.")
     if dtype.startswith(("float8", "float4")):
         return f"dtype {dtype} is quantised, in a format that is not read"
-    if weight.header.dtype not in FLOATING and not weight.header.dtype.is_complex:
+    if weight.header.dtype == torch.complex32:
+        return "dtype complex32 has no arithmetic: convert it to complex64"
+    if weight.header.dtype not in FLOATING + COMPLEX:
         return f"dtype {dtype} is not floating point: indices, flags or quantised weights"
     if math.prod(weight.shape) == 0:
         return "empty tensor"
@@ -185,9 +178,8 @@ def _unusable(weight: Weight) -> Answer:
 
 
 def _not_a_weight(weight: Weight) -> Answer:
-    for pattern, what in _NOT_WEIGHTS:
-        if pattern.search(weight.leaf):
-            return f"{what}, not a weight"
+    if reason := not_a_weight(weight.leaf):
+        return reason
     if weight.bias is not None and weight.bias.shape == weight.shape:
         return "elementwise scale (its bias has the same shape), not a matrix"
     return None
@@ -243,11 +235,11 @@ def _experts(weight: Weight) -> Answer:
 def _embedding(weight: Weight) -> Answer:
     # A table of embeddings has no bias; a projection whose name says "embed" usually has one.
     flat_table = weight.rank == 2 and weight.bias is None
-    is_table = flat_table or (weight.rank == 3 and weight.shape[0] == 1)
-    leaf = leaf_name(weight.name).lower()
-    named = "embed" in leaf or "emb" in leaf.split("_") or leaf in _EMBEDDINGS
-    named = weight.name == "shared" or (named and leaf != "embed_out")  # GPT-NeoX's output layer
-    return embedding(weight) if is_table and named else None
+    if flat_table or (weight.rank == 3 and weight.shape[0] == 1):
+        is_shared = weight.role == "shared" and not re.search("mlp|moe|expert", weight.name.lower())
+        return embedding(weight) if is_shared or names_embedding(weight.role) else None
+    positions = weight.leaf == weight.role and names_positions(weight.role)
+    return "a table of positions, not a matrix" if positions else None
 
 
 def _by_rank(weight: Weight) -> list[Part] | str:

@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import reduce
 
 import torch
 from torch import nn
@@ -109,7 +110,8 @@ def _merged(name: str, parts: Sequence[TensorHeader], note: str) -> list[WeightC
         reason = f"part of {name}, whose factors do not fit together: {shapes}"
     else:
         combine = replace(combine, joint=note.startswith("joint"))
-        dtype = _complex_of(parts[0].dtype) if combine.pairs else parts[0].dtype
+        dtype = reduce(torch.promote_types, (part.dtype for part in parts))
+        dtype = _complex_of(dtype) if combine.pairs else dtype
         return [WeightCandidate.computed(name, combine.shape, dtype, parts, combine)]
     return [WeightCandidate(part, reason) for part in parts]
 
@@ -162,6 +164,8 @@ def module_notes(module: nn.Module) -> dict[str, str]:
     notes: dict[str, str] = {}
     for path, owner in module.named_modules(remove_duplicate=False):
         dot = f"{path}." if path else ""
+        if isinstance(owner, torch.jit.ScriptModule):
+            continue
         if hasattr(owner, "tensorized_shape"):
             notes[path] = "tensorised"
         elif type(owner).__name__.startswith("Complex") and hasattr(owner, "to_tensor"):

@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from farms_fast.core.arrays import from_numpy
 from farms_fast.weights.layers import layers_from_headers, layers_from_module
 from farms_fast.weights.model_config import ModelConfig
-from farms_fast.weights.module_tensors import data_of, module_tensor, sparse_layout, tensor_identity
+from farms_fast.weights.module_tensors import (
+    data_of,
+    module_tensor,
+    shape_of,
+    sparse_layout,
+    tensor_identity,
+)
 from farms_fast.weights.stacks import (
     Globs,
     Layers,
@@ -99,7 +105,7 @@ class MappingSource(HeaderSource):
             if not isinstance(value, (Tensor, np.ndarray)):
                 self.skipped.append(Skipped(name, (), f"not a tensor: {type(value).__name__}"))
             elif isinstance(value, Tensor) and (reason := sparse_layout(value)):
-                self.skipped.append(Skipped(name, tuple(value.shape), reason))
+                self.skipped.append(Skipped(name, shape_of(value), reason))
             else:
                 self._stored[name] = value
                 self.headers.append(_header(name, value))

@@ -59,7 +59,7 @@ class SafetensorsSource(FileSource):
     def _load(self, name: str, stored: Path) -> Tensor:
         extent = self._extents[stored][name]
         if extent.bytes == 0:
-            return torch.empty(extent.shape, dtype=extent.dtype)
+            return torch.empty(extent.shape, dtype=extent.dtype, device="cpu")
         with stored.open("rb") as file:
             same = file_state(file.fileno()) == self._states[stored]
             content = _bytes_of(file.fileno(), extent) if same else None
@@ -107,7 +107,7 @@ def _bytes_of(descriptor: int, extent: _Extent) -> Tensor | None:
         with contextlib.suppress(OSError):  # too many open files or maps: read instead
             pages = mmap.mmap(descriptor, size, access=mmap.ACCESS_COPY, offset=start)
             return torch.frombuffer(pages, dtype=torch.uint8, count=extent.bytes, offset=before)
-    content = torch.empty(extent.bytes, dtype=torch.uint8)
+    content = torch.empty(extent.bytes, dtype=torch.uint8, device="cpu")
     target, done = content.numpy().data, 0
     while done < extent.bytes:
         count = os.preadv(descriptor, [target[done:]], extent.offset + done)
@@ -118,5 +118,10 @@ def _bytes_of(descriptor: int, extent: _Extent) -> Tensor | None:
 
 
 def _natural_order(name: str) -> list[tuple[int, int, str]]:
-    pieces = re.split(r"(\d+)", name)
-    return [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in pieces if p]
+    """Numbers by their digits: Python makes no integer of very many."""
+    pieces = [piece for piece in re.split(r"([0-9]+)", name) if piece]
+    digits = [piece.lstrip("0") if piece[0] in "0123456789" else None for piece in pieces]
+    return [
+        (1, 0, piece) if number is None else (0, len(number), number)
+        for piece, number in zip(pieces, digits, strict=True)
+    ]
