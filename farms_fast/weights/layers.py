@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 from farms_fast.core.arguments import check_module, unmatched_pattern
 from farms_fast.weights.formats.lora_modules import Wrapper, module_wrappers, visible_name
 from farms_fast.weights.formats.quantised import dequantised_headers
+from farms_fast.weights.formats.reparametrised import reparametrised_headers
 from farms_fast.weights.model_config import ModelConfig
 from farms_fast.weights.module_tensors import (
     own_tensors,
@@ -58,7 +59,8 @@ def layers_from_headers(
         if header.name in seen:
             raise ValueError(f"headers: expected each name once, got {header.name!r} twice")
         seen.add(header.name)
-    weights = _changed(merge_complex_parts(dequantised_headers(headers, config)), change)
+    weights = reparametrised_headers(dequantised_headers(headers, config))
+    weights = _changed(merge_complex_parts(weights), change)
     index = HeaderIndex((header for header, _ in weights), config, {})
     answers = [(header, reason or layers_of(Weight(header, index))) for header, reason in weights]
     return _select(answers, index, include, exclude)
@@ -106,7 +108,8 @@ def layers_from_module(
             positions.update(dict.fromkeys(header.stored, len(owners)))
             owners.append(owner)
     config, notes = _config_of(module), module_notes(module)
-    weights = [_as_wrapped(weight, wrappers) for weight in dequantised_headers(stored, config)]
+    weights = reparametrised_headers(dequantised_headers(stored, config))
+    weights = [_as_wrapped(weight, wrappers) for weight in weights]
     weights = _changed(merge_complex_parts(weights, notes), change)
     index = HeaderIndex((header for header, _ in weights), config, notes)
     for header, reason in weights:

@@ -102,7 +102,12 @@ def _packed(owner: nn.Module) -> Iterator[tuple[str, Tensor, str]]:
     """Weights that torch.ao's quantised modules hold as objects, not as tensors."""
     for leaf, value in vars(owner).items():
         if isinstance(value, torch.ScriptObject):
-            yield leaf, torch.empty((), dtype=torch.int8, device="meta"), _PACKED
+            yield leaf, _nothing(), _PACKED
+
+
+def _nothing() -> Tensor:
+    """What stands for a weight that is no tensor."""
+    return torch.empty((), dtype=torch.int8, device="meta")
 
 
 def own_tensors(owner: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor, str]]:
@@ -129,9 +134,18 @@ def own_tensors(owner: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor, st
             yield match[1], used, ""
         yield leaf, parameter, f"part of {match[1]}, analysed as the module uses it"
     for leaf, buffer in owner.named_buffers(recurse=False):
+        masked = "weight" if leaf == "mask" else leaf.removesuffix("_mask")
+        of = owner._parameters.get(masked) if masked != leaf else None
+        if of is not None and shape_of(of) == shape_of(buffer):
+            yield leaf, buffer, ""
         # Of any dtype but one byte wide, a buffer of this name is no weight.
         if leaf in QUANTISED_BUFFERS and (leaf != "weight" or buffer.element_size() == 1):
             yield leaf, buffer, ""
     if parametrize.is_parametrized(owner):
         for leaf in owner.parametrizations:  # type: ignore[union-attr]
-            yield leaf, _effective(owner, leaf), ""
+            try:
+                yield leaf, _effective(owner, leaf), ""
+            # A parametrisation is the caller's code: whatever it raises is that weight's reason.
+            except Exception as error:
+                reason = f"its parametrisation failed: {type(error).__name__}: {error}"
+                yield leaf, _nothing(), reason

@@ -248,7 +248,9 @@ def _by_rank(weight: Weight) -> list[Part] | str:
     if is_stack(weight) and not weight.leaf.startswith("weight"):
         return stack(weight, kind="stacked")
     if weight.rank <= 5:
-        return convolution(weight, transposed=weight.bias_proves_transposed)
+        groups = weight.index.config.position_groups if ".pos_conv" in weight.name else 0
+        groups = groups if groups and weight.shape[0] % groups == 0 else 1
+        return convolution(weight, groups, transposed=weight.bias_proves_transposed)
     return f"{weight.rank}-D tensor: no rule makes matrices of it"
 
 
