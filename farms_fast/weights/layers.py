@@ -24,7 +24,7 @@ from farms_fast.weights.module_tensors import (
     tensor_identity,
 )
 from farms_fast.weights.recipes import Computed
-from farms_fast.weights.rules.header_index import HeaderIndex, Weight
+from farms_fast.weights.rules.header_index import HeaderIndex, Weight, check_layout
 from farms_fast.weights.rules.layer_rules import layers_of
 from farms_fast.weights.rules.operator_layers import merge_complex_parts, module_notes
 from farms_fast.weights.stacks import (
@@ -46,22 +46,24 @@ def layers_from_headers(
     *,
     config: ModelConfig | None = None,
     change: WeightTransform | None = None,
+    layout: str = "auto",
 ) -> Layers:
     """Layers of a checkpoint and what is skipped, from names, shapes and dtypes; reads no weight.
 
     `include` and `exclude` are globs of layer names; `include` brings in what is left out by
     default, and `exclude` has the last word. `change` gets the weights once quantised ones have
     their headers. A header does not say whether a convolution is grouped or, without a bias,
-    transposed: all are read as `(out, in, *kernel)`.
+    transposed: all are read as `(out, in, *kernel)`, or where their name and shape tell so, or
+    `layout="channels_last"` does, as `(*kernel, in, out)`.
     """
-    seen: set[str] = set()
-    for header in headers:
-        if header.name in seen:
-            raise ValueError(f"headers: expected each name once, got {header.name!r} twice")
-        seen.add(header.name)
+    check_layout(layout)
+    names = [header.name for header in headers]
+    if len(set(names)) != len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"headers: expected each name once, got {twice!r} more than once")
     weights = reparametrised_headers(dequantised_headers(headers, config))
     weights = _changed(merge_complex_parts(weights), change)
-    index = HeaderIndex((header for header, _ in weights), config, {})
+    index = HeaderIndex((header for header, _ in weights), config, {}, layout)
     answers = [(header, reason or layers_of(Weight(header, index))) for header, reason in weights]
     return _select(answers, index, include, exclude)
 
@@ -72,6 +74,7 @@ def layers_from_module(
     exclude: Globs = None,
     *,
     change: WeightTransform | None = None,
+    layout: str = "auto",
 ) -> Layers:
     """As `layers_from_headers`, from the types of a module's submodules too; the module is not run.
 
@@ -80,6 +83,7 @@ def layers_from_module(
     weights is analysed.
     """
     check_module("module", module)
+    check_layout(layout)
     wrappers = module_wrappers(module)
     owners: list[nn.Module] = []
     # A weight that is made of several tensors takes the position of the first.
@@ -111,7 +115,7 @@ def layers_from_module(
     weights = reparametrised_headers(dequantised_headers(stored, config))
     weights = [_as_wrapped(weight, wrappers) for weight in weights]
     weights = _changed(merge_complex_parts(weights, notes), change)
-    index = HeaderIndex((header for header, _ in weights), config, notes)
+    index = HeaderIndex((header for header, _ in weights), config, notes, layout)
     for header, reason in weights:
         position = min((positions[n] for n in header.stored if n in positions), default=len(owners))
         owned_by = owners[position] if position < len(owners) else None

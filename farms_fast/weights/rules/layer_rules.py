@@ -17,6 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 from farms_fast.core.arrays import COMPLEX, FLOATING
 from farms_fast.weights.recipes import AsStored, HeadRows, Rows, TrailingPositions
 from farms_fast.weights.rules.header_index import Weight
+from farms_fast.weights.rules.kernels import kernel_layers
 from farms_fast.weights.rules.operator_layers import spectral_layers
 from farms_fast.weights.rules.tables import names_embedding, names_positions, not_a_weight
 from farms_fast.weights.stacks import Part, leaf_name
@@ -151,7 +152,7 @@ def layers_of(weight: Weight, owner: nn.Module | None = None) -> list[Part] | st
     answer = _unusable(weight)
     if not answer and owner is not None:
         answer = _by_owner(weight, owner)
-    for rule in (_not_a_weight, spectral_layers, _attention, _recurrent, _experts, _embedding):
+    for rule in _RULES:
         answer = answer or rule(weight)
     answer = answer or _by_rank(weight)
     if isinstance(answer, str):
@@ -276,3 +277,9 @@ def _by_owner(weight: Weight, owner: nn.Module) -> Answer:
     if leaf.startswith("weight") and is_stack(weight) and "conv" not in kind:
         return stack(weight, kind="stacked")
     return None
+
+
+_RULES = (
+    *(_not_a_weight, spectral_layers, _attention, _recurrent, _experts, _embedding),
+    kernel_layers,
+)
