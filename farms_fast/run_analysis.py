@@ -55,6 +55,7 @@ def analyze(
     solver: str | None = None,
     memory: int | str | None = None,
     base: nn.Module | Mapping[str, Any] | str | os.PathLike[str] | None = None,
+    key: str | None = None,
     store: str | os.PathLike[str] | None = None,
     force: bool = False,
     process_group: ProcessGroup | None = None,
@@ -85,6 +86,8 @@ def analyze(
             None is half of the device's.
         base: the model that a LoRA adapter changes, where the first argument is the adapter's
             folder (see `open_source`).
+        key: dotted path of the mapping that holds the weights, such as "state_dict_ema", where a
+            checkpoint has several.
         store: an SQLite file that every layer is written to when it is finished, made if there is
             none. A run with the same settings, source, selection of layers and release goes on
             where one has ended: layers whose weights are the same are not computed again (see
@@ -131,7 +134,7 @@ def analyze(
     ranks = Ranks.of(process_group)
     if force and store is None:
         raise ValueError("force: computes anew what a store holds, so it needs store=")
-    source = open_source(model_or_state_dict_or_path, base=base)
+    source = open_source(model_or_state_dict_or_path, base=base, key=key)
     specs, skipped = source.layers(include, exclude)
     of_base = None
     if base is not None and isinstance(source, AdapterSource):
@@ -139,6 +142,7 @@ def analyze(
     settings = AnalysisSettings(
         source=_absolute(model_or_state_dict_or_path) or source.description,
         base=of_base,
+        key=key,
         include=_patterns(include),
         exclude=_patterns(exclude),
         sampling=declared_sampling(sampling),

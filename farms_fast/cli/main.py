@@ -128,6 +128,7 @@ def analyze(
     csv: options.MetricsCsv = None,
     json: options.AnalysisJson = None,
     base: options.Base = None,
+    key: options.Key = None,
     store: Annotated[
         Path | None,
         typer.Option(
@@ -176,6 +177,7 @@ def analyze(
             include=include or None,
             exclude=exclude or None,
             base=base,
+            key=key,
             store=store,
             force=force,
             process_group=group,

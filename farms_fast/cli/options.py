@@ -28,6 +28,13 @@ Base = Annotated[
         show_default="what its config names",
     ),
 ]
+Key = Annotated[
+    str | None,
+    typer.Option(
+        help="Dotted path of the mapping that holds the weights, where a checkpoint has several.",
+        show_default="the only one",
+    ),
+]
 Rows = Annotated[int | None, typer.Option(help="Rows of a window.", show_default="2000")]
 AspectRatio = Annotated[
     float | None, typer.Option(help="Aspect ratio of a window, columns / rows.", show_default="1")

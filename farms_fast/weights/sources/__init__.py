@@ -41,7 +41,7 @@ Model = nn.Module | Mapping[str, Any] | str | os.PathLike[str]
 
 
 def open_source(
-    model: Model, *, base: Model | None = None
+    model: Model, *, base: Model | None = None, key: str | None = None
 ) -> HeaderSource | ModuleSource | AdapterSource:
     """Opens whatever holds weights.
 
@@ -53,6 +53,8 @@ def open_source(
             `pytorch_model.bin` or its index. Its `config.json` tells what headers do not.
         base: for the folder of a LoRA adapter, the model that it changes: anything that `model`
             may be but an adapter. None takes the path that the adapter's config names.
+        key: dotted path of the mapping that holds the weights, for a mapping or pickle that has
+            several; None finds it.
 
     Returns:
         A source. Pickles are read with `weights_only`. An adapter has the layers of its base, with
@@ -62,7 +64,8 @@ def open_source(
     Raises:
         FileNotFoundError: the path, or a file that an index names, does not exist.
         ValueError: there are no readable weights, an index names a file outside its folder, an
-            adapter has no base, or `base` is given for what is no adapter.
+            adapter has no base, `base` is given for what is no adapter, or `key` leads to no
+            tensors or is given for what has no keys.
         TypeError: `model` is none of these, or an array in a mapping has no numbers.
 
     Example:
@@ -77,7 +80,9 @@ def open_source(
     if path is None or config is None:
         if base is not None:
             raise ValueError("base: expected None, because the model is no folder of an adapter")
-        return _open("model", model)
+        return _open("model", model, key)
+    if key is not None:
+        raise _no_keys(path, key)
     return AdapterSource(_open_base(path, config, base), open_adapter(path), config)
 
 
@@ -123,14 +128,25 @@ def _path_of(argument: str, model: object) -> Path | None:
     return Path(model).expanduser()
 
 
-def _open(argument: str, model: Model) -> HeaderSource | ModuleSource:
+def _open(argument: str, model: Model, key: str | None = None) -> HeaderSource | ModuleSource:
     if isinstance(model, nn.Module):
-        return ModuleSource(model)
-    if isinstance(model, Mapping):
-        return MappingSource(model, f"state dict of {len(model)} entries")
-    path = Path(model).expanduser()
+        source: HeaderSource | ModuleSource = ModuleSource(model)
+    elif isinstance(model, Mapping):
+        return MappingSource(model, f"state dict of {len(model)} entries", key)
+    else:
+        source = _open_path(argument, Path(model).expanduser(), key)
+    if key is not None and not isinstance(source, PickleSource):
+        raise _no_keys(source.description, key)
+    return source
+
+
+def _no_keys(model: object, key: str) -> ValueError:
+    return ValueError(f"key: expected None, because {model} is no mapping of mappings, got {key!r}")
+
+
+def _open_path(argument: str, path: Path, key: str | None) -> HeaderSource:
     if path.is_dir():
-        return open_folder(path)
+        return open_folder(path, key)
     if not path.exists():
         raise FileNotFoundError(
             f"{argument}: expected a file or folder of weights, got {str(path)!r}, which does not"
@@ -139,7 +155,7 @@ def _open(argument: str, model: Model) -> HeaderSource | ModuleSource:
     if path.suffix == ".safetensors":
         return SafetensorsSource({path: None}, str(path))
     if path.suffix in PICKLE_SUFFIXES:
-        return PickleSource({path: None}, str(path))
+        return PickleSource({path: None}, str(path), key=key)
     arrays = path.suffix == ".npz"
     in_python = " (in Python, analyze(dict(numpy.load(path))) takes it)" if arrays else ""
     raise ValueError(

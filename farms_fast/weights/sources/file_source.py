@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
+from farms_fast.core.regular_files import open_regular
 from farms_fast.weights.model_config import ModelConfig
 from farms_fast.weights.sources.memory import HeaderSource
 from farms_fast.weights.stacks import Skipped, TensorHeader
 
 # Each file with the names to read from it, or with None for all of its names.
 Files = Mapping[Path, Sequence[str] | None]
+
+# Longer reads are shared out over threads, in pieces of this size.
+_PIECE = 8 * 2**20
+_THREADS = max(1, min(8, os.cpu_count() or 1))
+
+
+@dataclass(frozen=True)
+class Extent:
+    """The bytes of a tensor in a file."""
+
+    offset: int
+    bytes: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
 
 
 class FileSource(HeaderSource):
@@ -25,6 +46,8 @@ class FileSource(HeaderSource):
         super().__init__(description, config)
         self._states: dict[Path, tuple[int, int]] = {}
         for path, names in files.items():
+            with open_regular(path) as file:
+                self._states[path] = file_state(file.fileno())
             stored = self._read_headers(path)
             expected = dict.fromkeys(stored if names is None else names)
             if lacking := sorted(set(expected) - set(stored)):
@@ -45,6 +68,27 @@ class FileSource(HeaderSource):
     def _read_headers(self, path: Path) -> Mapping[str, TensorHeader | Skipped]:
         """The tensors of a file, and what else it holds with the reason."""
 
+    def _size(self, path: Path) -> int:
+        """Bytes of a file when it was opened."""
+        return self._states[path][0]
+
+    def _read(self, path: Path, offset: int, count: int) -> Tensor:
+        """`count` bytes of a file as uint8; ValueError when it is not as it was.
+
+        Nothing is mapped: a map of a file that is cut meanwhile would end the process.
+        """
+        with open_regular(path) as file:
+            same = file_state(file.fileno()) == self._states[path]
+            content = _bytes_at(file.fileno(), offset, count) if same else None
+        if content is None:
+            raise file_changed(path)
+        return content
+
+    def _read_tensor(self, path: Path, extent: Extent) -> Tensor:
+        """A tensor that a file holds as it is."""
+        content = self._read(path, extent.offset, extent.bytes)
+        return content.view(extent.dtype).view(extent.shape)
+
 
 def file_state(file: Path | int) -> tuple[int, int]:
     """Size and time of the last change."""
@@ -55,3 +99,36 @@ def file_state(file: Path | int) -> tuple[int, int]:
 def file_changed(path: Path) -> ValueError:
     """The error for a file that is not as it was when it was opened."""
     return ValueError(f"{path}: expected the file as it was when it was opened, it has changed")
+
+
+def _bytes_at(descriptor: int, offset: int, count: int) -> Tensor | None:
+    """uint8; None where the file has become too short."""
+    if count <= _PIECE:
+        content = torch.empty(count, dtype=torch.uint8, device="cpu")
+        whole = _fill(descriptor, content.numpy().data, offset)
+        return content if whole else None
+    # Small pages and one thread take five times as long as large pages and a few threads.
+    pages = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    content = torch.frombuffer(pages, dtype=torch.uint8)
+    target = content.numpy().data
+    starts = range(0, count, _PIECE)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        pieces = [
+            pool.submit(_fill, descriptor, target[start : start + _PIECE], offset + start)
+            for start in starts
+        ]
+        whole = all([piece.result() for piece in pieces])
+    return content if whole else None
+
+
+def _fill(descriptor: int, target: memoryview, offset: int) -> bool:
+    """Whether the file had bytes for all of the target."""
+    done = 0
+    while done < len(target):
+        count = os.preadv(descriptor, [target[done:]], offset + done)
+        if count == 0:
+            return False
+        done += count
+    return True

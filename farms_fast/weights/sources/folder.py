@@ -49,8 +49,8 @@ class AdapterSource:
         return self.base.load(name)
 
 
-def open_folder(folder: Path) -> PickleSource | SafetensorsSource:
-    """The weights of a model's folder; see `open_source` for the order."""
+def open_folder(folder: Path, key: str | None = None) -> PickleSource | SafetensorsSource:
+    """The weights of a model's folder; see `open_source` for the order and for `key`."""
     config = _model_config(folder)
     single = folder / "model.safetensors"
     if single.exists():
@@ -67,9 +67,9 @@ def open_folder(folder: Path) -> PickleSource | SafetensorsSource:
         return SafetensorsSource({files[0]: None}, str(folder), config)
     pickled, pickled_index = folder / "pytorch_model.bin", folder / "pytorch_model.bin.index.json"
     if pickled.exists():
-        return PickleSource({pickled: None}, str(folder), config)
+        return PickleSource({pickled: None}, str(folder), config, key)
     if pickled_index.exists():
-        return PickleSource(_read_index(pickled_index), str(folder), config)
+        return PickleSource(_read_index(pickled_index), str(folder), config, key)
     if files:
         names = ", ".join(p.name for p in files[:5])
         raise ValueError(

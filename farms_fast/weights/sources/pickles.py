@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from farms_fast.weights.sources.file_source import FileSource, file_changed, file_state
+from farms_fast.weights.model_config import ModelConfig
+from farms_fast.weights.sources.file_source import Files, FileSource, file_changed, file_state
 from farms_fast.weights.sources.memory import MappingSource
 from farms_fast.weights.stacks import Skipped, TensorHeader
 
@@ -29,6 +30,16 @@ class PickleSource(FileSource):
 
     _opened: tuple[Path, MappingSource] | None = None
     _read_bytes = 0
+
+    def __init__(
+        self,
+        files: Files,
+        description: str,
+        config: ModelConfig | None = None,
+        key: str | None = None,
+    ) -> None:
+        self._key = key
+        super().__init__(files, description, config)
 
     def _load(self, name: str, stored: Path) -> Tensor:
         if self._opened is None or self._opened[0] != stored or self._read_bytes > _PICKLE_BYTES:
@@ -46,7 +57,7 @@ class PickleSource(FileSource):
         self._read_bytes = 0
         if self._states.setdefault(path, file_state(path)) != file_state(path):
             raise file_changed(path)
-        return MappingSource(_read_pickle(path), str(path))
+        return MappingSource(_read_pickle(path), str(path), self._key)
 
     def _read_headers(self, path: Path) -> Mapping[str, TensorHeader | Skipped]:
         opened = self._open(path)
