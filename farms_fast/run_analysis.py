@@ -61,6 +61,7 @@ def analyze(
     process_group: ProcessGroup | None = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
+    layout: str = "auto",
     progress: bool | Progress = True,
 ) -> Analysis:
     """Spectrum, power-law fit and metrics of every layer of a model.
@@ -98,6 +99,10 @@ def analyze(
             took. `torchrun -m farms_fast analyze` does so by itself.
         include: glob or globs of the layers to analyse; None is all but embeddings.
         exclude: glob or globs of the layers to leave out.
+        layout: how the kernels of convolutions are stored, where no module tells: "torch" as
+            `(out, in, *positions)`, "channels_last" as `(*positions, in, out)`, as Keras, Flax and
+            TensorFlow do, or "auto" as the tensor's name and shape tell. Kernels that may be either
+            are skipped.
         progress: True for a bar on stderr when it is a terminal, False for none, or a function
             `progress(done_layers, all_layers, name)`.
 
@@ -135,7 +140,7 @@ def analyze(
     if force and store is None:
         raise ValueError("force: computes anew what a store holds, so it needs store=")
     source = open_source(model_or_state_dict_or_path, base=base, key=key)
-    specs, skipped = source.layers(include, exclude)
+    specs, skipped = source.layers(include, exclude, layout=layout)
     of_base = None
     if base is not None and isinstance(source, AdapterSource):
         of_base = _absolute(base) or source.base.description
@@ -145,6 +150,7 @@ def analyze(
         key=key,
         include=_patterns(include),
         exclude=_patterns(exclude),
+        layout=layout,
         sampling=declared_sampling(sampling),
         xmin=rule.xmin,
         xmin_pos=float(xmin_pos if rule.xmin == "median" else FitRule.xmin_pos),

@@ -51,6 +51,7 @@ def plan(
     key: options.Key = None,
     include: options.Include = None,
     exclude: options.Exclude = None,
+    layout: options.Layout = "auto",
     json: Annotated[
         Path | None, typer.Option(help="Write batches and layers with their costs to this file.")
     ] = None,
@@ -73,7 +74,7 @@ def plan(
         machine = _machine(device)
         _check_solver(solver, machine)
         source = open_source(path, base=base, key=key)
-        layers, skipped = source.layers(include or None, exclude or None)
+        layers, skipped = source.layers(include or None, exclude or None, layout=layout)
         planned = plan_layers(
             layers,
             sampling,
@@ -92,6 +93,7 @@ def plan(
             settings = {
                 "source": str(path),
                 "key": key,
+                "layout": layout,
                 "sampling": str(sampling),
                 "xmin": xmin,
                 "bootstrap": bootstrap,

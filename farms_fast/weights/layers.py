@@ -24,7 +24,7 @@ from farms_fast.weights.module_tensors import (
     tensor_identity,
 )
 from farms_fast.weights.recipes import Computed
-from farms_fast.weights.rules.header_index import HeaderIndex, Weight, check_layout
+from farms_fast.weights.rules.header_index import HeaderIndex, Weight
 from farms_fast.weights.rules.layer_rules import layers_of
 from farms_fast.weights.rules.operator_layers import merge_complex_parts, module_notes
 from farms_fast.weights.stacks import (
@@ -36,6 +36,7 @@ from farms_fast.weights.stacks import (
     TensorHeader,
     WeightCandidate,
     WeightTransform,
+    check_layout,
 )
 
 

@@ -10,10 +10,19 @@ import torch
 from torch import Tensor
 
 Globs = str | Sequence[str] | None
+# How a kernel's dimensions go: told by the tensor itself, (out, in, *positions), or
+# (*positions, in, out).
+LAYOUTS = ("auto", "torch", "channels_last")
 # Keras and TensorFlow append the number of a variable's output to its name.
 _OUTPUT = ":0"
 # A recipe of `farms_fast.weights.recipes`, or a caller's own function.
 ToTensor = Callable[..., Tensor]
+
+
+def check_layout(layout: object) -> None:
+    """Raises ValueError unless it is one of `LAYOUTS`."""
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
 
 
 def leaf_name(name: str) -> str:

@@ -12,17 +12,8 @@ from farms_fast.weights.stacks import TensorHeader, leaf_name
 _MAIN_LEAVES = frozenset({"weight", "kernel", "w", "weights", "table"})
 # Names of layers that GPT-2 stores (in, out).
 _GPT2_LEAVES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
-# How a kernel's dimensions go: told by the tensor itself, (out, in, *positions), or
-# (*positions, in, out).
-LAYOUTS = ("auto", "torch", "channels_last")
 # No usual convolution has more positions along a dimension.
 MOST_POSITIONS = 31
-
-
-def check_layout(layout: object) -> None:
-    """Raises ValueError unless it is one of `LAYOUTS`."""
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
 
 
 class HeaderIndex:

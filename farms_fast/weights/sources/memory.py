@@ -37,7 +37,9 @@ class Source(Protocol):
     def description(self) -> str:
         """A path or a class name, for titles."""
 
-    def layers(self, include: Globs = None, exclude: Globs = None) -> Layers:
+    def layers(
+        self, include: Globs = None, exclude: Globs = None, *, layout: str = "auto"
+    ) -> Layers:
         """Layers to analyse, and what is not analysed with the reason; reads no weight."""
 
     def load(self, name: str) -> Tensor:
@@ -55,11 +57,16 @@ class HeaderSource(ABC):
         self._stored: dict[str, Any] = {}
 
     def layers(
-        self, include: Globs = None, exclude: Globs = None, *, change: WeightTransform | None = None
+        self,
+        include: Globs = None,
+        exclude: Globs = None,
+        *,
+        change: WeightTransform | None = None,
+        layout: str = "auto",
     ) -> Layers:
         """As `layers_from_headers`; what is no tensor to load is listed as skipped too."""
         layers, skipped = layers_from_headers(
-            self.headers, include, exclude, config=self._config, change=change
+            self.headers, include, exclude, config=self._config, change=change, layout=layout
         )
         return layers, skipped + self.skipped
 
@@ -82,10 +89,15 @@ class ModuleSource:
         self.description = type(module).__name__
 
     def layers(
-        self, include: Globs = None, exclude: Globs = None, *, change: WeightTransform | None = None
+        self,
+        include: Globs = None,
+        exclude: Globs = None,
+        *,
+        change: WeightTransform | None = None,
+        layout: str = "auto",
     ) -> Layers:
         """As `layers_from_module`."""
-        return layers_from_module(self.module, include, exclude, change=change)
+        return layers_from_module(self.module, include, exclude, change=change, layout=layout)
 
     def load(self, name: str) -> Tensor:
         """As `module_tensor`."""
