@@ -5,6 +5,7 @@ Every tensor ends either in a layer or in the list of skipped ones, with its rea
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -25,7 +26,7 @@ from farms_fast.weights.module_tensors import (
 )
 from farms_fast.weights.recipes import Computed
 from farms_fast.weights.rules.header_index import HeaderIndex, Weight
-from farms_fast.weights.rules.layer_rules import layers_of
+from farms_fast.weights.rules.layer_rules import layers_of, unusable
 from farms_fast.weights.rules.operator_layers import merge_complex_parts, module_notes
 from farms_fast.weights.stacks import (
     Globs,
@@ -38,6 +39,8 @@ from farms_fast.weights.stacks import (
     WeightTransform,
     check_layout,
 )
+
+_WILDCARD = re.compile(r"[*?[]")
 
 
 def layers_from_headers(
@@ -65,7 +68,10 @@ def layers_from_headers(
     weights = reparametrised_headers(dequantised_headers(headers, config))
     weights = _changed(merge_complex_parts(weights), change)
     index = HeaderIndex((header for header, _ in weights), config, {}, layout)
-    answers = [(header, reason or layers_of(Weight(header, index))) for header, reason in weights]
+    answers = [
+        (header, reason or unusable(header) or layers_of(Weight(header, index)))
+        for header, reason in weights
+    ]
     return _select(answers, index, include, exclude)
 
 
@@ -159,7 +165,10 @@ def _select(
     exclude: Globs,
 ) -> Layers:
     """Applies the patterns, and takes tied weights once."""
-    included, excluded = _patterns("include", include), _patterns("exclude", exclude)
+    included = None if include is None else _Patterns("include", include)
+    if included is not None and not len(included):
+        raise ValueError("include: expected None or at least one glob, got an empty sequence")
+    excluded = _Patterns("exclude", () if exclude is None else exclude)
     layers: list[LayerSpec] = []
     skipped: list[Skipped] = []
     names: list[str] = []
@@ -186,29 +195,48 @@ def _select(
             recipe = stack if combine is None else Computed(combine, stack)
             dtype, tensors = header.dtype, header.stored
             layers.append(LayerSpec(part.name, part.kind, tensors, part.shape, dtype, recipe))
-    for argument, patterns in (("include", included), ("exclude", excluded)):
-        for pattern in patterns or ():
-            if not any(fnmatchcase(name, pattern) for name in names):
-                raise unmatched_pattern(argument, pattern, names)
+    for patterns in filter(None, (included, excluded)):
+        patterns.check(names)
     return layers, skipped
 
 
-def _left_out(part: Part, included: list[str] | None, excluded: list[str] | None) -> str:
-    for pattern in excluded or ():
-        if fnmatchcase(part.name, pattern):
-            return f"excluded by {pattern!r}"
+def _left_out(part: Part, included: _Patterns | None, excluded: _Patterns) -> str:
+    if (pattern := excluded.match(part.name)) is not None:
+        return f"excluded by {pattern!r}"
     if included is None:
         return part.left_out
-    matched = any(fnmatchcase(part.name, pattern) for pattern in included)
-    return "" if matched else "not matched by include"
+    return "not matched by include" if included.match(part.name) is None else ""
 
 
-def _patterns(argument: str, value: Globs) -> list[str] | None:
-    if value is None:
-        return None
-    patterns = [value] if isinstance(value, str) else value
-    if not isinstance(patterns, Sequence) or not all(isinstance(p, str) for p in patterns):
-        raise TypeError(f"{argument}: expected None, a glob or a sequence of globs, got {value!r}")
-    if argument == "include" and not patterns:
-        raise ValueError("include: expected None or at least one glob, got an empty sequence")
-    return list(patterns)
+class _Patterns:
+    """Globs of names; those without a wildcard are looked up, so that there may be many."""
+
+    def __init__(self, argument: str, value: Globs) -> None:
+        patterns = [value] if isinstance(value, str) else value
+        if not isinstance(patterns, Sequence) or not all(isinstance(p, str) for p in patterns):
+            expected = "None, a glob or a sequence of globs"
+            raise TypeError(f"{argument}: expected {expected}, got {value!r}")
+        self.argument = argument
+        self._names = {pattern for pattern in patterns if not _WILDCARD.search(pattern)}
+        self._globs = [pattern for pattern in patterns if pattern not in self._names]
+
+    def __len__(self) -> int:
+        return len(self._names) + len(self._globs)
+
+    def match(self, name: str) -> str | None:
+        """The pattern that matches a whole name."""
+        if name in self._names:
+            return name
+        return next((pattern for pattern in self._globs if fnmatchcase(name, pattern)), None)
+
+    def check(self, names: Sequence[str]) -> None:
+        """Raises ValueError unless each pattern matches one of the names."""
+        known = set(names) if self._names else set()
+        unmatched = sorted(self._names - known)
+        unmatched += [
+            pattern
+            for pattern in self._globs
+            if not any(fnmatchcase(name, pattern) for name in names)
+        ]
+        if unmatched:
+            raise unmatched_pattern(self.argument, unmatched[0], names)

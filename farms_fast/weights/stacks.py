@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -105,20 +106,24 @@ class TensorHeader:
         """Names of the tensors to load."""
         return self.tensors or (self.name,)
 
-    @property
+    @cached_property
     def leaf(self) -> str:
         """The name within the module."""
         return leaf_name(self.name)
 
+    @cached_property
+    def _before_leaf(self) -> str:
+        return self.name[: self.name.rindex(self.leaf)] if self.leaf else self.name
+
     @property
     def module(self) -> str:
         """The name of the module that has it."""
-        return self.name[: max(0, _leaf_start(self.name.removesuffix(_OUTPUT)) - 1)]
+        return self._before_leaf[:-1]
 
     def neighbour(self, leaf: str) -> str:
         """The name of the tensor `leaf` of the same module."""
-        stem = self.name.removesuffix(_OUTPUT)
-        return stem[: _leaf_start(stem)] + leaf + self.name[len(stem) :]
+        before = self._before_leaf
+        return before + leaf + self.name[len(before) + len(self.leaf) :]
 
 
 class WeightCandidate(NamedTuple):

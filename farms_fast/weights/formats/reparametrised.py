@@ -133,7 +133,7 @@ def _groups(by_name: Mapping[str, WeightCandidate]) -> dict[str, dict[str, str]]
             groups.setdefault(match["module"] + match["leaf"], {})[match["part"]] = name
         elif role in _HOOKED and leaf_name(stem):
             groups.setdefault(stem, {})[role] = name
-        elif weight.header.leaf == "mask":
+        elif name.endswith("mask") and weight.header.leaf == "mask":
             groups.setdefault(weight.header.neighbour("weight"), {})["mask"] = name
     for name, roles in groups.items():
         if name in by_name:

@@ -66,16 +66,20 @@ class HeaderIndex:
 class Weight:
     """A tensor that the rules make layers of, in its model.
 
-    `name` is the layer's, `leaf` the tensor's within its module; `bias` is beside a main weight.
+    `name` is the layer's, `leaf` the tensor's within its module.
     """
 
     def __init__(self, header: TensorHeader, index: HeaderIndex) -> None:
         self.header, self.index = header, index
         self.shape, self.rank = header.shape, len(header.shape)
         self.name, self.leaf = index.layer_name(header.name), header.leaf
-        self.bias = self.same_module("bias") if self.leaf in _MAIN_LEAVES else None
 
-    @property
+    @cached_property
+    def bias(self) -> TensorHeader | None:
+        """The bias beside a main weight."""
+        return self.same_module("bias") if self.leaf in _MAIN_LEAVES else None
+
+    @cached_property
     def role(self) -> str:
         """What the model calls it: the name of its module, or its own if that says more."""
         if self.leaf not in _MAIN_LEAVES:

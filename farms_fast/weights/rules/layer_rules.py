@@ -20,7 +20,7 @@ from farms_fast.weights.rules.header_index import Weight
 from farms_fast.weights.rules.kernels import kernel_layers
 from farms_fast.weights.rules.operator_layers import spectral_layers
 from farms_fast.weights.rules.tables import names_embedding, names_positions, not_a_weight
-from farms_fast.weights.stacks import Part, leaf_name
+from farms_fast.weights.stacks import Part, TensorHeader, leaf_name
 
 Answer = list[Part] | str | None
 
@@ -149,7 +149,7 @@ def _experts_transposed(weight: Weight) -> bool | None:
 
 def layers_of(weight: Weight, owner: nn.Module | None = None) -> list[Part] | str:
     """What the first rule with an answer makes of a weight, or why there are no layers."""
-    answer = _unusable(weight)
+    answer: Answer = unusable(weight.header)
     if not answer and owner is not None:
         answer = _by_owner(weight, owner)
     for rule in _RULES:
@@ -164,18 +164,19 @@ def layers_of(weight: Weight, owner: nn.Module | None = None) -> list[Part] | st
     return f"{what}a {rows} x {cols} matrix has one singular value, no spectrum"
 
 
-def _unusable(weight: Weight) -> Answer:
+def unusable(header: TensorHeader) -> str | None:
     """Why no rule can take a spectrum of the tensor; None when one may."""
-    dtype = str(weight.header.dtype).removeprefix("torch.")
-    if dtype.startswith(("float8", "float4")):
-        return f"dtype {dtype} is quantised, in a format that is not read"
-    if weight.header.dtype == torch.complex32:
-        return "dtype complex32 has no arithmetic: convert it to complex64"
-    if weight.header.dtype not in FLOATING + COMPLEX:
+    rank = len(header.shape)
+    if header.dtype not in FLOATING + COMPLEX:
+        dtype = str(header.dtype).removeprefix("torch.")
+        if dtype.startswith(("float8", "float4")):
+            return f"dtype {dtype} is quantised, in a format that is not read"
+        if header.dtype == torch.complex32:
+            return "dtype complex32 has no arithmetic: convert it to complex64"
         return f"dtype {dtype} is not floating point: indices, flags or quantised weights"
-    if math.prod(weight.shape) == 0:
+    if 0 in header.shape:
         return "empty tensor"
-    return {0: "scalar", 1: "vector, not a matrix"}.get(weight.rank)
+    return ("scalar", "vector, not a matrix")[rank] if rank < 2 else None
 
 
 def _not_a_weight(weight: Weight) -> Answer:

@@ -25,6 +25,7 @@ from farms_fast.weights.recipes import AsStored, TrailingPositions
 from farms_fast.weights.rules.header_index import Weight
 from farms_fast.weights.stacks import Part, TensorHeader, WeightCandidate
 
+_FACTORS = ".factors.factor_"
 _FACTOR = re.compile(r"(.+)\.factors\.factor_(\d+)")
 _FILTER = "complex_weight"  # of GFNet, (height, width, channels, 2)
 # How plain models call a complex weight that they store as pairs of real numbers.
@@ -52,8 +53,10 @@ def merge_complex_parts(
     merged: set[str] = set()
     for weight in weights:
         group = None if weight.reason else groups.get(weight.header.name)
-        if group is None:
-            results.append(weight if weight.reason else _single(weight.header, by_name, notes))
+        if weight.reason or (group is None and notes is None and len(weight.header.shape) < 3):
+            results.append(weight)
+        elif group is None:
+            results.append(_single(weight.header, by_name, notes))
         elif group[0] not in merged:
             merged.add(group[0])
             results.extend(_merged(*group, (notes or {}).get(group[0], "")))
@@ -64,7 +67,7 @@ def _groups(by_name: Mapping[str, TensorHeader]) -> dict[str, tuple[str, list[Te
     """Name and parts of the factorised weight that each tensor belongs to."""
     factors: dict[str, dict[int, TensorHeader]] = {}
     for name, header in by_name.items():
-        if match := _FACTOR.fullmatch(name):
+        if _FACTORS in name and (match := _FACTOR.fullmatch(name)):
             factors.setdefault(match[1], {})[int(match[2])] = header
     groups: dict[str, tuple[str, list[TensorHeader]]] = {}
     for merged, numbered in factors.items():
@@ -289,8 +292,10 @@ def _chained(layout: str, first: Shape, second: Shape) -> bool:
 
 def _is_afno_bias(header: TensorHeader, by_name: Mapping[str, TensorHeader], says_so: bool) -> bool:
     """Whether it is `b1` or `b2` beside a weight of an AFNO block, of whatever shape."""
+    if header.leaf not in ("b1", "b2"):
+        return False
     weight = by_name.get(header.neighbour(header.leaf.replace("b", "w")))
-    if weight is None or header.leaf not in ("b1", "b2"):
+    if weight is None:
         return False
     # What is stored as pairs has been made complex by now.
     made = isinstance(weight.combine, ComplexPairs) and weight.combine.joint
