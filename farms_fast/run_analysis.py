@@ -34,6 +34,7 @@ from farms_fast.results.run_recorder import recording
 from farms_fast.results.settings import AnalysisSettings, declared_sampling
 from farms_fast.spectra.bootstrap import FitRule
 from farms_fast.spectra.windows import FixedAspectSampling, Sampling
+from farms_fast.weights.constants import without_constants
 from farms_fast.weights.sources import AdapterSource, open_source
 
 if TYPE_CHECKING:
@@ -141,6 +142,8 @@ def analyze(
         raise ValueError("force: computes anew what a store holds, so it needs store=")
     source = open_source(model_or_state_dict_or_path, base=base, key=key)
     specs, skipped = source.layers(include, exclude, layout=layout)
+    if include is None:  # what the caller asks for by name is what the caller wants
+        specs, skipped = without_constants(source, specs, skipped)
     of_base = None
     if base is not None and isinstance(source, AdapterSource):
         of_base = _absolute(base) or source.base.description

@@ -170,3 +170,19 @@ def test_open_source_of_a_script_module() -> None:
         scripted = torch.jit.script(nn.Linear(4, 3))
     source = open_source(dict(scripted.state_dict()))
     assert [layer.name for layer in source.layers()[0]] == ["weight"]
+
+
+@pytest.mark.parametrize("other", [torch.ones(4, 8), torch.ones(8, 8, dtype=torch.complex64)])
+def test_tensor_that_is_not_as_its_header_said_costs_no_other_layer(
+    other: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = MappingSource.load
+
+    def changed(source: MappingSource, name: str) -> torch.Tensor:
+        return other if name == "a.weight" else load(source, name)
+
+    monkeypatch.setattr(MappingSource, "load", changed)
+    weights = {f"{name}.weight": torch.randn(8, 8) for name in "ab"}
+    analysis = analyze(weights, FullMatrix(), progress=False, bootstrap=0)
+    assert {layer.name: layer.status for layer in analysis} == {"a": "error", "b": "ok"}
+    assert "expected a real stack of shape (1, 8, 8)" in analysis["a"].message
