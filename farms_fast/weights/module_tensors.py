@@ -43,7 +43,17 @@ def data_of(name: str, tensor: Tensor) -> Tensor:
     """The values of a tensor, detached; ValueError where it has none."""
     if tensor.is_meta:
         raise ValueError(f"{name}: {ON_META}")
-    return _dequantised(tensor.detach())
+    values = _dequantised(tensor.detach())
+    # Of a distributed or a fake tensor, no kernel finds the numbers.
+    if not _is_plain(values):
+        kind = type(values).__name__
+        raise ValueError(f"{name}: expected a plain tensor or one that dequantises, got {kind}")
+    return values
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether its class leaves it to torch what is done with it."""
+    return type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
 def _dequantised(tensor: Tensor) -> Tensor:
@@ -55,15 +65,15 @@ def _dequantised(tensor: Tensor) -> Tensor:
 
 
 def tensor_identity(tensor: Tensor) -> Hashable | None:
-    """A key that is equal for two tensors of the same memory, shape, strides and dtype."""
-    if sparse_layout(tensor) or tensor.numel() == 0:
+    """A key that is equal for two tensors of the same memory, shape, strides and dtype.
+
+    None where there is no memory to compare: classes that wrap other tensors have no address.
+    """
+    if sparse_layout(tensor) or tensor.numel() == 0 or not _is_plain(tensor):
         return None
     storage = tensor.untyped_storage()
-    try:
-        # All meta tensors have address 0, so there the storage object itself has to tell.
-        address = storage._cdata if tensor.is_meta else storage.data_ptr()
-    except RuntimeError:  # subclasses that wrap other tensors have no address of their own
-        return None
+    # All meta tensors have address 0, so there the storage object itself has to tell.
+    address = storage._cdata if tensor.is_meta else storage.data_ptr()
     offset, shape, strides = tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
     return str(tensor.device), address, offset, shape, strides, tensor.dtype
 

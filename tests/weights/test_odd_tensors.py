@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from farms_fast import FullMatrix, analyze
 from farms_fast.weights.layers import layers_from_headers, layers_from_module
@@ -47,6 +50,33 @@ def test_nested_tensors_are_skipped() -> None:
     found = layers_from_module(module)
     assert [layer.name for layer in found[0]] == ["weight"]
     assert "nested" in reasons(found)["odd"]
+
+
+@pytest.mark.parametrize(
+    ("array", "reason"),
+    [
+        (np.array([["a", "b"]]), "dtype <U1 is none that torch can hold"),
+        (np.array([[1, None]], dtype=object), "dtype object"),
+        (np.ones((4, 4), np.longdouble), "none that torch can hold"),
+        (np.zeros((4, 4), dtype=[("a", "f4")]), "none that torch can hold"),
+        (np.ma.MaskedArray(np.ones((4, 4)), np.eye(4)), "with a mask"),
+    ],
+)
+def test_arrays_that_are_no_plain_numbers_are_skipped(
+    array: np.ndarray[Any, Any], reason: str
+) -> None:
+    found = MappingSource({"a": array, "fc.weight": np.ones((3, 4))}).layers()
+    assert [layer.name for layer in found[0]] == ["fc"]
+    assert reason in reasons(found)["a"]
+
+
+def test_tensors_without_numbers_of_their_own_cost_no_other_layer() -> None:
+    with FakeTensorMode():
+        fake = torch.randn(8, 8)
+    weights = {"a.weight": fake, "b.weight": torch.randn(8, 8)}
+    analysis = analyze(weights, FullMatrix(), progress=False, bootstrap=0)
+    assert {layer.name: layer.status for layer in analysis} == {"a": "error", "b": "ok"}
+    assert "a.weight: expected a plain tensor" in analysis["a"].message
 
 
 def test_packed_weights_are_listed() -> None:

@@ -126,8 +126,12 @@ class MappingSource(HeaderSource):
                 except (BufferError, RuntimeError, TypeError) as error:
                     self.skipped.append(Skipped(name, tuple(value.shape), f"not read: {error}"))
                     continue
+            header = _header(name, value)
+            if isinstance(header, Skipped):
+                self.skipped.append(header)
+                continue
             self._stored[name] = value
-            self.headers.append(_header(name, value))
+            self.headers.append(header)
 
     def _load(self, name: str, stored: Tensor | np.ndarray[Any, Any]) -> Tensor:
         return data_of(name, stored) if isinstance(stored, Tensor) else from_numpy(stored)
@@ -148,14 +152,14 @@ def _shape(value: Any) -> tuple[int, ...] | None:
 _VIEW = TreeView(_children, _shape)
 
 
-def _header(name: str, value: Tensor | np.ndarray[Any, Any]) -> TensorHeader:
+def _header(name: str, value: Tensor | np.ndarray[Any, Any]) -> TensorHeader | Skipped:
     if isinstance(value, Tensor):
         return TensorHeader(name, tuple(value.shape), value.dtype, tensor_identity(value))
+    if isinstance(value, np.ma.MaskedArray):
+        return Skipped(name, value.shape, "an array with a mask: fill it first")
     try:
         dtype = torch.from_numpy(np.empty(0, value.dtype.newbyteorder("="))).dtype
     except TypeError:
-        raise TypeError(
-            f"{name}: expected an array of numbers that torch can hold, got dtype {value.dtype}"
-        ) from None
+        return Skipped(name, value.shape, f"dtype {value.dtype} is none that torch can hold")
     memory = (value.ctypes.data, value.shape, value.strides, dtype) if value.size else None
     return TensorHeader(name, value.shape, dtype, memory)
