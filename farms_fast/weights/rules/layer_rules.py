@@ -59,7 +59,7 @@ def linear(weight: Weight, *, transposed: bool = False) -> list[Part]:
             for role, count in counts.items()
         ]
     kind, sizes = "linear", {"": rows}
-    if leaf in _FUSED_QKV_LEAVES:
+    if weight.role in _FUSED_QKV_LEAVES:
         query, key = config.heads * size, config.key_heads * size
         if rows == 3 * cols:
             kind, sizes = "attention", dict.fromkeys("qkv", cols)
@@ -246,7 +246,9 @@ def _embedding(weight: Weight) -> Answer:
 
 def _by_rank(weight: Weight) -> list[Part] | str:
     if weight.rank == 2:
-        return linear(weight, transposed=weight.is_transposed)
+        rows, cols = weight.shape
+        fused_kernel = weight.leaf == "kernel" and weight.role in _FUSED_QKV_LEAVES
+        return linear(weight, transposed=weight.is_transposed or (fused_kernel and cols > rows))
     if is_stack(weight) and not weight.leaf.startswith("weight"):
         return stack(weight, kind="stacked")
     if weight.rank <= 5:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from farms_fast.weights.layers import layers_from_headers, layers_from_module
+from farms_fast.weights.sources import open_source
 from farms_fast.weights.stacks import LayerSpec, TensorHeader
 from tests.support.layer_tables import by_header, header, reasons, shares_memory
 
@@ -136,6 +137,31 @@ def test_recurrent_kernels_are_cut_by_gate(gates: int, kind: str, roles: str) ->
 def test_dense_kernel_is_a_matrix() -> None:
     layer = only(header("dense/kernel", 5, 6), header("dense/bias", 6))
     assert (layer.kind, layer.shape) == ("linear", (1, 5, 6))
+
+
+@pytest.mark.parametrize("shape", [(4, 12), (12, 4)])
+def test_fused_dense_kernel_is_cut_along_its_longer_side(shape: tuple[int, int]) -> None:
+    found = by_header(header("h.0.attn.qkv.kernel", *shape), header("h.0.attn.qkv.bias", 12))
+    assert list(found) == [f"h.0.attn.qkv.kernel.{role}" for role in "qkv"]
+    weight = torch.randn(shape)
+    rows = weight if shape[0] == 12 else weight.T
+    for number, layer in enumerate(found.values()):
+        assert torch.equal(layer.to_stack(weight)[0], rows[4 * number : 4 * number + 4])
+
+
+def test_nested_tree_of_flax() -> None:
+    conv = {"kernel": torch.randn(3, 3, 8, 16), "bias": torch.zeros(16)}
+    heads = {role: {"kernel": torch.randn(12, 4, 3)} for role in ("query", "key", "value")}
+    attention = {**heads, "out": {"kernel": torch.randn(4, 3, 12)}}
+    tree = {"params": {"Conv_0": conv, "Attention_0": attention}}
+    layers, _ = open_source(tree).layers()
+    assert {layer.name.removeprefix("params."): layer.shape for layer in layers} == {
+        "Conv_0.kernel": (9, 8, 16),
+        "Attention_0.query.kernel": (1, 12, 12),
+        "Attention_0.key.kernel": (1, 12, 12),
+        "Attention_0.value.kernel": (1, 12, 12),
+        "Attention_0.out.kernel": (1, 12, 12),
+    }
 
 
 def test_weight_that_cannot_be_torchs_is_skipped_until_the_caller_says() -> None:
