@@ -128,6 +128,8 @@ def analyze(
     csv: options.MetricsCsv = None,
     json: options.AnalysisJson = None,
     base: options.Base = None,
+    download: options.Download = False,
+    key: options.Key = None,
     store: Annotated[
         Path | None,
         typer.Option(
@@ -176,6 +178,8 @@ def analyze(
             include=include or None,
             exclude=exclude or None,
             base=base,
+            download=download,
+            key=key,
             store=store,
             force=force,
             process_group=group,

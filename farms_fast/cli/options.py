@@ -18,7 +18,7 @@ Command = TypeVar("Command", bound=Callable[..., None])
 CheckpointPath = Annotated[
     Path,
     typer.Argument(
-        help="A checkpoint: a folder, a .safetensors file, or a .pt, .pth, .bin or .ckpt file."
+        help="A checkpoint: a folder, a file of weights, or a name on the Hub such as org/model."
     ),
 ]
 Base = Annotated[
@@ -26,6 +26,17 @@ Base = Annotated[
     typer.Option(
         help="The model that a LoRA adapter changes, where PATH is the adapter's folder.",
         show_default="what its config names",
+    ),
+]
+Download = Annotated[
+    bool,
+    typer.Option("--download", help="Fetch a model by its name on the Hub into the local cache."),
+]
+Key = Annotated[
+    str | None,
+    typer.Option(
+        help="Dotted path of the mapping that holds the weights, where a checkpoint has several.",
+        show_default="the only one",
     ),
 ]
 Rows = Annotated[int | None, typer.Option(help="Rows of a window.", show_default="2000")]

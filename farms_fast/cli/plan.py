@@ -48,6 +48,8 @@ def plan(
     solver: options.Solver = None,
     memory: options.Memory = None,
     base: options.Base = None,
+    download: options.Download = False,
+    key: options.Key = None,
     include: options.Include = None,
     exclude: options.Exclude = None,
     json: Annotated[
@@ -71,7 +73,8 @@ def plan(
         check_outputs(path, base, json=json)
         machine = _machine(device)
         _check_solver(solver, machine)
-        layers, skipped = open_source(path, base=base).layers(include or None, exclude or None)
+        source = open_source(path, base=base, key=key, download=download)
+        layers, skipped = source.layers(include or None, exclude or None)
         planned = plan_layers(
             layers,
             sampling,
@@ -89,6 +92,7 @@ def plan(
         if json is not None:
             settings = {
                 "source": str(path),
+                "key": key,
                 "sampling": str(sampling),
                 "xmin": xmin,
                 "bootstrap": bootstrap,

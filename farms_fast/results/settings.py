@@ -19,7 +19,7 @@ from farms_fast.spectra.power_law import XMIN_RULES
 from farms_fast.spectra.windows import FixedAspectSampling, FullMatrix, Sampling
 
 RUN_KEY_FIELDS = (
-    *("source", "base", "include", "exclude", "sampling"),
+    *("source", "base", "key", "include", "exclude", "sampling"),
     *("xmin", "xmin_pos", "bins", "bootstrap", "dtype", "solver", "farms_fast"),
 )
 """What makes two runs the same: the settings that decide the layers and their numbers.
@@ -70,6 +70,7 @@ class AnalysisSettings:
     Attributes:
         source: the model, by its path or a description.
         base: the model that an adapter changes; None where there is no adapter.
+        key: path of the mapping that holds the weights in a checkpoint; None where it was found.
         include: globs of the layers to analyse; empty for all but embeddings.
         exclude: globs of the layers to leave out.
         sampling: the windows, as of `declared_sampling`.
@@ -97,6 +98,7 @@ class AnalysisSettings:
 
     source: str
     base: str | None = None
+    key: str | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     sampling: _DeclaredSampling = _FARMS
@@ -154,6 +156,8 @@ class AnalysisSettings:
     @classmethod
     def from_plain(cls, plain: object) -> AnalysisSettings:
         """Undoes `to_plain`; ValueError for a field that is missing, unknown or wrong."""
+        if isinstance(plain, Mapping):
+            plain = {"key": None, **plain}  # settings that were written before it was one
         values = _fields_of(cls, "settings", plain)
         for name in ("include", "exclude"):
             if isinstance(values[name], list):
@@ -177,8 +181,13 @@ _TEXTS: _Expected = (
     lambda value: isinstance(value, tuple) and all(isinstance(text, str) for text in value),
 )
 _COUNT: _Expected = "an integer that is not negative", lambda n: type(n) is int and n >= 0
+_OPTIONAL_TEXT: _Expected = (
+    "text or nothing",
+    lambda value: value is None or isinstance(value, str),
+)
 _EXPECTED: Mapping[str, _Expected] = {
-    "base": ("text or nothing", lambda value: value is None or isinstance(value, str)),
+    "base": _OPTIONAL_TEXT,
+    "key": _OPTIONAL_TEXT,
     "include": _TEXTS,
     "exclude": _TEXTS,
     "sampling": (

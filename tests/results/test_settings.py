@@ -36,15 +36,15 @@ EXAMPLE = replace(
 )
 TEXT = (
     '{"base":"gr\\u00f6\\u00dfe","bins":50,"bootstrap":100,"device":"cpu","dtype":"float64",'
-    '"exclude":[],"farms_fast":"0.1","include":["a","b*"],"numpy":"2.4","sampling":{"compat":'
-    '"farms","kind":"fixed_aspect","per_dim":9,"q":0.1,"rows":100},"solver":"auto",'
+    '"exclude":[],"farms_fast":"0.1","include":["a","b*"],"key":null,"numpy":"2.4","sampling":'
+    '{"compat":"farms","kind":"fixed_aspect","per_dim":9,"q":0.1,"rows":100},"solver":"auto",'
     '"source":"model.safetensors","torch":"2.13","xmin":"peak","xmin_pos":2.0}'
 )
 KEY = (
     '{"base":"gr\\u00f6\\u00dfe","bins":50,"bootstrap":100,"dtype":"float64","exclude":[],'
-    '"farms_fast":"0.1","include":["a","b*"],"sampling":{"compat":"farms","kind":"fixed_aspect",'
-    '"per_dim":9,"q":0.1,"rows":100},"solver":"auto","source":"model.safetensors","xmin":"peak",'
-    '"xmin_pos":2.0}'
+    '"farms_fast":"0.1","include":["a","b*"],"key":null,"sampling":{"compat":"farms","kind":'
+    '"fixed_aspect","per_dim":9,"q":0.1,"rows":100},"solver":"auto","source":"model.safetensors",'
+    '"xmin":"peak","xmin_pos":2.0}'
 )
 
 
@@ -67,6 +67,7 @@ def any_settings() -> st.SearchStrategy[AnalysisSettings]:
         AnalysisSettings,
         source=text,
         base=st.none() | text,
+        key=st.none() | text,
         include=texts,
         exclude=texts,
         sampling=samplings,
@@ -118,6 +119,7 @@ def test_what_makes_runs_the_same_and_alphas_comparable() -> None:
     others = {
         "source": "other",
         "base": None,
+        "key": "model",
         "include": (),
         "exclude": ("c",),
         "sampling": FullMatrix(),

@@ -92,6 +92,17 @@ def test_a_selection_of_layers_is_another_run(tmp_path: Path, computed: list[str
     assert_equal(Analysis.from_store(path, 1), whole)
 
 
+def test_another_key_is_another_run(tmp_path: Path) -> None:
+    networks = {"generator": weights_of(), "critic": weights_of()}
+    path = tmp_path / "run.sqlite"
+    for number, key in enumerate(("generator", "critic", "critic"), start=1):
+        analysis = analyze(networks, SAMPLING, store=path, key=key)
+        assert analysis.settings is not None
+        assert analysis.settings.key == key
+        run = min(number, 2)
+        assert_equal(Analysis.from_store(path, run), analysis)
+
+
 def test_other_settings_are_another_run(tmp_path: Path, computed: list[str]) -> None:
     weights, path = weights_of(), tmp_path / "run.sqlite"
     for options in (

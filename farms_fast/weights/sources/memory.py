@@ -14,6 +14,7 @@ from farms_fast.core.arrays import from_numpy
 from farms_fast.weights.layers import layers_from_headers, layers_from_module
 from farms_fast.weights.model_config import ModelConfig
 from farms_fast.weights.module_tensors import data_of, module_tensor, sparse_layout, tensor_identity
+from farms_fast.weights.sources.containers import TreeView, find_weights
 from farms_fast.weights.stacks import (
     Globs,
     Layers,
@@ -21,9 +22,6 @@ from farms_fast.weights.stacks import (
     TensorHeader,
     WeightTransform,
 )
-
-# Names under which training scripts put the weights, beside an optimiser's state and the like.
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 
 
 class Source(Protocol):
@@ -89,43 +87,47 @@ class ModuleSource:
 
 
 class MappingSource(HeaderSource):
-    """Tensors or NumPy arrays by name, such as a state dict, also one wrapped in a checkpoint."""
+    """Tensors or arrays by name, also wrapped in a checkpoint's mapping or nested as Flax's are.
 
-    def __init__(self, tensors: Mapping[str, Any], description: str = "state dict") -> None:
+    `key` is the dotted path of the mapping to take where there are several.
+    """
+
+    def __init__(
+        self, tensors: Mapping[str, Any], description: str = "state dict", key: str | None = None
+    ) -> None:
         super().__init__(description)
-        for name, value in self._unwrapped(tensors).items():
-            if not isinstance(name, str):
-                raise TypeError(f"{description}: expected names as keys, got {name!r}")
-            if not isinstance(value, (Tensor, np.ndarray)):
-                self.skipped.append(Skipped(name, (), f"not a tensor: {type(value).__name__}"))
-            elif isinstance(value, Tensor) and (reason := sparse_layout(value)):
+        weights = find_weights(tensors, _VIEW, description, key)
+        self.skipped += weights.skipped
+        for name, value in weights.tensors.items():
+            if isinstance(value, Tensor) and (reason := sparse_layout(value)):
                 self.skipped.append(Skipped(name, tuple(value.shape), reason))
-            else:
-                self._stored[name] = value
-                self.headers.append(_header(name, value))
-        if not self._stored:
-            keys = ", ".join(repr(key) for key in list(tensors)[:5])
-            raise ValueError(
-                f"{description}: expected tensors by name, got a mapping without any tensor"
-                f" (keys: {keys or 'none'})"
-            )
+                continue
+            if not isinstance(value, (Tensor, np.ndarray)):
+                try:
+                    value = torch.utils.dlpack.from_dlpack(value)
+                except (BufferError, RuntimeError, TypeError) as error:
+                    self.skipped.append(Skipped(name, tuple(value.shape), f"not read: {error}"))
+                    continue
+            self._stored[name] = value
+            self.headers.append(_header(name, value))
 
     def _load(self, name: str, stored: Tensor | np.ndarray[Any, Any]) -> Tensor:
         return data_of(name, stored) if isinstance(stored, Tensor) else from_numpy(stored)
 
-    def _unwrapped(self, tensors: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The innermost state dict; its neighbours on the way are noted as skipped."""
-        while not any(isinstance(v, (Tensor, np.ndarray)) for v in tensors.values()):
-            wrapper = next((w for w in _WRAPPERS if isinstance(tensors.get(w), Mapping)), None)
-            if wrapper is None:
-                break
-            self.skipped.extend(
-                Skipped(str(key), (), f"beside {wrapper!r}, which holds the weights")
-                for key in tensors
-                if key != wrapper
-            )
-            tensors = tensors[wrapper]
-        return tensors
+
+def _children(value: Any) -> Mapping[Any, Any] | None:
+    if isinstance(value, (list, tuple)):
+        return {str(position): entry for position, entry in enumerate(value)}
+    return value if isinstance(value, Mapping) else None
+
+
+def _shape(value: Any) -> tuple[int, ...] | None:
+    if not isinstance(value, (Tensor, np.ndarray)) and not hasattr(value, "__dlpack__"):
+        return None
+    return tuple(value.shape)
+
+
+_VIEW = TreeView(_children, _shape)
 
 
 def _header(name: str, value: Tensor | np.ndarray[Any, Any]) -> TensorHeader:

@@ -29,6 +29,7 @@ class PickleSource(FileSource):
 
     _opened: tuple[Path, MappingSource] | None = None
     _read_bytes = 0
+    takes_key = True
 
     def _load(self, name: str, stored: Path) -> Tensor:
         if self._opened is None or self._opened[0] != stored or self._read_bytes > _PICKLE_BYTES:
@@ -46,7 +47,7 @@ class PickleSource(FileSource):
         self._read_bytes = 0
         if self._states.setdefault(path, file_state(path)) != file_state(path):
             raise file_changed(path)
-        return MappingSource(_read_pickle(path), str(path))
+        return MappingSource(_read_pickle(path), str(path), self._key)
 
     def _read_headers(self, path: Path) -> Mapping[str, TensorHeader | Skipped]:
         opened = self._open(path)
