@@ -46,6 +46,8 @@ class FieldReader:
         window, start, offset = b"", 0, self.offset
         for _ in range(count):
             if offset + 8 > start + len(window):
+                if offset + 8 > self._size:
+                    raise self.broken("it ends early")
                 self._file.seek(offset)
                 window, start = self._file.read(_WINDOW), offset
                 if len(window) < 8:

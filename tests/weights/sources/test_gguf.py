@@ -189,6 +189,7 @@ def _metadata(kind: int, value: bytes) -> bytes:
         _raw(entries=1, body=_metadata(9, struct.pack("<IQ", 8, 2**62) + bytes(100))),
         _raw(entries=1, body=_metadata(9, struct.pack("<IQ", 0, 2**62) + bytes(100))),
         _raw(entries=1, body=_metadata(9, struct.pack("<IQQ", 8, 1, 2**63) + bytes(100))),
+        _raw(entries=1, body=_metadata(9, struct.pack("<IQQ", 8, 2, 2**63) + bytes(100))),
         _raw(entries=1, body=_metadata(9, struct.pack("<IQ", 9, 1) * 50 + bytes(100))),
         _raw(entries=1, body=_text("general.alignment") + struct.pack("<II", 4, 0) + bytes(99)),
         _raw(1, body=_text("a") + struct.pack("<I", 2**31) + bytes(100)),
