@@ -10,6 +10,7 @@ from farms_fast.weights.sources.adapter import AdapterSource
 from farms_fast.weights.sources.file_source import FileSource
 from farms_fast.weights.sources.folder import checkpoint_holds
 from farms_fast.weights.sources.memory import MappingSource, ModuleSource, Source
+from farms_fast.weights.sources.numpy_files import NumpySource
 from farms_fast.weights.sources.opening import checkpoints_of, open_source
 from farms_fast.weights.sources.pickles import PickleSource
 from farms_fast.weights.sources.safetensors import SafetensorsSource
@@ -19,6 +20,7 @@ __all__ = [
     "FileSource",
     "MappingSource",
     "ModuleSource",
+    "NumpySource",
     "PickleSource",
     "SafetensorsSource",
     "Source",

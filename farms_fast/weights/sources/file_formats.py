@@ -9,6 +9,7 @@ from farms_fast.weights.sources import recognise as kinds
 from farms_fast.weights.sources.file_source import Files, FileSource
 from farms_fast.weights.sources.gguf import GGUFSource
 from farms_fast.weights.sources.hdf5 import HDF5Source
+from farms_fast.weights.sources.numpy_files import NumpySource
 from farms_fast.weights.sources.onnx import ONNXSource
 from farms_fast.weights.sources.pickles import PickleSource
 from farms_fast.weights.sources.recognise import FileKind, recognise
@@ -17,12 +18,14 @@ from farms_fast.weights.sources.safetensors import SafetensorsSource
 _SOURCES: dict[FileKind, type[FileSource]] = {
     kinds.SAFETENSORS: SafetensorsSource,
     kinds.PICKLE: PickleSource,
+    kinds.NPZ: NumpySource,
+    kinds.NPY: NumpySource,
     kinds.GGUF: GGUFSource,
     kinds.HDF5: HDF5Source,
     kinds.KERAS: HDF5Source,
     kinds.ONNX: ONNXSource,
 }
-_READ = "safetensors, a pickle of torch, GGUF, HDF5 or ONNX"
+_READ = "safetensors, a pickle of torch, .npz, .npy, GGUF, HDF5 or ONNX"
 
 
 def is_read(path: Path) -> bool:

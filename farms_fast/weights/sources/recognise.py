@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import struct
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from farms_fast.core.regular_files import open_regular
 from farms_fast.weights.sources.safetensors import HEADER_BYTES
+from farms_fast.weights.sources.stored_tensors import BrokenContent
+from farms_fast.weights.sources.torch_files.reader import OLD_ARCHIVE_MEMBERS
+from farms_fast.weights.sources.zip_archives import zip_names
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,8 @@ HDF5 = FileKind("HDF5")
 KERAS = FileKind("a Keras archive")
 ONNX = FileKind("ONNX")
 MSGPACK = FileKind("msgpack of Flax")
-NPZ = FileKind("NumPy .npz", "in Python, analyze(dict(numpy.load(path))) takes it")
-NPY = FileKind("NumPy .npy", "in Python, analyze({'weight': numpy.load(path)}) takes it")
+NPZ = FileKind("NumPy .npz")
+NPY = FileKind("NumPy .npy")
 INDEX = FileKind("an index of shards")
 
 _UNPACK = "unpack it and give the path of what is in it"
@@ -41,10 +43,8 @@ _UNKNOWN = FileKind("a file of no format that is known")
 _BEGINNINGS = (
     (b"GGUF", GGUF),
     (b"\x93NUMPY", NPY),
-    (b"\x80\x02", PICKLE),
-    (b"\x80\x03", PICKLE),
-    (b"\x80\x04", PICKLE),
-    (b"\x80\x05", PICKLE),
+    *((bytes((0x80, protocol)), PICKLE) for protocol in range(2, 6)),
+    *((name, PICKLE) for name in OLD_ARCHIVE_MEMBERS),
     (
         b"version https://git-lfs.github.com/spec/",
         FileKind("a Git LFS pointer", "fetch the file itself with `git lfs pull`"),
@@ -85,7 +85,7 @@ _FLATBUFFERS = {
 }
 _SUFFIXES = {
     ".safetensors": SAFETENSORS,
-    **dict.fromkeys((".pt", ".pth", ".bin", ".ckpt"), PICKLE),
+    **dict.fromkeys((".pt", ".pth", ".bin", ".ckpt", ".ptl", ".pkl", ".pickle"), PICKLE),
     ".gguf": GGUF,
     **dict.fromkeys((".h5", ".hdf5", ".keras"), HDF5),
     ".onnx": ONNX,
@@ -140,15 +140,14 @@ def recognise(path: Path) -> FileKind:
 
 def _zip_kind(path: Path) -> FileKind:
     try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        names = zip_names(path)
+    except BrokenContent:
         return _SUFFIXES.get(path.suffix.lower(), PICKLE)  # its reader says what is wrong
     if "model.weights.h5" in names:
         return KERAS
     if any(name.endswith("data.pkl") for name in names):
         return PICKLE
-    if names and all(name.endswith(".npy") for name in names):
+    if any(name.endswith(".npy") for name in names):
         return NPZ
     return _ZIP
 
