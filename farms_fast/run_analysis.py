@@ -33,6 +33,7 @@ from farms_fast.results.run_recorder import recording
 from farms_fast.results.settings import AnalysisSettings, declared_sampling
 from farms_fast.spectra.bootstrap import FitRule
 from farms_fast.spectra.windows import FixedAspectSampling, Sampling
+from farms_fast.weights.constants import without_constants
 from farms_fast.weights.sources import AdapterSource, open_source
 from farms_fast.weights.sources.hub import local_path
 
@@ -62,6 +63,7 @@ def analyze(
     process_group: ProcessGroup | None = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
+    layout: str = "auto",
     progress: bool | Progress = True,
 ) -> Analysis:
     """Spectrum, power-law fit and metrics of every layer of a model.
@@ -101,6 +103,10 @@ def analyze(
             took. `torchrun -m farms_fast analyze` does so by itself.
         include: glob or globs of the layers to analyse; None is all but embeddings.
         exclude: glob or globs of the layers to leave out.
+        layout: how the kernels of convolutions are stored, where no module tells: "torch" as
+            `(out, in, *positions)`, "channels_last" as `(*positions, in, out)`, as Keras, Flax and
+            TensorFlow do, or "auto" as the tensor's name and shape tell. Kernels that may be either
+            are skipped.
         progress: True for a bar on stderr when it is a terminal, False for none, or a function
             `progress(done_layers, all_layers, name)`.
 
@@ -138,7 +144,9 @@ def analyze(
     if force and store is None:
         raise ValueError("force: computes anew what a store holds, so it needs store=")
     source = open_source(model_or_state_dict_or_path, base=base, key=key, download=download)
-    specs, skipped = source.layers(include, exclude)
+    specs, skipped = source.layers(include, exclude, layout=layout)
+    if include is None:  # what the caller asks for by name is what the caller wants
+        specs, skipped = without_constants(source, specs, skipped)
     of_base = None
     if base is not None and isinstance(source, AdapterSource):
         of_base = _absolute(base) or source.base.description
@@ -148,6 +156,7 @@ def analyze(
         key=key,
         include=_patterns(include),
         exclude=_patterns(exclude),
+        layout=layout,
         sampling=declared_sampling(sampling),
         xmin=rule.xmin,
         xmin_pos=float(xmin_pos if rule.xmin == "median" else FitRule.xmin_pos),

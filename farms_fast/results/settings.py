@@ -17,9 +17,10 @@ from farms_fast.core.jsonable import canonical_json
 from farms_fast.spectra.bootstrap import FitRule
 from farms_fast.spectra.power_law import XMIN_RULES
 from farms_fast.spectra.windows import FixedAspectSampling, FullMatrix, Sampling
+from farms_fast.weights.stacks import LAYOUTS
 
 RUN_KEY_FIELDS = (
-    *("source", "base", "key", "include", "exclude", "sampling"),
+    *("source", "base", "key", "include", "exclude", "layout", "sampling"),
     *("xmin", "xmin_pos", "bins", "bootstrap", "dtype", "solver", "farms_fast"),
 )
 """What makes two runs the same: the settings that decide the layers and their numbers.
@@ -73,6 +74,7 @@ class AnalysisSettings:
         key: path of the mapping that holds the weights in a checkpoint; None where it was found.
         include: globs of the layers to analyse; empty for all but embeddings.
         exclude: globs of the layers to leave out.
+        layout: how kernels are stored: "auto", "torch" or "channels_last".
         sampling: the windows, as of `declared_sampling`.
         xmin: the rule for the start of the tail: "median", "ks" or "peak".
         xmin_pos: for the median rule.
@@ -101,6 +103,7 @@ class AnalysisSettings:
     key: str | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    layout: str = "auto"
     sampling: _DeclaredSampling = _FARMS
     xmin: str = "median"
     xmin_pos: float = 2.0
@@ -157,7 +160,8 @@ class AnalysisSettings:
     def from_plain(cls, plain: object) -> AnalysisSettings:
         """Undoes `to_plain`; ValueError for a field that is missing, unknown or wrong."""
         if isinstance(plain, Mapping):
-            plain = {"key": None, **plain}  # settings that were written before it was one
+            # Settings that were written before these were any.
+            plain = {"key": None, "layout": "auto", **plain}
         values = _fields_of(cls, "settings", plain)
         for name in ("include", "exclude"):
             if isinstance(values[name], list):
@@ -190,6 +194,7 @@ _EXPECTED: Mapping[str, _Expected] = {
     "key": _OPTIONAL_TEXT,
     "include": _TEXTS,
     "exclude": _TEXTS,
+    "layout": (", ".join(LAYOUTS), lambda value: value in LAYOUTS),
     "sampling": (
         "FixedAspectSampling, FullMatrix or OtherSampling",
         lambda value: isinstance(value, _DeclaredSampling),

@@ -81,6 +81,16 @@ def test_what_is_there_is_not_computed_again(tmp_path: Path, computed: list[str]
     computed.clear()
 
 
+def test_another_layout_of_kernels_is_another_run(tmp_path: Path) -> None:
+    weights, path = {"c.kernel": torch.randn(4, 4, 4, 4)}, tmp_path / "run.sqlite"
+    for layout in ("torch", "channels_last") * 2:
+        (layer,) = analyze(weights, FullMatrix(), store=path, layout=layout)
+        (expected,) = analyze(weights, FullMatrix(), layout=layout)
+        assert np.array_equal(layer.window_evals, expected.window_evals)
+    with ResultsStore(path) as store:
+        assert [run.settings.layout for run in store.runs()] == ["torch", "channels_last"]
+
+
 def test_a_selection_of_layers_is_another_run(tmp_path: Path, computed: list[str]) -> None:
     weights, path = weights_of(), tmp_path / "run.sqlite"
     whole = analyze(weights, SAMPLING, store=path)
