@@ -72,8 +72,8 @@ def runs(store: Store) -> None:
         rows = [
             (
                 str(info.id),
-                info.started,
-                info.finished or "-",
+                printable(info.started),
+                printable(info.finished or "-"),
                 layers_done(info),
                 printable(info.settings.source),
             )

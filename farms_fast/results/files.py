@@ -18,8 +18,10 @@ import numpy.typing as npt
 
 from farms_fast.core.arguments import path_of
 from farms_fast.core.files import FilePath, atomic_file, utf8, write_text
+from farms_fast.core.json_files import array_value, decode_json
 from farms_fast.core.jsonable import plain
 from farms_fast.core.optional import optional_import
+from farms_fast.core.regular_files import read_limited
 from farms_fast.results.record import (
     CSV_COLUMNS,
     INT_COLUMNS,
@@ -27,6 +29,7 @@ from farms_fast.results.record import (
     TEXT_FIELDS,
     LayerRecord,
     field_value,
+    skipped_from,
 )
 from farms_fast.results.settings import AnalysisSettings
 from farms_fast.weights.stacks import Skipped
@@ -37,6 +40,9 @@ if TYPE_CHECKING:
 _FORMAT = "farms_fast.analysis"
 _FORMAT_VERSION = 2
 _INSTEAD = "use to_csv or to_json"
+
+# An analysis with its spectra may be larger than other JSON files.
+_MOST_BYTES = 2**32
 
 Array = npt.NDArray[np.float64]
 
@@ -120,8 +126,9 @@ def read_json(path: FilePath) -> tuple[list[LayerRecord], list[Skipped], Analysi
     """The layers, skipped tensors and settings of a file of `write_json`; ValueError of another."""
     file = path_of("path", path)
     named = f"path: {os.fspath(path)!r}"
+    content = read_limited(file, _MOST_BYTES)
     try:
-        document = json.loads(file.read_text(encoding="utf-8"))
+        document = decode_json(content.decode())
     except ValueError as error:
         raise ValueError(f"{named} is not a JSON file ({error})") from error
     if not isinstance(document, dict) or document.get("format") != _FORMAT:
@@ -134,7 +141,7 @@ def read_json(path: FilePath) -> tuple[list[LayerRecord], list[Skipped], Analysi
         )
     try:
         layers = [_layer_from_plain(layer) for layer in document["layers"]]
-        skipped = [Skipped(s["name"], tuple(s["shape"]), s["reason"]) for s in document["skipped"]]
+        skipped = [skipped_from(s["name"], s["shape"], s["reason"]) for s in document["skipped"]]
         settings = document["settings"]
         return layers, skipped, None if settings is None else AnalysisSettings.from_plain(settings)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -155,14 +162,10 @@ def _layer_to_plain(layer: LayerRecord, spectra: bool) -> dict[str, Any]:
 
 def _layer_from_plain(given: Mapping[str, Any]) -> LayerRecord:
     values = {name: field_value(name, given[name]) for name in SCALAR_FIELDS}
-    # NumPy reads null as NaN, and the infinities from their texts.
-    values["window_alphas"] = np.array(list(given["window_alphas"]), np.float64)
+    values["window_alphas"] = array_value("window_alphas", given["window_alphas"], 1)
     if "evals" in given:
-        per_window = given["window_evals"]
-        # The shape is given because an empty list says nothing of its second dimension.
-        shape = (len(per_window), len(per_window[0]) if per_window else 0)
-        values["window_evals"] = np.array(per_window, np.float64).reshape(shape)
-        pooled = np.array(given["evals"], np.float64)
+        values["window_evals"] = array_value("window_evals", given["window_evals"], 2)
+        pooled = array_value("evals", given["evals"], 1)
         if not np.array_equal(pooled, np.sort(values["window_evals"], axis=None), equal_nan=True):
             raise ValueError(f"evals of {values['name']!r} are not its window_evals in order")
     return LayerRecord(**values)

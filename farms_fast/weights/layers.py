@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 from torch.nn.utils import parametrize
 
-from farms_fast.core.arguments import check_module, unmatched_pattern
+from farms_fast.core.arguments import check_module, first_repeated, unmatched_pattern
 from farms_fast.weights.formats.lora_modules import Wrapper, module_wrappers, visible_name
 from farms_fast.weights.formats.quantised import dequantised_headers
 from farms_fast.weights.model_config import ModelConfig
@@ -50,7 +50,7 @@ def layers_from_headers(
     """
     names = [header.name for header in headers]
     if len(set(names)) != len(names):
-        twice = next(name for name in names if names.count(name) > 1)
+        twice = first_repeated(names)
         raise ValueError(f"headers: expected each name once, got {twice!r} more than once")
     weights = _changed(merge_complex_parts(dequantised_headers(headers, config)), change)
     index = HeaderIndex((header for header, _ in weights), config, {})

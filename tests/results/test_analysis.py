@@ -399,6 +399,49 @@ def test_from_json_refuses_other_files(tmp_path: Path, text: str, message: str) 
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"windows": 2', '"windows": 1e400', "windows: expected an integer of 0 to .*, got inf"),
+        ('"windows": 2', '"windows": 1.5', "windows: expected an integer of 0 to .*, got 1.5"),
+        ('"windows": 2', '"windows": -1', "windows: expected an integer of 0 to .*, got -1"),
+        ('"windows": 2', f'"windows": {2**63}', "windows: expected an integer of 0 to 2.63 - 1"),
+        ('"alpha": 2.5', '"alpha": ' + "9" * 400, r"alpha: expected a number of float64, got 9+"),
+        ('"alpha": 2.5', '"alpha": ' + "9" * 5000, "not a JSON file"),
+        ('"alpha": 2.5', '"alpha": "2.5"', "alpha: expected a number, got '2.5'"),
+        ('"alpha": 2.5', '"alpha": true', "alpha: expected a number, got True"),
+        ('"status": "ok"', '"status": ["ok"]', "status: expected text, got "),
+        ('"shape": [1, 2, 2]', '"shape": 4', "shape: expected a list of integers, got 4"),
+        ('"shape": [1, 2, 2]', '"shape": [2, 2]', "damaged record"),
+        ('"window_alphas": [2.0, null]', '"window_alphas": "12"', "window_alphas: expected a list"),
+        ('"window_alphas": [2.0, null]', '"window_alphas": [[1]]', "expected 1 dimensions, got 2"),
+        ('[[0.5, 3.0], [1.0, 2.0]]', '[[0.5, 3.0], [1.0]]', "window_evals: expected numbers"),
+        ('[[0.5, 3.0], [1.0, 2.0]]', '[1' + "0" * 400 + "]", "window_evals: expected numbers"),
+        ('"settings": {', '"settings": {"x": ' + "[" * 100_000, "not a JSON file .nested too deep"),
+        ('"per_dim": 3', '"per_dim": [3]', "settings: sampling: per_dim: expected a positive int"),
+        ('"q": 1.0', '"q": 1' + "0" * 400, "settings: sampling: "),
+        ('"bootstrap": 100', '"bootstrap": 1000000000', "bootstrap: expected an integer of 0 to"),
+    ],
+)  # fmt: skip
+def test_values_that_no_analysis_has(tmp_path: Path, old: str, new: str, message: str) -> None:
+    path = tmp_path / "a.json"
+    assert old in VERSION_2
+    path.write_text(VERSION_2.replace(old, new, 1))
+    with pytest.raises(ValueError, match=message) as caught:
+        Analysis.from_json(path)
+    assert str(path) in str(caught.value)
+    # However long what came was.
+    assert len(str(caught.value)) < 400 + len(str(path))
+
+
+def test_a_reason_is_text(tmp_path: Path) -> None:
+    Analysis([], [Skipped("b", (3,), "vector")]).to_json(tmp_path / "a.json")
+    text = (tmp_path / "a.json").read_text()
+    (tmp_path / "a.json").write_text(text.replace('"vector"', '["vector"]'))
+    with pytest.raises(ValueError, match="skipped reason: expected text, got "):
+        Analysis.from_json(tmp_path / "a.json")
+
+
 def test_an_older_file_is_refused(tmp_path: Path) -> None:
     older = VERSION_2.replace('"version": 2', '"version": 1')
     (tmp_path / "a.json").write_text(older)
