@@ -64,7 +64,7 @@ def reporter(
                 task,
                 completed=computed,
                 total=windows - known,
-                description=printable(name)[-40:],
+                description=printable(name[-40:])[-40:],
                 layers=f"{done}/{layers} layers",
                 rate=pace(computed, windows - known - computed, _clock() - start),
             )

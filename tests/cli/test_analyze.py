@@ -9,12 +9,14 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from rich.cells import cell_len
 from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
@@ -424,6 +426,21 @@ def test_narrowest_terminal_keeps_name_and_alpha(analysed: dict[str, Any]) -> No
 )
 def test_names_are_shortened_in_the_middle(width: int, shown: str) -> None:
     assert shorten("encoder.layer.0.mlp", width) == shown
+
+
+@pytest.mark.parametrize("name", ["a" * 10**6, "層" * 10**6, "e\u0301" * 10**6])
+def test_a_name_of_any_length(name: str) -> None:
+    table = cli.format_table([a_record(name), a_record("fc")], 80).splitlines()
+    assert all(cell_len(line) <= 80 for line in table)
+    assert "…" in table[1]
+
+
+def test_a_table_of_many_layers() -> None:
+    """In proportion to the layers: as many took minutes when each row was laid out by rich."""
+    start = time.perf_counter()
+    table = cli.format_table([a_record(f"layers.{i}.fc") for i in range(18_000)], 140)
+    assert len(table.splitlines()) == 18_001
+    assert time.perf_counter() - start < 10
 
 
 def test_wide_characters_line_up() -> None:

@@ -275,6 +275,25 @@ def test_container() -> None:
     assert math.isnan(Analysis([]).mean_alpha)
 
 
+def test_layers_are_had_by_name_however_many() -> None:
+    """Were the list searched each time, this would take minutes."""
+    analysis = Analysis([LayerRecord(f"l.{i}", "linear", (1, 2, 2), "ok") for i in range(30_000)])
+    assert all(analysis[f"l.{i}"] is analysis.layers[i] for i in range(30_000))
+    analysis.layers.reverse()
+    assert analysis["l.0"] is analysis.layers[-1]
+    analysis.layers[3].name = "renamed"
+    assert analysis["renamed"] is analysis.layers[3]
+    del analysis.layers[10:]
+    with pytest.raises(KeyError, match=r"no layer named 'l\.0'"):
+        analysis["l.0"]
+    assert pickle.loads(pickle.dumps(analysis))["renamed"].name == "renamed"
+
+
+def test_the_first_of_several_layers_of_one_name() -> None:
+    analysis = Analysis([LayerRecord("a", "linear", (1, n, n), "ok") for n in (1, 2)])
+    assert analysis["a"].shape == (1, 1, 1)
+
+
 def test_unknown_name_suggests_near_ones() -> None:
     with pytest.raises(KeyError, match=r"no layer named 'encoder\.2\.fc'.*'encoder\.[01]\.fc'"):
         an_analysis()["encoder.2.fc"]
@@ -283,6 +302,12 @@ def test_unknown_name_suggests_near_ones() -> None:
     said = r"no layer named 0: .*'encoder\.0\.fc'.*\.layers\[0\]"
     with pytest.raises(KeyError, match=said):
         an_analysis()[0]  # type: ignore[index]
+    with pytest.raises(KeyError, match=r"no layer named \[\]: names are text"):
+        an_analysis()[[]]  # type: ignore[index]
+    # However long names are.
+    analysis = Analysis([LayerRecord("a" * 10**6, "linear", (1, 2, 2), "ok")] * 3)
+    with pytest.raises(KeyError, match="no layer named 'aa"):
+        analysis["a" * 999_999 + "b"]
 
 
 def test_repr_and_str() -> None:
