@@ -194,8 +194,9 @@ class Analysis(NamedLayers[LayerRecord]):
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Writes one line per layer, UTF-8, with the columns of `to_pandas`.
 
-        Floats are written so that reading them gives the same bits, NaN as `nan`. The file
-        appears whole or not at all.
+        Floats are written so that reading them gives the same bits, NaN as `nan`. A name of a
+        layer may come from anyone: text that begins as a formula of a spreadsheet does (`=`, `+`,
+        `-`, `@`), or with a `'`, has a `'` in front. The file appears whole or not at all.
 
         Args:
             path: the file, replaced if it exists.

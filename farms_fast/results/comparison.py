@@ -242,7 +242,7 @@ class Comparison(NamedLayers[LayerDifference]):
         return data_frame(COMPARISON_COLUMNS, [layer.scalars() for layer in self.layers])
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Writes one line per layer with the columns of `to_pandas`; NaN as `nan`.
+        """Writes one line per layer with the columns of `to_pandas`, as `Analysis.to_csv` does.
 
         Args:
             path: the file, replaced if it exists; it appears whole or not at all.

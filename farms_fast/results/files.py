@@ -10,6 +10,7 @@ import math
 import os
 import zipfile
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -22,6 +23,7 @@ from farms_fast.core.json_files import array_value, decode_json
 from farms_fast.core.jsonable import plain
 from farms_fast.core.optional import optional_import
 from farms_fast.core.regular_files import read_limited
+from farms_fast.core.text import csv_cell
 from farms_fast.results.record import (
     CSV_COLUMNS,
     INT_COLUMNS,
@@ -53,12 +55,13 @@ Array = npt.NDArray[np.float64]
 def write_rows(
     path: FilePath, columns: Sequence[str], rows: Sequence[Mapping[str, object]]
 ) -> None:
-    """Writes a heading and one line per row as CSV, UTF-8, floats to the bit."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
+    """Writes a heading and a line per row as CSV, UTF-8; floats to the bit, text as `csv_cell`."""
+    lines: list[str] = []
+    # With its own ends of lines the writer quotes both of their characters; the file has one.
+    writer = csv.writer(SimpleNamespace(write=lines.append))
     writer.writerow(columns)
-    writer.writerows([row[name] for name in columns] for row in rows)
-    write_text(path, text.getvalue())
+    writer.writerows([csv_cell(row[name]) for name in columns] for row in rows)
+    write_text(path, "".join(line.removesuffix("\r\n") + "\n" for line in lines))
 
 
 def data_frame(

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from farms_fast.core.text import printable
 from farms_fast.results.analysis import Analysis
+from farms_fast.results.comparison import compare
 from farms_fast.results.record import LayerRecord, Uncertainty
 from farms_fast.results.settings import AnalysisSettings
 from farms_fast.spectra.metrics import spectrum_metrics
@@ -517,6 +518,36 @@ def test_csv_round_trips_numbers(tmp_path: Path) -> None:
                 assert type(value)(row[name]) == value, name
     assert (rows[2]["stack"], rows[2]["rows"], rows[2]["cols"]) == ("9", "4", "4")
     assert rows[2]["alpha"] == "nan"
+
+
+def test_no_text_of_a_csv_is_a_formula(tmp_path: Path) -> None:
+    names = [
+        "=1+1",
+        "+1",
+        "-1",
+        "@SUM(A1)",
+        "\t=1",
+        "\r=1",
+        "\n=1",
+        "\uff1d1",
+        "'a",
+        "''",
+        "fc",
+        "",
+        "a=b",
+    ]
+    records = [LayerRecord(name, "linear", (1, 2, 2), "error", name, alpha=-0.5) for name in names]
+    Analysis(records).to_csv(tmp_path / "a.csv")
+    compare(Analysis(records), Analysis(records)).to_csv(tmp_path / "b.csv")
+    for file, columns in (("a.csv", ("name", "message")), ("b.csv", ("name",))):
+        with (tmp_path / file).open(newline="", encoding="utf-8") as stream:
+            rows = list(csv.DictReader(stream))
+        for column in columns:
+            cells = [row[column] for row in rows]
+            assert not any(cell.startswith(tuple("=+-@\t\r\n\uff1d")) for cell in cells)
+            # One in front taken away, every name is what it was.
+            assert [cell[cell[:1] == "'" :] for cell in cells] == names
+    assert float(rows[0]["alpha_a"]) == -0.5
 
 
 def test_csv_of_nothing_has_the_heading(tmp_path: Path) -> None:
