@@ -221,7 +221,7 @@ def test_nothing_to_analyse(tmp_path: Path) -> None:
     assert re.fullmatch(r"error: [^\n]+\n", result.stderr)
 
 
-@pytest.mark.parametrize("option", ["--csv", "--json"])
+@pytest.mark.parametrize("option", ["--csv", "--json", "--store"])
 def test_unwritable_output_is_found_before_the_work(
     analysed: dict[str, Any], option: str, tmp_path: Path
 ) -> None:
@@ -229,9 +229,12 @@ def test_unwritable_output_is_found_before_the_work(
     assert_one_error_line(run("m", option, tmp_path), f"{name}: ", "is a directory")
     assert_one_error_line(run("m", option, tmp_path / "no" / "x"), f"{name}: ", "does not exist")
     other = "--json" if option != "--json" else "--csv"
+    error = run("m", option, "/proc/x")
+    assert_one_error_line(error, f" {name}: cannot be written (", "): '/proc/x'")
     twice = run("m", option, tmp_path / "x", other, tmp_path / "x")
     assert_one_error_line(twice, "is the file of ", " too")
     assert "model" not in analysed
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("arguments", [[], ["m", "--rows", "many"], ["m", "--what"]])
