@@ -99,6 +99,7 @@ def cli_errors(**names: str) -> Iterator[None]:
             line = f"{line[: _LONGEST_LINE // 2]} ... {line[-_LONGEST_LINE // 2 :]}"
         typer.echo(f"error: {printable(line)}", err=True)
         raise typer.Exit(EXIT_BAD_INPUT) from None
-    except KeyboardInterrupt:
-        typer.echo("error: interrupted", err=True)
+    except KeyboardInterrupt as interruption:
+        what_is_saved = f": {printable(str(interruption))}" if interruption.args else ""
+        typer.echo(f"error: interrupted{what_is_saved}", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None

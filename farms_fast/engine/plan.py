@@ -32,6 +32,10 @@ from farms_fast.weights.stacks import LayerSpec, Skipped
 _H200 = Machine()
 # Batches that a run has on the device at a time.
 UNDER_WAY = 3
+# Predicted for a batch on a CPU, where more windows at a time gain nothing once all cores have had
+# a few each.
+MAX_SECONDS = 10.0
+_ROUNDS = 4
 
 
 @dataclass(frozen=True)
@@ -186,9 +190,9 @@ def plan(
 
     Three batches share the memory, one that is read, one that is solved and one that is finished;
     where a layer needs more than a third of it, each batch has all of it and runs alone. A batch is
-    closed where the next layer would take it beyond its shares (see `MemoryBudget`), or beyond 2^19
-    eigenvalues. A layer larger than that is a batch of its own, and what it leaves of the memory is
-    the solver's.
+    closed where the next layer would take it beyond its shares (see `MemoryBudget`), beyond 2^19
+    eigenvalues, or on a CPU beyond 10 seconds, because finished layers come batch by batch. A layer
+    larger than that is a batch of its own, and what it leaves of the memory is the solver's.
 
     Args:
         specs: the layers, in the model's order.
@@ -329,19 +333,27 @@ class _Planner:
         for layer in layers:
             own = _Size.of(layer)
             size = own if size is None else size + own
-            if not parts or not self._fits(self.need(size), budget):
+            if not parts or not self._fits(size, budget):
                 parts.append([])
                 size = own
             parts[-1].append(layer)
         return parts
 
-    def _fits(self, need: MemoryRequirement, budget: MemoryBudget) -> bool:
-        return (
+    def _fits(self, size: _Size, budget: MemoryBudget) -> bool:
+        need = self.need(size)
+        return not self._is_long(size) and (
             need.weights <= budget.weights
             and need.spectra <= budget.spectra
             and need.eigenvalues <= MAX_EIGENVALUES
             and need.min_bytes <= budget.total
         )
+
+    def _is_long(self, size: _Size) -> bool:
+        """Whether too much is lost when a run is killed; GPUs are never as long at a batch."""
+        if self.machine.kind != "cpu" or size.windows <= _ROUNDS * self.machine.cores:
+            return False
+        one_by_one = eigenvalues_cost(self.machine, size.order, size.inner, size.windows)
+        return one_by_one.seconds > MAX_SECONDS
 
     def limits(self, size: _Size, budget: MemoryBudget) -> Limits:
         at_a_time = self.machine.solver_facts(*self.call(size)).max_batch

@@ -271,7 +271,14 @@ def test_a_bug_is_not_hidden(analysed: dict[str, Any]) -> None:
 def test_interruption(analysed: dict[str, Any]) -> None:
     analysed["result"] = KeyboardInterrupt()
     result = run("m")
-    assert (result.exit_code, result.stderr) == (130, "error: interrupted\n")
+    saved = "nothing is saved; with --store FILE the finished layers would be"
+    assert (result.exit_code, result.stderr) == (130, f"error: interrupted: {saved}\n")
+    analysed["result"] = KeyboardInterrupt("3 of 7 layers are in 'a\x1b'")
+    result = run("m", "--store", "run.sqlite")
+    assert (result.exit_code, result.stderr) == (
+        130,
+        "error: interrupted: 3 of 7 layers are in 'a\\x1b'\n",
+    )
 
 
 # ---------------------------------------------------------------------------------------- options
