@@ -94,7 +94,8 @@ def analyze(
         key: dotted path of the mapping that holds the weights, such as "state_dict_ema", where a
             checkpoint has several.
         store: an SQLite file that every layer is written to when it is finished, made if there is
-            none. A run with the same settings, source, selection of layers and release goes on
+            none: those of a batch are finished together, and on a CPU a batch takes about 10 s at
+            most. A run with the same settings, source, selection of layers and release goes on
             where one has ended: layers whose weights are the same are not computed again (see
             `farms_fast.results.store`).
         force: compute every layer anew; older results stay in the store beside the new ones.
@@ -121,6 +122,7 @@ def analyze(
             weights to read, a layer that does not fit into the memory, force without a store, or
             a store that is no results store.
         OSError: the store cannot be read or written. The layers before are in it.
+        KeyboardInterrupt: of an interruption; with a store it says what is saved.
 
     Example:
         >>> import torch
@@ -189,8 +191,7 @@ def analyze(
         with reporter(progress, len(own_plan.names), own_plan.windows) as report:
 
             def keep(layers: Sequence[LayerState]) -> None:
-                recorder.take(layers, positions, torch.finfo(precision).eps)
-                for state in layers:
+                for state in recorder.take(layers, positions, torch.finfo(precision).eps):
                     report(state.layer.spec.name, state.layer.windows, not state.known)
 
             is_known = recorder.is_known if recorder.needs_digests else None
