@@ -21,7 +21,8 @@ namespace farms_fast {
 struct CudaDevice {
   int architecture;      // 10 * major + minor of its compute capability
   int64_t shared_bytes;  // of shared memory that a block may ask for
-  bool has_clusters;     // launches clusters of thread blocks
+  int cluster_blocks;    // that a cluster may have, 1 where there are none
+  int processors;        // multiprocessors
 };
 
 // By the technical specifications of the CUDA C++ Programming Guide. An architecture younger than those counts as the
@@ -33,10 +34,9 @@ constexpr CudaDevice cuda_device(int architecture) {
     if (architecture > 80) return 99;
     return architecture == 75 ? 64 : architecture >= 70 ? 96 : 48;
   };
-  return {architecture, kibibytes() << 10, architecture >= 90};
+  return {architecture, kibibytes() << 10, architecture >= 90 ? hopper::kMaxClusterBlocks : 1, /*processors=*/1};
 }
 static_assert(cuda_device(90).shared_bytes == hopper::kBlockSharedBytes);
-static_assert(kBandSharedBytes <= hopper::kBlockSharedBytes, "the two-stage solver's narrow band in one block");
 
 // A solver works on Gram matrices in place, unless it is a direct one, which reads windows where they are.
 struct CudaSolverTraits {
@@ -64,16 +64,16 @@ constexpr int one_block_order(int64_t shared_bytes) {
 constexpr int kClusterOrder = 512;  // likewise in a cluster of blocks
 
 inline int64_t one_stage_max_order(const CudaDevice& device, DType gram) {
-  const bool in_clusters = device.has_clusters && device.shared_bytes >= hopper::kBlockSharedBytes;
+  const bool in_clusters = device.cluster_blocks > 1 && device.shared_bytes >= hopper::kBlockSharedBytes;
   return (in_clusters ? kClusterOrder : one_block_order(device.shared_bytes)) / reals(gram);
 }
 
 // Up to this order forming the Gram matrix in the cluster measured no slower.
 inline int64_t one_stage_max_window_order(DType gram) { return 256 / reals(gram); }
 
-// Its kernels are launched in clusters, and keep narrow bands in shared memory.
+// Its products are the tensor cores', in float64, which Ampere was the first to have.
 inline int64_t two_stage_max_order(const CudaDevice& device, DType gram) {
-  return device.architecture >= 90 && device.shared_bytes >= hopper::kBlockSharedBytes ? 16384 / reals(gram) : 0;
+  return device.architecture >= 80 ? 16384 / reals(gram) : 0;
 }
 
 inline int64_t two_stage_workspace_bytes(int64_t batch, int64_t order, DType gram) {
@@ -104,11 +104,30 @@ inline constexpr CudaSolverTraits kTwoStage{"two_stage", two_stage_max_order, nu
                                             [](int64_t) { return int64_t{16384}; }, two_stage_workspace_bytes};
 inline constexpr const CudaSolverTraits* kCudaSolvers[] = {&kCusolver, &kOneStage, &kTwoStage};
 
+// Whose measurements an architecture goes by: data-centre Blackwell has all that Hopper has.
+constexpr int measured_architecture(int architecture) {
+  return architecture > 90 && architecture < 120 ? 90 : architecture;
+}
+
+// Where nothing was measured: the one-stage solver for what one block holds, and the two-stage one beyond. Both pass
+// over a matrix far less often than cuSOLVER's tridiagonalisation, whatever the rate of the arithmetic. Before Ampere
+// there are no float64 tensor cores for them to win by.
+inline const char* modelled_choice(const CudaDevice& device, int64_t order, DType gram) {
+  if (device.architecture < 80) return kCusolver.name;
+  if (order <= one_block_order(device.shared_bytes) / reals(gram)) return kOneStage.name;
+  return order <= two_stage_max_order(device, gram) ? kTwoStage.name : kCusolver.name;
+}
+
+inline const char* auto_choice(const CudaDevice& device, int64_t count, int64_t order, DType gram) {
+  const char* measured = measured_choice(measured_architecture(device.architecture), count, order, gram);
+  return measured != nullptr ? measured : modelled_choice(device, order, gram);
+}
+
 // The solver of that name, or for "auto" the one that measured fastest for `count` matrices. `op` is for the error of
 // one that does not exist or does not take such matrices.
 inline const CudaSolverTraits& cuda_solver(const char* op, const std::string& name, const CudaDevice& device,
                                            int64_t count, int64_t order, DType gram) {
-  const std::string wanted = name == "auto" ? measured_choice(device.architecture, count, order, gram) : name;
+  const std::string wanted = name == "auto" ? auto_choice(device, count, order, gram) : name;
   std::string known = "auto";
   for (const CudaSolverTraits* solver : kCudaSolvers) {
     if (wanted == solver->name) {

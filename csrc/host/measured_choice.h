@@ -1,4 +1,4 @@
-// Which CUDA solver "auto" stands for: a table of measurements for each architecture, and cuSOLVER where there is none.
+// Which CUDA solver "auto" stands for by measurement: a table for each architecture that was measured.
 #pragma once
 
 #include <cstdint>
@@ -22,12 +22,13 @@ constexpr MeasuredChoice kMeasuredChoices[] = {
 #include "csrc/host/measured_choice.inc"
 };
 
+// Null where no row holds such matrices.
 inline const char* measured_choice(int architecture, int64_t count, int64_t order, DType gram) {
   const Field field = is_complex(gram) ? Field::complex : Field::real;
   for (const MeasuredChoice& row : kMeasuredChoices)
     if (row.architecture == architecture && row.field == field && order <= row.up_to_order && count <= row.up_to_batch)
       return row.solver;
-  return "cusolver";
+  return nullptr;
 }
 
 }  // namespace farms_fast

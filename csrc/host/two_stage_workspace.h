@@ -24,12 +24,10 @@ constexpr int kBandTile = 4;
 constexpr int64_t wide_columns(int64_t order) { return (order + kBandTile - 1) / kBandTile * kBandTile + kWideColumn; }
 constexpr int64_t wide_count(int64_t order) { return wide_columns(order) * kWideColumn; }
 
-// Shared memory that the band of half-width kNarrowBand may take. A longer one is kept in global memory.
-constexpr int64_t kBandSharedBytes = 224 * 1024;
+// What the band of half-width kNarrowBand takes in shared memory. A longer one passes through it.
 constexpr int64_t narrow_band_bytes(int64_t order, int pitch) {
   return (order + kNarrowColumn) * pitch * static_cast<int64_t>(sizeof(double));
 }
-constexpr bool chase_spills(int64_t order) { return narrow_band_bytes(order, kNarrowColumn) > kBandSharedBytes; }
 
 constexpr int kMostShares = 3;
 struct BandWorkspace {
@@ -47,7 +45,7 @@ struct BandWorkspace {
 struct TwoStageWorkspace {
   BandWorkspace panels;
   double* band;          // (batch, wide_count(order))
-  double* spill;         // (batch, order + kNarrowColumn, kNarrowColumn), null where the narrow band does not spill
+  double* spill;         // (batch, order + kNarrowColumn, kNarrowColumn), of narrow bands that pass through
   double* diagonal;      // (batch, order)
   double* off_diagonal;  // (batch, order)
   double* matrices;      // (batch, order, order), the matrices as real float64 ones; null where they are that already
@@ -80,7 +78,7 @@ inline TwoStageWorkspace lay_out_two_stage(void* workspace, int64_t batch, int64
   layout.panels.middle = take(kMostShares * square);
   layout.panels.done = reinterpret_cast<unsigned*>(take(1));
   layout.band = take(wide_count(order));
-  layout.spill = chase_spills(order) ? take((order + kNarrowColumn) * kNarrowColumn) : nullptr;
+  layout.spill = take((order + kNarrowColumn) * kNarrowColumn);
   layout.diagonal = take(order);
   layout.off_diagonal = take(order);
   if (gram != DType::f64) layout.matrices = take(order * order);

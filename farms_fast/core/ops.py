@@ -264,6 +264,15 @@ def solver_facts(
     return SolverFacts(*call(device, compute_capability, count, order, inner, dtype, solver))
 
 
+def compute_capability() -> int:
+    """10·major + minor of torch's current GPU, as the compiled code knows it.
+
+    Code that was built for an older architecture alone keeps to that one's limits: then it is the
+    older one's.
+    """
+    return int(torch.ops.farms_fast.compute_capability())
+
+
 def _called(op: Callable[..., Any], *arguments: object) -> Any:
     """Calls an op whose error for want of memory is to be torch's own."""
     try:

@@ -6,8 +6,7 @@ written by `python -m benchmarks.cost_table`: of one NVIDIA H200, and of two cor
 CUDA solver takes a latency, in proportion to the order, and a time for each matrix; a core of a CPU
 takes one matrix after the other. Assumed, not measured:
 
-- another device takes the same times over `Machine.speed`, whatever the order; a GPU of an
-  architecture that nobody has measured takes those of cuSOLVER, its solver there;
+- another device takes the same times over `Machine.speed`, whatever the order and the solver;
 - complex matrices take as long as the real ones of twice the order that a CUDA solver makes of
   them, and elsewhere four times as long as real ones; float32 takes as long as float64;
 - weights come over to a GPU at 12 GB/s, as from pageable memory; the time of a disk is not in it.

@@ -25,7 +25,8 @@ class Machine:
         memory: bytes of device memory, of an H200 by default.
         cores: for a CPU, those that a run may use.
         speed: how many times as fast as the measured device, or a core as the measured core.
-        compute_capability: of a GPU, 10·major + minor, of an H200 by default.
+        compute_capability: of a GPU, 10·major + minor, of an H200 by default; of a GPU that is
+            there as `ops.compute_capability` tells it.
         index: of a GPU that is there and tells of its solvers itself; None for one that is not.
 
     Raises:
@@ -60,7 +61,7 @@ class Machine:
 
         Example:
             >>> Machine(compute_capability=80).solver_facts(512, 512, 9, torch.float64).solver
-            'cusolver'
+            'two_stage'
         """
         return _solver_facts(self, order, inner, count, dtype, solver)
 
@@ -97,12 +98,12 @@ def machine_of(device: torch.device) -> Machine:
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index
         gpu = torch.cuda.get_device_properties(index)
-        return Machine(
-            "cuda",
-            memory=gpu.total_memory,
-            compute_capability=10 * gpu.major + gpu.minor,
-            index=index if extension.has_cuda() else None,
-        )
+        if not extension.has_cuda():
+            capability = 10 * gpu.major + gpu.minor
+            return Machine("cuda", memory=gpu.total_memory, compute_capability=capability)
+        with torch.cuda.device(index):
+            capability = ops.compute_capability()
+        return Machine("cuda", gpu.total_memory, compute_capability=capability, index=index)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Machine("cpu", memory=memory, cores=torch.get_num_threads())
 

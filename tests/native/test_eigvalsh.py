@@ -18,7 +18,7 @@ CASES = [("cpu", solver) for solver in SOLVERS["cpu"]] + [
     pytest.param("cuda", solver, marks=pytest.mark.gpu) for solver in SOLVERS["cuda"] or ["auto"]
 ]
 # Clusters of blocks came with Hopper.
-HAS_CLUSTERS = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+HAS_CLUSTERS = torch.cuda.is_available() and ops.compute_capability() in range(90, 120)
 ONE_STAGE = (512, 256) if HAS_CLUSTERS else (160, 80)
 # The largest real and complex order of the solvers that have one.
 LARGEST = {

@@ -16,7 +16,10 @@ pytestmark = pytest.mark.gpu
 
 Values = NDArray[np.float64]
 
-LARGEST = 512 if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0) else 160
+# Of orders that one block holds, and a cluster of blocks.
+LARGEST = {80: 160, 90: 512, 100: 512, 103: 512}.get(
+    ops.compute_capability() if torch.cuda.is_available() else 80, 128
+)
 IN_CLUSTERS = (161, 167, 176, 191, 192, 193, 199, 224, 227, 251, 255, 256, 257, 263, 288, 307)
 IN_LARGE_CLUSTERS = (320, 333, 353, 383, 384, 385, 400, 401, 419, 447, 448, 449, 487, 511, 512)
 SPREAD = (137, 143, 144, 145, 151, 159, 160, *IN_CLUSTERS, *IN_LARGE_CLUSTERS)

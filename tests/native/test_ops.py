@@ -317,8 +317,7 @@ def two_stage_bytes_on_cuda(count: int, order: int, dtype: torch.dtype) -> int:
     arrays = 5 * [padded * 32]  # V and W of two panels, A V
     arrays += [square, padded // 64 * 3 * square, 3 * square, 1]  # T, sums by tile, sums, done
     arrays += [(-(-n // 4) * 4 + 64) * 64]  # the band
-    if (n + 8) * 8 * 8 > 224 * 2**10:
-        arrays += [(n + 8) * 8]  # the narrow band, where it does not fit into shared memory
+    arrays += [(n + 8) * 8]  # the narrow band
     arrays += [n, n]  # the tridiagonal matrix
     if dtype != torch.float64:
         arrays += [n * n]  # the matrix as a real one in float64
@@ -343,10 +342,10 @@ def test_facts_of_a_cpu(order: int, inner: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", GRAM_DTYPES, ids=str)
-@pytest.mark.parametrize("order", [161, 257, 512, 1000, 2000, 2048, 2049, 5000, 11008, 11009])
+@pytest.mark.parametrize("order", [161, 257, 512, 1000, 2000, 2048, 2049, 5000, 8193, 16385])
 def test_facts_of_many_windows_on_an_h200(order: int, dtype: torch.dtype) -> None:
     facts = ops.solver_facts(order, dtype=dtype, count=500, **H200)
-    largest = 2048 if dtype.is_complex else 11008
+    largest = 8192 if dtype.is_complex else 16384
     assert facts.solver == ("two_stage" if order <= largest else "cusolver")
     for count in (1, 2, 17):
         few = ops.solver_facts(order, dtype=dtype, count=count, **(H200 | {"solver": facts.solver}))
@@ -372,7 +371,15 @@ def test_small_windows_take_nothing_on_an_h200(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(
     ("capability", "one_stage", "two_stage"),
-    [(75, 104, 0), (80, 160, 0), (86, 128, 0), (89, 128, 0), (90, 512, 16384), (120, 128, 0)],
+    [
+        (75, 104, 0),
+        (80, 160, 16384),
+        (86, 128, 16384),
+        (89, 128, 16384),
+        (90, 512, 16384),
+        (100, 512, 16384),
+        (120, 128, 16384),
+    ],
 )
 def test_largest_orders_of_other_architectures(
     capability: int, one_stage: int, two_stage: int
@@ -386,11 +393,39 @@ def test_largest_orders_of_other_architectures(
                 ops.solver_facts(order + 1, **settings, solver=solver)
 
 
-def test_an_architecture_without_measurements_gets_cusolver() -> None:
-    for capability in (75, 80, 86, 120):
-        facts = ops.solver_facts(100, device="cuda", compute_capability=capability, count=1000)
+@pytest.mark.parametrize("count", [1, 1000])
+@pytest.mark.parametrize("capability", [80, 86, 89, 120])
+def test_an_ampere_or_later_without_measurements_gets_the_packages_solvers(
+    capability: int, count: int
+) -> None:
+    def solver(order: int, dtype: torch.dtype = torch.float64) -> str:
+        told = {"dtype": dtype, "count": count, "compute_capability": capability}
+        return ops.solver_facts(order, device="cuda", **told).solver
+
+    in_a_block = 160 if capability == 80 else 128
+    assert solver(in_a_block) == "one_stage"
+    assert solver(in_a_block // 2, torch.complex128) == "one_stage"
+    assert solver(in_a_block + 1) == "two_stage"
+    assert solver(in_a_block // 2 + 1, torch.complex64) == "two_stage"
+    assert solver(16384) == "two_stage"
+    assert solver(16385) == "cusolver"
+
+
+@pytest.mark.parametrize("capability", [50, 61, 70, 75])
+def test_an_architecture_before_ampere_gets_cusolver(capability: int) -> None:
+    for order in (10, 100, 1000):
+        facts = ops.solver_facts(order, device="cuda", compute_capability=capability, count=1000)
         assert facts.solver == "cusolver"
-        assert facts.bytes > 1000 * 100**2 * 8
+        assert facts.bytes > min(1000, facts.max_batch) * order**2 * 8
+
+
+def test_data_centre_blackwell_chooses_as_hopper() -> None:
+    for capability in (100, 103):
+        for order in (100, 300, 2000, 16385):
+            for count in (1, 20, 1000):
+                told = {"device": "cuda", "count": count}
+                there = ops.solver_facts(order, compute_capability=capability, **told)
+                assert there == ops.solver_facts(order, compute_capability=90, **told)
 
 
 def test_workspace_never_shrinks_with_the_batch() -> None:
@@ -404,12 +439,12 @@ def test_workspace_never_shrinks_with_the_batch() -> None:
 
 @pytest.mark.gpu
 def test_facts_of_this_gpu() -> None:
+    capability = ops.compute_capability()
     major, minor = torch.cuda.get_device_capability()
+    assert 50 <= capability <= 10 * major + minor
     for order, count in ((100, 1000), (300, 9), (2000, 20)):
         here = ops.solver_facts(order, count=count, device="cuda")
-        told = ops.solver_facts(
-            order, count=count, device="cuda", compute_capability=10 * major + minor
-        )
+        told = ops.solver_facts(order, count=count, device="cuda", compute_capability=capability)
         assert here[:3] == told[:3]
         assert here.solver == "cusolver" or here == told
         stack = torch.randn(count, order, order, dtype=torch.float64, device="cuda")

@@ -28,7 +28,6 @@ constexpr int kLanes = kNarrowBand;  // of a sweep: one for each column, or row,
 constexpr int kChaseThreads = 512;
 constexpr int kRingChunk = 64;  // columns that enter and leave a ring together
 constexpr int kRingChunkSteps = kRingChunk / kLanes;
-constexpr int kRingSlots = kChaseThreads / kLanes;
 constexpr int kRingChunksLimit = 1 << 12;  // more than there are chunks
 
 // How the band lies in shared memory: doubles from a column to the next, and the columns that there is room for, a
@@ -40,13 +39,23 @@ struct SpreadBand {
 struct DenseBand {
   static constexpr int pitch = kNarrowColumn, ring = 0;
 };
-// Twice what the sweeps of a round span.
-struct RingBand {
-  static constexpr int pitch = kNarrowColumn + 2, ring = 2048;
-  static constexpr int shared_bytes = ring * pitch * sizeof(double) + sizeof(int);
-  static_assert(kRingSlots % kRingChunk == 0 && 8 * kRingSlots + 4 * kRingChunk <= ring);
-  static_assert(shared_bytes <= kBandSharedBytes);
+// Nearly twice what the sweeps of a round span.
+struct LongRing {
+  static constexpr int pitch = kNarrowColumn + 2, ring = 2048, threads = kChaseThreads;
 };
+struct ShortRing {
+  static constexpr int pitch = kNarrowColumn + 2, ring = 1024, threads = kChaseThreads / 2;
+};
+
+// How a ring is used: the sweeps of a round, and its bytes with the flag of its progress.
+template <class Config>
+struct Ring {
+  static constexpr int slots = Config::threads / kLanes;
+  static constexpr int shared_bytes = Config::ring * Config::pitch * sizeof(double) + sizeof(int);
+  static_assert(slots % kRingChunk == 0 && 8 * slots + 4 * kRingChunk <= Config::ring);
+};
+static_assert(Ring<LongRing>::shared_bytes <= cuda_device(80).shared_bytes);
+static_assert(Ring<ShortRing>::shared_bytes <= cuda_device(86).shared_bytes);
 
 // The band in shared memory: where its column c begins.
 template <class Config>
@@ -179,29 +188,31 @@ __global__ void __launch_bounds__(kChaseThreads)
   }
 }
 
-// grid: (blocks of a cluster, matrices), kChaseThreads threads. Shapes as above; spill: (batch, order + kNarrowColumn,
-// kNarrowColumn). A round is kRingSlots sweeps, from one end of the band to the other; the blocks take the rounds in
+// grid: (blocks of a cluster, matrices), Config::threads threads. Shapes as above; spill: (batch, order + kNarrowColumn,
+// kNarrowColumn). A round is one sweep for each of its slots, from one end of the band to the other; the blocks take the rounds in
 // turn. A block's progress is kept with the block of the round after: its round times kRingChunksLimit, plus the chunks
 // up to the last one that it has let go. It only grows.
 //
 // A block spins only for chunks of the round before, which runs in another block of its cluster, and a cluster starts
 // as a whole; round 0 waits for nothing, and a round lets its chunks go in order and, at its end, all of them. So by
 // induction over rounds each goes on. A block waits for its own last round by having finished it.
-__global__ void __launch_bounds__(kChaseThreads)
+template <class Config>
+__global__ void __launch_bounds__(Config::threads)
     chase_ring_kernel(const double* __restrict__ wide, int order, double* spill, double* __restrict__ diagonal,
                       double* __restrict__ off_diagonal) {
   extern __shared__ __align__(16) double shared_memory[];
-  const Band<RingBand> band{shared_address(shared_memory)};
+  constexpr int slots = Ring<Config>::slots;
+  const Band<Config> band{shared_address(shared_memory)};
   const auto at = [&](int c, int below) {
-    return shared_memory + (c & (RingBand::ring - 1)) * RingBand::pitch + below;
+    return shared_memory + (c & (Config::ring - 1)) * Config::pitch + below;
   };
-  int* progress = reinterpret_cast<int*>(shared_memory + RingBand::ring * RingBand::pitch);
+  int* progress = reinterpret_cast<int*>(shared_memory + Config::ring * Config::pitch);
   const int columns = order + kNarrowColumn, thread = static_cast<int>(threadIdx.x);
   const int blocks = static_cast<int>(gridDim.x), rank = static_cast<int>(blockIdx.x);
   const int64_t matrix = blockIdx.y;
   wide += matrix * wide_count(order);
   spill += matrix * columns * kNarrowColumn;
-  for (int i = rank * kChaseThreads + thread; i < columns * kNarrowColumn; i += blocks * kChaseThreads)
+  for (int i = rank * Config::threads + thread; i < columns * kNarrowColumn; i += blocks * Config::threads)
     __stcg(spill + i, element(wide, i / kNarrowColumn, i % kNarrowColumn));
   if (thread == 0) *progress = -1;
   __threadfence();
@@ -214,14 +225,16 @@ __global__ void __launch_bounds__(kChaseThreads)
     copy_commit();
   };
   const auto store = [&](int chunk) {
-    const int c = chunk * kRingChunk + thread / kNarrowColumn, below = thread % kNarrowColumn;
-    if (c < columns) __stcg(spill + c * kNarrowColumn + below, *at(c, below));
+    for (int i = thread; i < kRingChunk * kNarrowColumn; i += Config::threads) {
+      const int c = chunk * kRingChunk + i / kNarrowColumn, below = i % kNarrowColumn;
+      if (c < columns) __stcg(spill + c * kNarrowColumn + below, *at(c, below));
+    }
   };
-  static_assert(kRingChunk * kNarrowColumn == kChaseThreads);
+  static_assert(kRingChunk * kNarrowColumn / 2 <= Config::threads && kRingChunk * kNarrowColumn % Config::threads == 0);
 
   const int slot = thread / kLanes, lane = thread % kLanes, sweeps = order - 2;
   Bulge bulge = {};
-  for (int round = rank; round * kRingSlots < sweeps; round += blocks) {
+  for (int round = rank; round * slots < sweeps; round += blocks) {
     const auto wait = [&](int chunk) {  // until the round before has let it go
       if (thread == 0 && blocks > 1 && round > 0)
         while (cluster_flag(progress) <= (round - 1) * kRingChunksLimit + chunk) __nanosleep(20);
@@ -232,8 +245,8 @@ __global__ void __launch_bounds__(kChaseThreads)
       __threadfence();
       cluster_store(progress, (rank + 1) % blocks, round * kRingChunksLimit + chunks);
     };
-    const int first = round * kRingSlots, sweep = first + slot;
-    const int final_sweep = min(first + kRingSlots, sweeps) - 1, behind = final_sweep - first;
+    const int first = round * slots, sweep = first + slot;
+    const int final_sweep = min(first + slots, sweeps) - 1, behind = final_sweep - first;
     const int end = 2 * behind + steps_of(final_sweep, order);
     int entered = first / kRingChunk, left = entered, told = entered;  // chunks
     wait(entered);
@@ -263,7 +276,7 @@ __global__ void __launch_bounds__(kChaseThreads)
   // Also, a block's shared memory must outlive the stores of the others.
   __threadfence();
   cluster_sync();
-  for (int i = rank * kChaseThreads + thread; i < order; i += blocks * kChaseThreads) {
+  for (int i = rank * Config::threads + thread; i < order; i += blocks * Config::threads) {
     diagonal[matrix * order + i] = __ldcg(spill + i * kNarrowColumn);
     off_diagonal[matrix * order + i] = i + 1 < order ? __ldcg(spill + i * kNarrowColumn + 1) : 0.0;
   }
@@ -280,31 +293,33 @@ void launch(const double* band, int batch, int order, double* diagonal, double* 
   FARMS_LAUNCH_CHECK();
 }
 
+template <class Config>
 void launch_ring(const double* band, int batch, int order, double* spill, double* diagonal, double* off_diagonal,
-                 cudaStream_t stream) {
-  int device = 0, processors = 0;
-  FARMS_CUDA_CHECK(cudaGetDevice(&device));
-  FARMS_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+                 const CudaDevice& device, cudaStream_t stream) {
+  constexpr int slots = Ring<Config>::slots;
   // A round can begin when the last sweep of the one before has let the first chunks go.
-  const int behind = 2 * kRingSlots + 3 * kRingChunkSteps, under_way = (order / kLanes + 2 * kRingSlots) / behind + 1;
+  const int behind = 2 * slots + 3 * kRingChunkSteps, under_way = (order / kLanes + 2 * slots) / behind + 1;
   int blocks = 1;
-  while (blocks < hopper::kMaxClusterBlocks && 2 * blocks <= under_way && 2 * blocks * batch <= processors) blocks *= 2;
+  while (blocks < device.cluster_blocks && 2 * blocks <= under_way && 2 * blocks * batch <= device.processors)
+    blocks *= 2;
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(batch));
-  const ClusterLaunch launch(chase_ring_kernel, grid, grid.x, kChaseThreads, RingBand::shared_bytes, stream);
-  FARMS_CUDA_CHECK(cudaLaunchKernelEx(&launch.config, chase_ring_kernel, band, order, spill, diagonal, off_diagonal));
+  const auto kernel = chase_ring_kernel<Config>;
+  const ClusterLaunch launch(kernel, grid, grid.x, Config::threads, Ring<Config>::shared_bytes, stream);
+  FARMS_CUDA_CHECK(cudaLaunchKernelEx(&launch.config, kernel, band, order, spill, diagonal, off_diagonal));
 }
 
 }  // namespace
 
 void chase_bulges(const double* band, int batch, int order, double* spill, double* diagonal, double* off_diagonal,
-                  cudaStream_t stream) {
-  if (chase_spills(order)) {
-    launch_ring(band, batch, order, spill, diagonal, off_diagonal, stream);
-  } else if (narrow_band_bytes(order, SpreadBand::pitch) > kBandSharedBytes) {
-    launch<DenseBand>(band, batch, order, diagonal, off_diagonal, stream);
-  } else {
+                  const CudaDevice& device, cudaStream_t stream) {
+  if (narrow_band_bytes(order, SpreadBand::pitch) <= device.shared_bytes)
     launch<SpreadBand>(band, batch, order, diagonal, off_diagonal, stream);
-  }
+  else if (narrow_band_bytes(order, DenseBand::pitch) <= device.shared_bytes)
+    launch<DenseBand>(band, batch, order, diagonal, off_diagonal, stream);
+  else if (Ring<LongRing>::shared_bytes <= device.shared_bytes)
+    launch_ring<LongRing>(band, batch, order, spill, diagonal, off_diagonal, device, stream);
+  else
+    launch_ring<ShortRing>(band, batch, order, spill, diagonal, off_diagonal, device, stream);
 }
 
 }  // namespace farms_fast

@@ -1,4 +1,5 @@
-// A launch of a kernel in clusters of blocks that follow each other in the grid's first dimension.
+// A launch of a kernel in clusters of blocks that follow each other in the grid's first dimension. A cluster of one
+// block is an ordinary launch, which any architecture takes.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -25,7 +26,7 @@ struct ClusterLaunch {
     config.dynamicSmemBytes = shared_bytes;
     config.stream = stream;
     config.attrs = &attribute_;
-    config.numAttrs = 1;
+    config.numAttrs = cluster > 1 ? 1 : 0;
   }
   ClusterLaunch(const ClusterLaunch&) = delete;
 

@@ -347,16 +347,14 @@ void extract_band(const double* gram, int batch, int order, double* band, cudaSt
   FARMS_LAUNCH_CHECK();
 }
 
-void narrow_band(double* band, int batch, int order, cudaStream_t stream) {
-  int device = 0, processors = 0;
-  FARMS_CUDA_CHECK(cudaGetDevice(&device));
-  FARMS_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+void narrow_band(double* band, int batch, int order, const CudaDevice& device, cudaStream_t stream) {
   // More warps than sweeps that can be under way find nothing to do. Many matrices share a multiprocessor, two of them
   // with four warps each; a few large ones are spread over several.
   const int useful = (order / kWideBand + 1) / 2 + 1;
   constexpr int max_warps = NarrowInBlock::max_warps;
-  int warps = batch > processors ? max_warps / 2 : max_warps, blocks = 1;
-  while (blocks < hopper::kMaxClusterBlocks && blocks * warps < useful && 2 * blocks * batch <= processors) blocks *= 2;
+  int warps = batch > device.processors ? max_warps / 2 : max_warps, blocks = 1;
+  while (blocks < device.cluster_blocks && blocks * warps < useful && 2 * blocks * batch <= device.processors)
+    blocks *= 2;
   warps = useful < warps ? useful : warps;
   const auto kernel = blocks > 1 ? narrow_kernel<NarrowInCluster> : narrow_kernel<NarrowInBlock>;
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(batch));

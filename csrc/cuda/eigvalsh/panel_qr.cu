@@ -12,7 +12,8 @@
 // One reduction per column gives the norm, the products with the columns to the right and the products with the vectors
 // to the left, which make T. Its sums go from the lanes of a warp to the warps of a block (a barrier) to the blocks of
 // the cluster: each sends its sums to all (st.async), and each waits for those of all. What it waits for is sent by
-// blocks that run, since a cluster starts as one, and that have waited for no later column themselves.
+// blocks that run, since a cluster starts as one, and that have waited for no later column themselves. Where there are
+// no clusters one block holds what it can of a panel.
 #include "csrc/cuda/eigvalsh/async_copy.cuh"
 #include "csrc/cuda/eigvalsh/cluster_exchange.cuh"
 #include "csrc/cuda/eigvalsh/cluster_launch.h"
@@ -43,9 +44,6 @@ struct EndlessPanel {
 
 template <class Config>
 constexpr int kRowsOfBlock = 32 * Config::warps;
-template <class Config>
-constexpr int kRowsOfCluster = hopper::kMaxClusterBlocks * kRowsOfBlock<Config>;
-
 template <class Config>
 struct PanelShared {
   double warp_sums[2][Config::warps]
@@ -322,11 +320,12 @@ __global__ void __launch_bounds__(Config::warps * 32, Config::blocks_per_process
 }
 
 template <class Config>
-void launch(double* gram, int batch, int order, int column, double* v, double* t, cudaStream_t stream) {
+void launch(double* gram, int batch, int order, int column, double* v, double* t, int max_blocks,
+            cudaStream_t stream) {
   const int64_t rows = padded_order(order) - column - kWideBand;
-  unsigned cluster = 1;
-  while (cluster < hopper::kMaxClusterBlocks && static_cast<int64_t>(cluster) * kRowsOfBlock<Config> < rows)
-    cluster *= 2;
+  int blocks = 1;
+  while (blocks < max_blocks && static_cast<int64_t>(blocks) * kRowsOfBlock<Config> < rows) blocks *= 2;
+  const unsigned cluster = static_cast<unsigned>(blocks);
   const auto kernel = panel_qr_kernel<Config>;
   const ClusterLaunch launch(kernel, dim3(cluster, static_cast<unsigned>(batch)), cluster, Config::warps * 32,
                              sizeof(PanelShared<Config>), stream);
@@ -335,14 +334,16 @@ void launch(double* gram, int batch, int order, int column, double* v, double* t
 
 }  // namespace
 
-void panel_qr(double* gram, int batch, int order, int column, double* v, double* t, cudaStream_t stream) {
+void panel_qr(double* gram, int batch, int order, int column, double* v, double* t, const CudaDevice& device,
+              cudaStream_t stream) {
   const int64_t rows = padded_order(order) - column - kWideBand;
-  if (rows <= kRowsOfCluster<ShortPanel>)
-    launch<ShortPanel>(gram, batch, order, column, v, t, stream);
-  else if (rows <= kRowsOfCluster<TallPanel>)
-    launch<TallPanel>(gram, batch, order, column, v, t, stream);
+  const int blocks = device.cluster_blocks;
+  if (rows <= blocks * kRowsOfBlock<ShortPanel>)
+    launch<ShortPanel>(gram, batch, order, column, v, t, blocks, stream);
+  else if (rows <= blocks * kRowsOfBlock<TallPanel>)
+    launch<TallPanel>(gram, batch, order, column, v, t, blocks, stream);
   else
-    launch<EndlessPanel>(gram, batch, order, column, v, t, stream);
+    launch<EndlessPanel>(gram, batch, order, column, v, t, blocks, stream);
 }
 
 }  // namespace farms_fast

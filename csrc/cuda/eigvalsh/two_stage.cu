@@ -1,6 +1,7 @@
 #include "csrc/cuda/eigvalsh/two_stage.h"
 
 #include "csrc/cuda/check.h"
+#include "csrc/cuda/current_device.h"
 #include "csrc/cuda/eigvalsh/tridiagonal.h"
 
 namespace farms_fast {
@@ -43,18 +44,19 @@ void widen(const void* gram, int64_t batch, int order, DType dtype, double* out,
 void solve(void* gram, int64_t batch, int64_t order, DType dtype, void* workspace, void* evals, int* failed,
            cudaStream_t stream) {
   const int matrices = static_cast<int>(batch), n = static_cast<int>(order) * reals(dtype);
+  const CudaDevice device = current_device();
   const TwoStageWorkspace layout = lay_out_two_stage(workspace, batch, n, dtype);
   double* matrix = dtype == DType::f64 ? static_cast<double*>(gram) : layout.matrices;
   widen(gram, batch, static_cast<int>(order), dtype, matrix, stream);
   FARMS_CUDA_CHECK(cudaMemsetAsync(failed, 0, batch * sizeof(int), stream));
   FARMS_CUDA_CHECK(cudaMemsetAsync(layout.panels.done, 0, batch * sizeof(unsigned), stream));
   for (int column = 0; has_panel(n, column); column += kWideBand) {
-    panel_qr(matrix, matrices, n, column, layout.panels.v[is_second_panel(column)], layout.panels.t, stream);
+    panel_qr(matrix, matrices, n, column, layout.panels.v[is_second_panel(column)], layout.panels.t, device, stream);
     apply_panel(matrix, matrices, n, column + kWideBand, layout.panels, stream);
   }
   extract_band(matrix, matrices, n, layout.band, stream);
-  narrow_band(layout.band, matrices, n, stream);
-  chase_bulges(layout.band, matrices, n, layout.spill, layout.diagonal, layout.off_diagonal, stream);
+  narrow_band(layout.band, matrices, n, device, stream);
+  chase_bulges(layout.band, matrices, n, layout.spill, layout.diagonal, layout.off_diagonal, device, stream);
   tridiagonal_eigvalsh(layout.diagonal, layout.off_diagonal, batch, n, reals(dtype),
                        is_double(dtype) ? DType::f64 : DType::f32, evals, stream);
 }

@@ -19,7 +19,8 @@ namespace farms_fast {
 // triangle (written back) and Householder vectors, I - V T V^T.
 // gram: (batch, order, order). v: (batch, padded_order, kWideBand), written from the tile of the panel's first row on,
 // zero outside of the panel's rows. t: (batch, kWideBand, kWideBand), upper triangular, written.
-void panel_qr(double* gram, int batch, int order, int column, double* v, double* t, cudaStream_t stream);
+void panel_qr(double* gram, int batch, int order, int column, double* v, double* t, const CudaDevice& device,
+              cudaStream_t stream);
 
 // Whether there is a panel to reduce at this column, and whether it is the second one of its column of tiles.
 constexpr bool has_panel(int order, int column) { return order - column - kWideBand >= 2; }
@@ -44,11 +45,11 @@ __host__ __device__ constexpr int64_t wide_index(int row, int column) {
 void extract_band(const double* gram, int batch, int order, double* band, cudaStream_t stream);
 
 // Half-width kWideBand to kNarrowBand, in place.
-void narrow_band(double* band, int batch, int order, cudaStream_t stream);
+void narrow_band(double* band, int batch, int order, const CudaDevice& device, cudaStream_t stream);
 
 // Half-width kNarrowBand to tridiagonal. spill: (batch, order + kNarrowColumn, kNarrowColumn), used where the band does
-// not fit into shared memory (see chase_spills). diagonal: (batch, order). off_diagonal: (batch, order), the last 0.
+// not fit into shared memory. diagonal: (batch, order). off_diagonal: (batch, order), the last 0.
 void chase_bulges(const double* band, int batch, int order, double* spill, double* diagonal, double* off_diagonal,
-                  cudaStream_t stream);
+                  const CudaDevice& device, cudaStream_t stream);
 
 }  // namespace farms_fast
