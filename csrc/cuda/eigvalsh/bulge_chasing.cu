@@ -188,10 +188,10 @@ __global__ void __launch_bounds__(kChaseThreads)
   }
 }
 
-// grid: (blocks of a cluster, matrices), Config::threads threads. Shapes as above; spill: (batch, order + kNarrowColumn,
-// kNarrowColumn). A round is one sweep for each of its slots, from one end of the band to the other; the blocks take the rounds in
-// turn. A block's progress is kept with the block of the round after: its round times kRingChunksLimit, plus the chunks
-// up to the last one that it has let go. It only grows.
+// grid: (blocks of a cluster, matrices), Config::threads threads. Shapes as above; spill: (batch, order +
+// kNarrowColumn, kNarrowColumn). A round is one sweep for each of its slots, from one end of the band to the other; the
+// blocks take the rounds in turn. A block's progress is kept with the block of the round after: its round times
+// kRingChunksLimit, plus the chunks up to the last one that it has let go. It only grows.
 //
 // A block spins only for chunks of the round before, which runs in another block of its cluster, and a cluster starts
 // as a whole; round 0 waits for nothing, and a round lets its chunks go in order and, at its end, all of them. So by
@@ -203,9 +203,7 @@ __global__ void __launch_bounds__(Config::threads)
   extern __shared__ __align__(16) double shared_memory[];
   constexpr int slots = Ring<Config>::slots;
   const Band<Config> band{shared_address(shared_memory)};
-  const auto at = [&](int c, int below) {
-    return shared_memory + (c & (Config::ring - 1)) * Config::pitch + below;
-  };
+  const auto at = [&](int c, int below) { return shared_memory + (c & (Config::ring - 1)) * Config::pitch + below; };
   int* progress = reinterpret_cast<int*>(shared_memory + Config::ring * Config::pitch);
   const int columns = order + kNarrowColumn, thread = static_cast<int>(threadIdx.x);
   const int blocks = static_cast<int>(gridDim.x), rank = static_cast<int>(blockIdx.x);
