@@ -29,8 +29,8 @@ _FIT_STATE_BYTES = 256
 # for a resample, its window's number, how often it is drawn, what that adds up to, and its index,
 # of which not all are there at a time. A sort's buffers are less.
 FIT_VALUE_BYTES = 48
-# A window in the solver's table (32), and a matrix's exponent and flag (8).
-_TABLE_BYTES = 40
+# A window in the solver's table (32), and a matrix's largest element, exponent and flag (16).
+_TABLE_BYTES = 48
 
 
 @dataclass(frozen=True)

@@ -89,14 +89,15 @@ void solve_chunks(const char* op, const CudaSolver& solver, int64_t count, int64
   const DType real = real_dtype(dtype);
   const auto gram = context.bytes(chunks.size * matrix);
   const auto workspace = context.bytes(chunks.workspace);
-  const auto state = context.bytes(2 * chunks.size * static_cast<int64_t>(sizeof(int)));
-  int* exponents = static_cast<int*>(state.mutable_data_ptr());
+  const auto state = context.bytes(chunks.size * static_cast<int64_t>(sizeof(unsigned long long) + 2 * sizeof(int)));
+  auto* largest = static_cast<unsigned long long*>(state.mutable_data_ptr());
+  int* exponents = reinterpret_cast<int*>(largest + chunks.size);
   int* failed = exponents + chunks.size;
   for (int64_t begin = 0; begin < count; begin += chunks.size) {
     const int64_t batch = std::min(chunks.size, count - begin);
     char* out = static_cast<char*>(evals.mutable_data_ptr()) + begin * order * static_cast<int64_t>(item_size(real));
     fill(begin, batch, gram.mutable_data_ptr(), workspace.mutable_data_ptr(), chunks.workspace);
-    scale_gram(gram.mutable_data_ptr(), batch, order, dtype, exponents, context.stream());
+    scale_gram(gram.mutable_data_ptr(), batch, order, dtype, largest, exponents, context.stream());
     solver.in_place->solve(gram.mutable_data_ptr(), batch, order, dtype, workspace.mutable_data_ptr(), out, failed,
                            context.stream());
     unscale_eigenvalues(out, batch, order, real, exponents, failed, clip, context.stream());
