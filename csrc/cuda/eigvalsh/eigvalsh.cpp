@@ -110,6 +110,12 @@ void form_chunk(const std::vector<Window>& windows, int64_t begin, int64_t batch
   form_grams_cuda(plan, order, in, precision, workspace, gram, context.stream());
 }
 
+int64_t longest_inner(const std::vector<Window>& windows) {
+  int64_t longest = 0;
+  for (const Window& window : windows) longest = std::max({longest, window.rows, window.columns});
+  return longest;
+}
+
 void solve_windows(const CudaSolver& solver, const std::vector<Window>& windows, int64_t order, DType in,
                    DType precision, const CudaContext& context, const Tensor& evals) {
   std::vector<WindowView> views;
@@ -180,7 +186,8 @@ Tensor window_eigvalsh(std::vector<Tensor> weights, Tensor table, int64_t order,
                  [&](int64_t begin, int64_t batch, void* chunk, void* workspace, int64_t bytes) {
                    form_chunk(windows, begin, batch, order, in, precision, chunk, workspace, bytes, context);
                  });
-  else if (order <= solver.traits.max_window_order(call.gram()))
+  else if (order <= solver.traits.max_window_order(call.gram()) &&
+           (precision == DType::f32 || longest_inner(windows) <= summed_depth(order)))
     solve_windows(solver, windows, order, in, precision, context, evals);
   else
     solve_grams(op, solver, windows, order, in, precision, memory_budget, context, evals);
