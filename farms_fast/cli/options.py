@@ -18,7 +18,7 @@ Command = TypeVar("Command", bound=Callable[..., None])
 CheckpointPath = Annotated[
     Path,
     typer.Argument(
-        help="A checkpoint: a folder, a .safetensors file, or a .pt, .pth, .bin or .ckpt file."
+        help="A checkpoint: a folder, a file of weights, or a name on the Hub such as org/model."
     ),
 ]
 Base = Annotated[
@@ -27,6 +27,10 @@ Base = Annotated[
         help="The model that a LoRA adapter changes, where PATH is the adapter's folder.",
         show_default="what its config names",
     ),
+]
+Download = Annotated[
+    bool,
+    typer.Option("--download", help="Fetch a model by its name on the Hub into the local cache."),
 ]
 Key = Annotated[
     str | None,

@@ -48,6 +48,7 @@ def plan(
     solver: options.Solver = None,
     memory: options.Memory = None,
     base: options.Base = None,
+    download: options.Download = False,
     key: options.Key = None,
     include: options.Include = None,
     exclude: options.Exclude = None,
@@ -73,7 +74,7 @@ def plan(
         check_outputs(path, base, json=json)
         machine = _machine(device)
         _check_solver(solver, machine)
-        source = open_source(path, base=base, key=key)
+        source = open_source(path, base=base, key=key, download=download)
         layers, skipped = source.layers(include or None, exclude or None, layout=layout)
         planned = plan_layers(
             layers,

@@ -33,6 +33,10 @@ class Settings:
     rule: FitRule
     bootstrap: int  # resamples of each layer
 
+    def least_spread(self, layer: LayerWindows) -> float:
+        """How far the tail of a layer has to spread, as of `FitRule.least_spread`."""
+        return self.rule.least_spread(layer.spec.dtype, layer.grid.order, self.dtype)
+
 
 @dataclass
 class LayerState:
@@ -144,7 +148,8 @@ class BatchStages:
             for stack in loaded.stacks:
                 use_on_current_stream(stack)
             layers = [state.layer for state in loaded.unsolved]
-            task = SolveTask.of([(x.grid, x.spec.shape[0]) for x in layers], batch.workspace)
+            windows = [(x.grid, x.spec.shape[0]) for x in layers]
+            task = SolveTask.of(windows, batch.workspace, published=settings.rule.published)
             evals = task.solve(loaded.stacks, settings.dtype, settings.solver)
         return SolvedBatch(batch, loaded.layers, loaded.unsolved, evals)
 
@@ -174,6 +179,7 @@ class BatchStages:
             settings.rule,
             settings.bootstrap,
             solved.batch.fit_values,
+            [settings.least_spread(state.layer) for state, _ in finite],
         )
         for (state, rows), fit in zip(finite, fits, strict=True):
             # Not a part of the batch's array, which would live as long as any of its layers.

@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 from torch.nn.utils import parametrize
 
-from farms_fast.core.arguments import check_module, unmatched_pattern
+from farms_fast.core.arguments import check_module, first_repeated, unmatched_pattern
 from farms_fast.weights.formats.lora_modules import Wrapper, module_wrappers, visible_name
 from farms_fast.weights.formats.quantised import dequantised_headers
 from farms_fast.weights.formats.reparametrised import reparametrised_headers
@@ -63,7 +63,7 @@ def layers_from_headers(
     check_layout(layout)
     names = [header.name for header in headers]
     if len(set(names)) != len(names):
-        twice = next(name for name in names if names.count(name) > 1)
+        twice = first_repeated(names)
         raise ValueError(f"headers: expected each name once, got {twice!r} more than once")
     weights = reparametrised_headers(dequantised_headers(headers, config))
     weights = _changed(merge_complex_parts(weights), change)

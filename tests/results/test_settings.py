@@ -53,7 +53,6 @@ KEY = (
 def any_settings() -> st.SearchStrategy[AnalysisSettings]:
     text = st.text(st.characters())
     texts = st.lists(text, max_size=3).map(tuple)
-    count = st.integers(0, 2**63 - 1)
     samplings = (
         st.builds(
             FixedAspectSampling,
@@ -76,8 +75,8 @@ def any_settings() -> st.SearchStrategy[AnalysisSettings]:
         sampling=samplings,
         xmin=st.sampled_from(["median", "ks", "peak"]),
         xmin_pos=st.floats(allow_nan=False, allow_infinity=False),
-        bins=count,
-        bootstrap=count,
+        bins=st.integers(0, 2**20),
+        bootstrap=st.integers(0, 10**5),
         dtype=st.sampled_from(["float64", "float32"]),
         **{name: text for name in ("device", "solver", "farms_fast", "torch", "numpy")},
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ import torch
 
 from farms_fast import Analysis, FixedAspectSampling, FullMatrix, analyze
 from farms_fast.engine.stages import BatchStages, LoadedBatch, SolvedBatch
+from farms_fast.results import run_recorder
 from farms_fast.results.store import ResultsStore
 
 SAMPLING = FixedAspectSampling(rows=8, per_dim=3)
@@ -172,16 +174,39 @@ def test_an_interrupted_run_goes_on(
     # Three orders, so three batches.
     weights, path = weights_of(), tmp_path / "run.sqlite"
     expected = analyze(weights, FullMatrix())
-    with pytest.raises(error):
+    with pytest.raises(error) as caught:
         analyze(weights, FullMatrix(), store=path, progress=stop_after(1, error))
     with ResultsStore(path) as store:
         (run,) = store.runs()
         stored = [layer.name for layer in store.read()[0]]
     assert run.finished is None
-    assert 0 < len(stored) < 6
+    # The first batch has two layers; neither is lost, whatever the caller's function does.
+    assert len(stored) == 2
+    if error is KeyboardInterrupt:
+        assert str(caught.value).startswith(f"2 of 6 layers are in {str(path)!r}, and the same")
     computed.clear()
     assert_equal(analyze(weights, FullMatrix(), store=path), expected)
     assert sorted(computed + stored) == [layer.name for layer in expected]
+
+
+def test_layers_are_saved_as_they_are_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A transaction for each layer where they come slowly, and for many where they come fast."""
+    weights = {f"layer{i}.weight": torch.randn(8, 8) for i in range(6)}
+    for seconds, expected in ((1.0, [1, 2, 3, 4, 5, 6]), (0.0, [6] * 6), (0.1, [3] * 3 + [6] * 3)):
+        now = itertools.count()
+        monkeypatch.setattr(run_recorder, "_clock", lambda s=seconds, now=now: next(now) * s)
+        path, saved = tmp_path / f"{seconds}.sqlite", []
+
+        def progress(
+            done: int, total: int, name: str, path: Path = path, saved: list[int] = saved
+        ) -> None:
+            with ResultsStore(path, create=False) as store:
+                saved.append(store.runs()[0].layers)
+
+        analyze(weights, FullMatrix(), store=path, progress=progress, bootstrap=0)
+        assert saved == expected
 
 
 def test_a_layer_that_failed_is_tried_again(tmp_path: Path, computed: list[str]) -> None:

@@ -27,7 +27,7 @@ Answer = list[Part] | str | None
 # Families that store q, k and v one after the other. `query_key_value` (GPT-NeoX, BLOOM) is not
 # among them: its rows go head by head, q, k and v of one head together, so a third of the rows is
 # a mixture of all three, and the head count that would sort them is in no header but in the config.
-_FUSED_QKV_LEAVES = frozenset({"qkv", "c_attn", "Wqkv", "qkv_proj", "to_qkv"})
+_FUSED_QKV_LEAVES = frozenset({"qkv", "c_attn", "Wqkv", "qkv_proj", "to_qkv", "attn_qkv"})
 _SEPARATE_QKV = {"q_proj_weight": "q", "k_proj_weight": "k", "v_proj_weight": "v"}
 _RECURRENT = re.compile(r"weight_(ih|hh|hr)(_l\d+(?:_reverse)?)?")
 _GATES = {4: ("lstm", "ifgo"), 3: ("gru", "rzn"), 1: ("rnn", "")}
@@ -227,7 +227,8 @@ def _experts(weight: Weight) -> Answer:
     parts = weight.name.lower().split(".")
     # Granite's and JetMoe's experts say so in the name of their block only.
     if (parts[-1] in ("input_linear", "output_linear") and any("moe" in p for p in parts)) or any(
-        "expert" in part and not (following.isdigit() or part[-1].isdigit())
+        ("expert" in part or "exps" in part.split("_"))
+        and not (following.isdigit() or part[-1].isdigit())
         for part, following in zip(parts, [*parts[1:], ""], strict=True)
     ):
         return expert_stack(weight)

@@ -19,6 +19,7 @@ _SURE_WRAPPERS = ("state_dict", "model_state_dict", "model_state", "params")
 _WRAPPERS = (*_SURE_WRAPPERS, "model", "module", "net", "network", "weights")
 _OPTIMIZER = re.compile(r".*optim.*|opt(_state.*)?")
 _DEEPEST = 64
+_MOST_ENTRIES = 5_000_000
 _LONGEST_PREFIX = 4096
 # Entries beside the weights that are listed one by one.
 _LISTED = 20
@@ -65,7 +66,7 @@ def find_weights(tree: Any, view: TreeView, description: str, key: str | None = 
     """
     if key is not None and not isinstance(key, str):
         raise TypeError(f"key: expected None or a dotted path, got {key!r}")
-    root = _nodes_of(tree, view, description, {})
+    root = _Tree(view, description).node_of(tree)
     if root.entries is None:
         raise ValueError(
             f"{description}: expected a mapping of names to tensors, got {root.type_name}"
@@ -86,13 +87,13 @@ def find_weights(tree: Any, view: TreeView, description: str, key: str | None = 
     return search.weights
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Node:
     """A value, the nodes of what it holds, and how many matrices and tensors there are."""
 
     value: Any
     type_name: str
-    is_module: bool
+    is_module: bool = False
     shape: tuple[int, ...] | None = None
     entries: dict[Any, _Node] | None = None
     matrices: int = 0
@@ -123,30 +124,44 @@ class _Node:
         return named or {"param_groups", "state"} <= set(self.entries or {})
 
 
-def _nodes_of(
-    value: Any, view: TreeView, description: str, known: dict[int, _Node], depth: int = 0
-) -> _Node:
-    """The node of a value; `known` has those of mappings, of which several may hold one."""
-    if id(value) in known:
-        return known[id(value)]
-    node = _Node(value, view.type_name(value), view.is_module(value), view.shape(value))
-    if node.shape is not None:
-        node.matrices, node.tensors = int(len(node.shape) > 1), 1
+class _Tree:
+    """Makes the nodes of a checkpoint's values, each value's once."""
+
+    def __init__(self, view: TreeView, description: str) -> None:
+        self._view = view
+        self._description = description
+        # A mapping that several hold is one node, and keeps its value: an address may come again.
+        self._known: dict[int, _Node] = {}
+        # Of values that are no tensors and hold nothing, one of each type will do.
+        self._others: dict[str, _Node] = {}
+        self._left = _MOST_ENTRIES
+
+    def node_of(self, value: Any, depth: int = 0) -> _Node:
+        """The node of a value, with those of what it holds."""
+        if id(value) in self._known:
+            return self._known[id(value)]
+        view = self._view
+        shape, type_name = view.shape(value), view.type_name(value)
+        if shape is not None:
+            return _Node(value, type_name, shape=shape, matrices=int(len(shape) > 1), tensors=1)
+        children = view.children(value)
+        if children is None:
+            return self._others.setdefault(type_name, _Node(None, type_name))
+        self._left -= len(children)
+        if self._left < 0:
+            raise ValueError(f"{self._description}: expected at most {_MOST_ENTRIES:,} entries")
+        if depth > _DEEPEST:
+            raise ValueError(
+                f"{self._description}: expected mappings nested at most {_DEEPEST} deep, got"
+                " deeper ones"
+            )
+        node = self._known[id(value)] = _Node(value, type_name, view.is_module(value))
+        node.entries = {}
+        for name, inner in children.items():
+            node.entries[name] = child = self.node_of(inner, depth + 1)
+            node.matrices += child.matrices
+            node.tensors += child.tensors
         return node
-    children = view.children(value)
-    if children is None:
-        return node
-    if depth > _DEEPEST:
-        raise ValueError(
-            f"{description}: expected mappings nested at most {_DEEPEST} deep, got deeper ones"
-        )
-    known[id(value)] = node
-    node.entries = {}
-    for name, inner in children.items():
-        node.entries[name] = child = _nodes_of(inner, view, description, known, depth + 1)
-        node.matrices += child.matrices
-        node.tensors += child.tensors
-    return node
 
 
 def _at(node: _Node, key: str) -> _Node | None:
@@ -242,6 +257,8 @@ class _Search:
         self._visited[node] = prefix.removesuffix(".")
         tensors, is_flat = self.weights.tensors, node.is_state_dict()
         for key, entry in (node.entries or {}).items():
+            if entry.is_module and not entry.tensors:
+                continue  # an activation
             if not isinstance(key, str):
                 if entry.tensors:
                     raise TypeError(f"{self._description}: expected names as keys, got {key!r}")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import mmap
 import os
+import re
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -39,11 +41,23 @@ class Extent:
 class FileSource(HeaderSource):
     """Tensors of files of one format; a format says what a file holds and loads one tensor.
 
-    A tensor that an index names and its file lacks is a ValueError.
+    A tensor that an index names and its file lacks is a ValueError. `key` is the dotted path of the
+    mapping to take from files of mappings in mappings.
     """
 
-    def __init__(self, files: Files, description: str, config: ModelConfig | None = None) -> None:
+    takes_key: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        files: Files,
+        description: str,
+        config: ModelConfig | None = None,
+        key: str | None = None,
+    ) -> None:
         super().__init__(description, config)
+        if key is not None and not self.takes_key:
+            raise no_keys(description, key)
+        self._key = key
         self._states: dict[Path, tuple[int, int]] = {}
         for path, names in files.items():
             with open_regular(path) as file:
@@ -88,6 +102,22 @@ class FileSource(HeaderSource):
         """A tensor that a file holds as it is."""
         content = self._read(path, extent.offset, extent.bytes)
         return content.view(extent.dtype).view(extent.shape)
+
+
+def no_keys(description: object, key: str) -> ValueError:
+    """The error for a key into what has no mappings to choose from."""
+    return ValueError(
+        f"key: expected None, because {description} is no mapping of mappings, got {key!r}"
+    )
+
+
+def natural_order(name: str) -> list[tuple[int, int, str]]:
+    """A key that compares runs of digits as numbers, however long they are."""
+    pieces = re.split(r"([0-9]+)", name)
+    numbers = [piece.lstrip("0") for piece in pieces[1::2]]
+    order = [(1, 0, piece) for piece in pieces]
+    order[1::2] = [(0, len(number), number) for number in numbers]
+    return [key for key, piece in zip(order, pieces, strict=True) if piece]
 
 
 def file_state(file: Path | int) -> tuple[int, int]:

@@ -138,6 +138,8 @@ class MappingSource(HeaderSource):
 
 
 def _children(value: Any) -> Mapping[Any, Any] | None:
+    if isinstance(value, nn.Module):
+        return dict(value.state_dict())
     if isinstance(value, (list, tuple)):
         return {str(position): entry for position, entry in enumerate(value)}
     return value if isinstance(value, Mapping) else None
@@ -149,7 +151,7 @@ def _shape(value: Any) -> tuple[int, ...] | None:
     return shape_of(value) if isinstance(value, Tensor) else tuple(value.shape)
 
 
-_VIEW = TreeView(_children, _shape)
+_VIEW = TreeView(_children, _shape, is_module=lambda value: isinstance(value, nn.Module))
 
 
 def _header(name: str, value: Tensor | np.ndarray[Any, Any]) -> TensorHeader | Skipped:

@@ -7,7 +7,6 @@ fails for a file larger than the memory.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -18,7 +17,7 @@ from torch import Tensor
 from farms_fast.core.json_files import parse_json
 from farms_fast.core.regular_files import open_regular
 from farms_fast.weights.model_config import ModelConfig
-from farms_fast.weights.sources.file_source import Extent, Files, FileSource
+from farms_fast.weights.sources.file_source import Extent, Files, FileSource, natural_order
 from farms_fast.weights.stacks import Skipped, TensorHeader
 
 # The format's own limit.
@@ -40,10 +39,16 @@ _BITS |= {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 class SafetensorsSource(FileSource):
     """Tensors of safetensors files, which keep no order: sorted by name, numbers as numbers."""
 
-    def __init__(self, files: Files, description: str, config: ModelConfig | None = None) -> None:
+    def __init__(
+        self,
+        files: Files,
+        description: str,
+        config: ModelConfig | None = None,
+        key: str | None = None,
+    ) -> None:
         self._extents: dict[tuple[Path, str], Extent] = {}
-        super().__init__(files, description, config)
-        self.headers.sort(key=lambda header: _natural_order(header.name))
+        super().__init__(files, description, config, key)
+        self.headers.sort(key=lambda header: natural_order(header.name))
 
     def _load(self, name: str, stored: Path) -> Tensor:
         return self._read_tensor(stored, self._extents[stored, name])
@@ -119,12 +124,3 @@ def _are_counts(values: object, most: int) -> TypeGuard[list[int]]:
     if not isinstance(values, list) or len(values) > most:
         return False
     return all(type(value) is int and 0 <= value < 2**63 for value in values)
-
-
-def _natural_order(name: str) -> list[tuple[int, int, str]]:
-    """A key that compares runs of digits as numbers, however long they are."""
-    pieces = re.split(r"([0-9]+)", name)
-    numbers = [piece.lstrip("0") for piece in pieces[1::2]]
-    order = [(1, 0, piece) for piece in pieces]
-    order[1::2] = [(0, len(number), number) for number in numbers]
-    return [key for key, piece in zip(order, pieces, strict=True) if piece]

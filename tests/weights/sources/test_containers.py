@@ -232,6 +232,14 @@ def test_array_that_cannot_be_exported_is_skipped() -> None:
     assert skipped_of({"w": Refusing(KERNEL), **WEIGHTS})["w"] == "not read: not here"
 
 
+def test_module_in_a_mapping_is_its_state_dict() -> None:
+    module = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5))
+    source = open_source({"epoch": 3, "model": module})
+    assert [header.name for header in source.headers] == list(module.state_dict())
+    with pytest.raises(ValueError, match="'generator', 'critic': say which"):
+        open_source({"generator": module, "critic": module})
+
+
 def test_objects_beside_the_weights_are_named_by_their_type() -> None:
     assert skipped_of({**WEIGHTS, "config": SimpleNamespace()})["config"] == (
         "not a tensor: SimpleNamespace"
