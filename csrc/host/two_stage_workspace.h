@@ -42,10 +42,14 @@ struct BandWorkspace {
   unsigned* done;   // (batch,), zero
 };
 
+// Flags by which the blocks of a matrix wait for each other where there are no clusters, one for each of their warps.
+constexpr int kMostFlags = 64;
+
 struct TwoStageWorkspace {
   BandWorkspace panels;
   double* band;          // (batch, wide_count(order))
   double* spill;         // (batch, order + kNarrowColumn, kNarrowColumn), of narrow bands that pass through
+  int* flags;            // (batch, kMostFlags)
   double* diagonal;      // (batch, order)
   double* off_diagonal;  // (batch, order)
   double* matrices;      // (batch, order, order), the matrices as real float64 ones; null where they are that already
@@ -79,6 +83,7 @@ inline TwoStageWorkspace lay_out_two_stage(void* workspace, int64_t batch, int64
   layout.panels.done = reinterpret_cast<unsigned*>(take(1));
   layout.band = take(wide_count(order));
   layout.spill = take((order + kNarrowColumn) * kNarrowColumn);
+  layout.flags = reinterpret_cast<int*>(take(kMostFlags * sizeof(int) / sizeof(double)));
   layout.diagonal = take(order);
   layout.off_diagonal = take(order);
   if (gram != DType::f64) layout.matrices = take(order * order);

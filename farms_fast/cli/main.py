@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -125,6 +125,7 @@ def analyze(
     memory: options.Memory = None,
     include: options.Include = None,
     exclude: options.Exclude = None,
+    layout: options.Layout = "auto",
     csv: options.MetricsCsv = None,
     json: options.AnalysisJson = None,
     base: options.Base = None,
@@ -156,7 +157,11 @@ def analyze(
     Exit codes: 0 every layer is ok, 1 some layers failed, 2 bad usage or bad input,
     130 interrupted, 141 the reader of the table has left.
     """
-    with cli_errors(model="path"), contextlib.ExitStack() as context:
+    with (
+        cli_errors(model="path"),
+        _interruption_told(store),
+        contextlib.ExitStack() as context,
+    ):
         sampling = options.sampling_of(rows, q, per_dim, full)
         check_outputs(path, base, store=store, csv=csv, json=json)
         group = context.enter_context(torchrun_group())
@@ -177,6 +182,7 @@ def analyze(
             memory=None if memory is None else parse_memory(memory),
             include=include or None,
             exclude=exclude or None,
+            layout=layout,
             base=base,
             download=download,
             key=key,
@@ -201,6 +207,17 @@ def analyze(
             )
     if analysis.failed:
         raise typer.Exit(EXIT_LAYERS_FAILED)
+
+
+@contextlib.contextmanager
+def _interruption_told(store: Path | None) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt as interruption:
+        if store is None and not interruption.args:
+            reason = "nothing is saved; with --store FILE the finished layers would be"
+            raise KeyboardInterrupt(reason) from None
+        raise
 
 
 def _report(analysis: Analysis, seconds: float, show_skipped: bool) -> None:

@@ -85,6 +85,13 @@ Exclude = Annotated[
     list[str] | None,
     typer.Option(help="Not the layers whose whole name matches this glob; may be repeated."),
 ]
+Layout = Annotated[
+    str,
+    typer.Option(
+        help="How kernels of convolutions are stored: torch (out, in, ...), channels_last (..., "
+        "in, out) as in Keras and Flax, or auto: as name and shape tell, else skipped."
+    ),
+]
 ShowSkipped = Annotated[
     bool, typer.Option("--show-skipped", help="List the skipped tensors by name.")
 ]

@@ -52,6 +52,7 @@ def plan(
     key: options.Key = None,
     include: options.Include = None,
     exclude: options.Exclude = None,
+    layout: options.Layout = "auto",
     json: Annotated[
         Path | None, typer.Option(help="Write batches and layers with their costs to this file.")
     ] = None,
@@ -74,7 +75,7 @@ def plan(
         machine = _machine(device)
         _check_solver(solver, machine)
         source = open_source(path, base=base, key=key, download=download)
-        layers, skipped = source.layers(include or None, exclude or None)
+        layers, skipped = source.layers(include or None, exclude or None, layout=layout)
         planned = plan_layers(
             layers,
             sampling,
@@ -93,6 +94,7 @@ def plan(
             settings = {
                 "source": str(path),
                 "key": key,
+                "layout": layout,
                 "sampling": str(sampling),
                 "xmin": xmin,
                 "bootstrap": bootstrap,

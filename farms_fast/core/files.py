@@ -57,6 +57,26 @@ def atomic_file(path: FilePath) -> Iterator[BinaryIO]:
             raise
 
 
+def check_writable(argument: str, path: Path) -> None:
+    """Raises OSError, naming the argument, unless a file could be written there now.
+
+    A page is written beside it, as `atomic_file` does, and deleted: permissions do not tell of
+    read-only and full file systems. What is no regular file is not tried.
+    """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        return
+    target = path.resolve()
+    probe = target.with_name(f".{target.name[:100]}.{secrets.token_hex(6)}.tmp")
+    try:
+        try:
+            probe.write_bytes(bytes(4096))
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        reason = f"{argument}: cannot be written ({error.strerror})"
+        raise OSError(error.errno, reason, str(path)) from error
+
+
 @contextlib.contextmanager
 def _errors_of(path: Path, written: Path) -> Iterator[None]:
     """Errors of a file that is written, or of no file, name the path that was asked for."""

@@ -41,7 +41,8 @@ def read_limited(path: Path, limit: int = JSON_BYTES) -> bytes:
     """The content of a regular file of at most `limit` bytes; ValueError for a longer one."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-        content = file.read(limit + 1) if size <= limit else b""
+        # As much as there is, and a byte to see it grow: room for as much is made before reading.
+        content = file.read(size + 1) if size <= limit else b""
     if size > limit or len(content) > limit:
         got = max(size, len(content))
         raise ValueError(f"{path}: expected at most {limit:,} bytes, got {got:,}")

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from farms_fast.core.json_files import count_value, float_value, shape_value, text_value
 from farms_fast.engine.stages import LayerState
 from farms_fast.spectra.metrics import spectrum_metrics
 from farms_fast.spectra.power_law import PowerLawFit, fit_message
 from farms_fast.views.notebook import record_html
 from farms_fast.views.plots import plot_esd
+from farms_fast.weights.stacks import Skipped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,7 +56,9 @@ class LayerRecord:
         windows: number of windows over the whole stack.
         window_rows: rows of one window.
         window_cols: columns of one window.
-        dropped: eigenvalues that the fit left out because they were zero or not finite.
+        dropped: eigenvalues that the fit left out because they were zero, zero but for rounding
+            (at or below 8·k·ε of the largest of their window; they are 0 in `window_evals`) or not
+            finite.
         window_alpha_mean: mean of the finite `window_alphas`.
         window_alpha_std: their sample standard deviation (n - 1).
         alpha_se: bootstrap standard error of alpha over the windows.
@@ -130,7 +134,6 @@ class LayerRecord:
         window_cols: int,
         uncertainty: Uncertainty | None = None,
         *,
-        evals: Array | None = None,
         eps: float = float(np.finfo(np.float64).eps),
         message: str = "",
     ) -> LayerRecord:
@@ -146,23 +149,17 @@ class LayerRecord:
             window_cols: columns of one window.
             uncertainty: the spread over the windows; None where it was not asked for. Ignored when
                 there is one window, which has no spread.
-            evals: the pooled eigenvalues in ascending order, if the caller has them already. The
-                metrics are computed from them; they are not kept.
             eps: unit roundoff of the arithmetic that gave the eigenvalues.
             message: what went wrong; by default the fit's status in words.
 
         Raises:
-            ValueError: if window_evals is not two-dimensional or evals is not as long.
+            ValueError: if window_evals is not two-dimensional.
         """
         per_window = np.asarray(window_evals, dtype=np.float64)
         if per_window.ndim != 2:
             raise ValueError(f"window_evals: expected shape (windows, k), got {per_window.shape}")
-        pooled = np.sort(per_window, axis=None) if evals is None else np.asarray(evals, np.float64)
-        if pooled.shape != (per_window.size,):
-            raise ValueError(f"evals: expected shape ({per_window.size},), got {pooled.shape}")
-
         metrics: dict[str, Any] = dict(
-            spectrum_metrics(pooled, fit, window_rows, window_cols, eps=eps)
+            spectrum_metrics(per_window, fit, window_rows, window_cols, eps=eps)
         )
         spread = uncertainty if uncertainty and len(per_window) > 1 else Uncertainty()
         alphas = np.asarray(spread.window_alphas, dtype=np.float64)
@@ -198,9 +195,7 @@ class LayerRecord:
             fits.window_alphas, fits.standard_error, *fits.interval(), *fits.halves
         )
         windows = grid.rows, grid.columns, spread
-        return cls.from_spectra(
-            *layer, state.window_evals, fits.pooled, *windows, evals=fits.pooled_evals, eps=eps
-        )
+        return cls.from_spectra(*layer, state.window_evals, fits.pooled, *windows, eps=eps)
 
     @property
     def evals(self) -> Array:
@@ -291,14 +286,23 @@ CSV_COLUMNS = tuple(LayerRecord("", "", (0, 0, 0), "", "").scalars())
 INT_COLUMNS = INT_FIELDS | {"stack", "rows", "cols"}
 
 
-def field_value(name: str, value: Any) -> Any:
-    """What a field holds, from a file's value for it; TypeError or ValueError for one of no use."""
+def field_value(name: str, value: object) -> Any:
+    """What a field holds, from a file's value for it; ValueError for one that it cannot have."""
     if name == "shape":
-        stack, rows, cols = value
-        return int(stack), int(rows), int(cols)
+        stack, rows, cols = shape_value(name, value)
+        return stack, rows, cols
     if name in TEXT_FIELDS:
-        return str(value)
+        return text_value(name, value)
     # The rank is an integer wherever it is known.
     if name in INT_FIELDS or (name == "matrix_rank" and isinstance(value, int)):
-        return int(value)
-    return _NAN if value is None else float(value)
+        return count_value(name, value)
+    return float_value(name, value)
+
+
+def skipped_from(name: object, shape: object, reason: object) -> Skipped:
+    """A tensor that is no layer, from a file's values; ValueError for one that it cannot have."""
+    return Skipped(
+        text_value("skipped name", name),
+        shape_value("skipped shape", shape),
+        text_value("skipped reason", reason),
+    )

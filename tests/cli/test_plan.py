@@ -179,6 +179,7 @@ def test_json(small: Path, tmp_path: Path) -> None:
     assert found["settings"] == {
         "source": str(small),
         "key": None,
+        "layout": "auto",
         "sampling": "FixedAspectSampling(rows=32, q=1.0, per_dim=2, compat=None)",
         "xmin": "ks",
         "bootstrap": 100,
@@ -286,3 +287,12 @@ def test_key_chooses_between_two_state_dicts(tmp_path: Path) -> None:
     found = planned(path, "--key", "critic", "--full", file=tmp_path / "plan.json")
     assert found["settings"]["key"] == "critic"
     assert [layer["name"] for layer in found["batches"][0]["layers"]] == ["1"]
+
+
+def test_layout_of_kernels(tmp_path: Path) -> None:
+    save_file({"conv.kernel": torch.ones(3, 3, 3, 3)}, tmp_path / "model.safetensors")
+    assert "its only tensor was skipped" in run(tmp_path).stderr
+    written = tmp_path.parent / "plan.json"
+    result = run(tmp_path, "--layout", "channels_last", "--json", written)
+    assert result.exit_code == 0, result.output
+    assert json.loads(written.read_text())["settings"]["layout"] == "channels_last"

@@ -62,6 +62,7 @@ void dispatch_panel(int order, int begin, const Run& run) {
 }
 
 // W of apply_panel, and of the second panel of a pair with A V corrected for the first one.
-void form_w(const double* gram, int batch, int order, int begin, const BandWorkspace& workspace, cudaStream_t stream);
+void form_w(const double* gram, int batch, int order, int begin, const BandWorkspace& workspace,
+            const CudaDevice& device, cudaStream_t stream);
 
 }  // namespace farms_fast

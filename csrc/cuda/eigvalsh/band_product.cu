@@ -1,8 +1,9 @@
 // A V of one panel's reflectors V, and W from it, on the tensor cores in float64: two launches for the whole batch.
 //
 // A block of four warps forms 64 rows x 32 columns of A V, a warp 32 x 16 of them. It goes along the 64 rows of A in
-// slabs of 32 columns, two stages of shared memory deep: one is copied while the other is multiplied, with a barrier
-// before (the copies of all threads have come) and after the products (all threads have read). Blocks do not wait for
+// slabs of 32 columns, two stages of shared memory deep, or more where matrices are few: the others are copied while one
+// is multiplied, with a barrier before (the copies of all threads have come) and after the products (all threads have
+// read). Blocks do not wait for
 // each other: the one that finishes last of a matrix, by a counter, adds up what all of them left.
 //
 // Tiles sit at multiples of kMatrixTile of the whole matrix, whatever the panel, so that the tiles on the diagonal,
@@ -20,12 +21,23 @@ struct Stage {
 };
 
 // Four blocks share a multiprocessor: 128 registers a thread, 16 of them for the sums of a warp's 32 x 16, and 55 kB of
-// shared memory a block.
-template <class Order, class Panel>
+// shared memory a block. With few matrices there are not so many blocks, and what a block waits for is the way to memory
+// of one slab after the other: it has more of them under way.
+struct ManyBlocks {
+  static constexpr int stages = 2, blocks_per_processor = 4;
+};
+struct FewBlocks {
+  static constexpr int stages = 6, blocks_per_processor = 1;
+};
+struct FewBlocksInLess {
+  static constexpr int stages = 3, blocks_per_processor = 1;
+};
+template <class Order, class Panel, class Depth>
 struct ProductConfig {
   using Pair = Panel;
-  static constexpr int doubles = Order::doubles, blocks_per_processor = 4;
-  static constexpr int shared_bytes = 2 * sizeof(Stage);
+  static constexpr int doubles = Order::doubles, stages = Depth::stages;
+  static constexpr int blocks_per_processor = Depth::blocks_per_processor;
+  static constexpr int shared_bytes = stages * sizeof(Stage);
   static_assert(hopper::shared_memory_holds(blocks_per_processor, shared_bytes));
 };
 
@@ -127,19 +139,22 @@ __global__ void __launch_bounds__(kBandThreads, Config::blocks_per_processor)
     return (first + (shifted < 0 ? shifted + count : shifted)) * kMatrixTile + slab % 2 * kWideBand;
   };
   double sum[2][2][4] = {};
-  copy_slab<Config::doubles>(stages[0], matrix, order, row0, slab_column(0), v);
-  copy_commit();
-  for (int slab = 0; slab < 2 * count; ++slab) {
-    const int current = slab % 2;
-    if (slab + 1 < 2 * count)
-      copy_slab<Config::doubles>(stages[current ^ 1], matrix, order, row0, slab_column(slab + 1), v);
+  // One group of copies a slab, empty past the last one.
+  const auto copy = [&](int slab) {
+    if (slab < 2 * count)
+      copy_slab<Config::doubles>(stages[slab % Config::stages], matrix, order, row0, slab_column(slab), v);
     copy_commit();
-    copy_wait<1>();
+  };
+  for (int slab = 0; slab < Config::stages - 1; ++slab) copy(slab);
+  for (int slab = 0; slab < 2 * count; ++slab) {
+    copy(slab + Config::stages - 1);
+    copy_wait<Config::stages - 1>();
     __syncthreads();
+    const Stage& stage = stages[slab % Config::stages];
     if (slab_column(slab) / kMatrixTile > tile)
-      multiply_slab<true>(stages[current], at, sum);
+      multiply_slab<true>(stage, at, sum);
     else
-      multiply_slab<false>(stages[current], at, sum);
+      multiply_slab<false>(stage, at, sum);
     __syncthreads();
   }
 
@@ -202,17 +217,29 @@ __global__ void __launch_bounds__(kBandThreads, Config::blocks_per_processor)
   double* z = y + kWideBand * kPanelPitch;
   double* t = z + kWideBand * kPanelPitch;
   double* right = t + kWideBand * kPanelPitch;
-  for (int i = threadIdx.x; i < square; i += kBandThreads) {
-    double total[Panel::shares] = {};
+  // All of a thread's elements at a time, so that many loads are under way.
+  constexpr int pairs = square / (2 * kBandThreads);
+#pragma unroll 1
+  for (int which = 0; which < Panel::shares; ++which) {
+    double2 total[pairs] = {};
+#pragma unroll 4
     for (int k = begin / kMatrixTile; k < tiles; ++k)
 #pragma unroll
-      for (int which = 0; which < Panel::shares; ++which)
-        total[which] += __ldcg(partial + (k * kMostShares + which) * square + i);
-    const int to = i / kWideBand * kPanelPitch + i % kWideBand;
+      for (int i = 0; i < pairs; ++i) {
+        const double2 share = __ldcg(reinterpret_cast<const double2*>(partial + (k * kMostShares + which) * square) +
+                                     i * kBandThreads + threadIdx.x);
+        total[i].x += share.x;
+        total[i].y += share.y;
+      }
 #pragma unroll
-    for (int which = 0; which < Panel::shares; ++which) x[which * kWideBand * kPanelPitch + to] = total[which];
-    t[to] = workspace.t[blockIdx.y * square + i];
+    for (int i = 0; i < pairs; ++i) {
+      const int at = 2 * (i * kBandThreads + static_cast<int>(threadIdx.x));
+      *reinterpret_cast<double2*>(x + which * kWideBand * kPanelPitch + at / kWideBand * kPanelPitch + at % kWideBand) =
+          total[i];
+    }
   }
+  for (int i = threadIdx.x; i < square; i += kBandThreads)
+    t[i / kWideBand * kPanelPitch + i % kWideBand] = workspace.t[blockIdx.y * square + i];
   __syncthreads();
   double* out = workspace.middle + blockIdx.y * static_cast<int64_t>(kMostShares * square);
   if constexpr (Panel::second) {
@@ -280,26 +307,39 @@ __global__ void __launch_bounds__(kBandThreads) form_w_kernel(int order, int beg
   for_small(at, plus, [&](int r, int c, double value) { w[r * kWideBand + c] = row0 + r < begin ? 0.0 : value; });
 }
 
-template <class Order, class Panel>
-void launch(const double* gram, int batch, int order, int begin, const BandWorkspace& workspace, cudaStream_t stream) {
-  using Config = ProductConfig<Order, Panel>;
-  const int tiles = static_cast<int>(padded_order(order)) / kMatrixTile - begin / kMatrixTile;
-  constexpr int form_bytes = kFactors<Panel> * kWideBand * kPanelPitch * sizeof(double);
+template <class Config>
+void multiply(const double* gram, int batch, int order, int begin, int tiles, const BandWorkspace& workspace,
+              cudaStream_t stream) {
   FARMS_CUDA_CHECK(
       cudaFuncSetAttribute(multiply_kernel<Config>, cudaFuncAttributeMaxDynamicSharedMemorySize, Config::shared_bytes));
-  FARMS_CUDA_CHECK(cudaFuncSetAttribute(form_w_kernel<Panel>, cudaFuncAttributeMaxDynamicSharedMemorySize, form_bytes));
   multiply_kernel<Config>
       <<<dim3(tiles, batch), kBandThreads, Config::shared_bytes, stream>>>(gram, order, begin, workspace);
   FARMS_LAUNCH_CHECK();
+}
+
+template <class Order, class Panel>
+void launch(const double* gram, int batch, int order, int begin, const BandWorkspace& workspace,
+            const CudaDevice& device, cudaStream_t stream) {
+  const int tiles = static_cast<int>(padded_order(order)) / kMatrixTile - begin / kMatrixTile;
+  using Few = ProductConfig<Order, Panel, FewBlocks>;
+  if (static_cast<int64_t>(tiles) * batch > device.processors)
+    multiply<ProductConfig<Order, Panel, ManyBlocks>>(gram, batch, order, begin, tiles, workspace, stream);
+  else if (Few::shared_bytes <= device.shared_bytes)
+    multiply<Few>(gram, batch, order, begin, tiles, workspace, stream);
+  else
+    multiply<ProductConfig<Order, Panel, FewBlocksInLess>>(gram, batch, order, begin, tiles, workspace, stream);
+  constexpr int form_bytes = kFactors<Panel> * kWideBand * kPanelPitch * sizeof(double);
+  FARMS_CUDA_CHECK(cudaFuncSetAttribute(form_w_kernel<Panel>, cudaFuncAttributeMaxDynamicSharedMemorySize, form_bytes));
   form_w_kernel<Panel><<<dim3(2 * tiles, batch), kBandThreads, form_bytes, stream>>>(order, begin, workspace);
   FARMS_LAUNCH_CHECK();
 }
 
 }  // namespace
 
-void form_w(const double* gram, int batch, int order, int begin, const BandWorkspace& workspace, cudaStream_t stream) {
+void form_w(const double* gram, int batch, int order, int begin, const BandWorkspace& workspace,
+            const CudaDevice& device, cudaStream_t stream) {
   dispatch_panel(order, begin, [&](auto alignment, auto panel) {
-    launch<decltype(alignment), decltype(panel)>(gram, batch, order, begin, workspace, stream);
+    launch<decltype(alignment), decltype(panel)>(gram, batch, order, begin, workspace, device, stream);
   });
 }
 

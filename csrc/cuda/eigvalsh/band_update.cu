@@ -141,8 +141,9 @@ void launch(double* gram, int batch, int order, int begin, const BandWorkspace& 
 
 }  // namespace
 
-void apply_panel(double* gram, int batch, int order, int begin, const BandWorkspace& workspace, cudaStream_t stream) {
-  form_w(gram, batch, order, begin, workspace, stream);
+void apply_panel(double* gram, int batch, int order, int begin, const BandWorkspace& workspace,
+                 const CudaDevice& device, cudaStream_t stream) {
+  form_w(gram, batch, order, begin, workspace, device, stream);
   dispatch_panel(order, begin, [&](auto alignment, auto panel) {
     launch<decltype(alignment), decltype(panel)>(gram, batch, order, begin, workspace, stream);
   });

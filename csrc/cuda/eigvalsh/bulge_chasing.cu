@@ -16,6 +16,7 @@
 #include "csrc/cuda/eigvalsh/async_copy.cuh"
 #include "csrc/cuda/eigvalsh/cluster_exchange.cuh"
 #include "csrc/cuda/eigvalsh/cluster_launch.h"
+#include "csrc/cuda/eigvalsh/grid_flags.cuh"
 #include "csrc/cuda/eigvalsh/householder.cuh"
 #include "csrc/cuda/eigvalsh/two_stage.h"
 #include "csrc/cuda/hopper.h"
@@ -188,18 +189,36 @@ __global__ void __launch_bounds__(kChaseThreads)
   }
 }
 
+// grid: (blocks, matrices). What a ring starts from, and what is left in the end. wide: (batch, wide_count(order)). spill:
+// (batch, order + kNarrowColumn, kNarrowColumn).
+__global__ void fill_spill_kernel(const double* __restrict__ wide, int order, double* __restrict__ spill) {
+  const int columns = order + kNarrowColumn;
+  wide += blockIdx.y * wide_count(order);
+  spill += static_cast<int64_t>(blockIdx.y) * columns * kNarrowColumn;
+  for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < columns * kNarrowColumn; i += gridDim.x * blockDim.x)
+    spill[i] = element(wide, i / kNarrowColumn, i % kNarrowColumn);
+}
+__global__ void read_spill_kernel(const double* __restrict__ spill, int order, double* __restrict__ diagonal,
+                                  double* __restrict__ off_diagonal) {
+  const int64_t matrix = blockIdx.y;
+  spill += matrix * (order + kNarrowColumn) * kNarrowColumn;
+  for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < order; i += gridDim.x * blockDim.x) {
+    diagonal[matrix * order + i] = spill[i * kNarrowColumn];
+    off_diagonal[matrix * order + i] = i + 1 < order ? spill[i * kNarrowColumn + 1] : 0.0;
+  }
+}
+
 // grid: (blocks of a cluster, matrices), Config::threads threads. Shapes as above; spill: (batch, order + kNarrowColumn,
 // kNarrowColumn). A round is one sweep for each of its slots, from one end of the band to the other; the blocks take the rounds in
-// turn. A block's progress is kept with the block of the round after: its round times kRingChunksLimit, plus the chunks
-// up to the last one that it has let go. It only grows.
+// turn. A block's progress is kept with the block of the round after, or in a grid without clusters in `flags` (batch,
+// kMostFlags), -1 before: its round times kRingChunksLimit, plus the chunks up to the last one that it has let go. It
+// only grows.
 //
-// A block spins only for chunks of the round before, which runs in another block of its cluster, and a cluster starts
-// as a whole; round 0 waits for nothing, and a round lets its chunks go in order and, at its end, all of them. So by
+// A block spins only for chunks of the round before, which runs in another block of its cluster or its cooperative grid,
+// and that starts as a whole; round 0 waits for nothing, and a round lets its chunks go in order and, at its end, all of them. So by
 // induction over rounds each goes on. A block waits for its own last round by having finished it.
-template <class Config>
-__global__ void __launch_bounds__(Config::threads)
-    chase_ring_kernel(const double* __restrict__ wide, int order, double* spill, double* __restrict__ diagonal,
-                      double* __restrict__ off_diagonal) {
+template <class Config, bool InCluster>
+__global__ void __launch_bounds__(Config::threads) chase_ring_kernel(double* spill, int order, int* flags) {
   extern __shared__ __align__(16) double shared_memory[];
   constexpr int slots = Ring<Config>::slots;
   const Band<Config> band{shared_address(shared_memory)};
@@ -210,13 +229,12 @@ __global__ void __launch_bounds__(Config::threads)
   const int columns = order + kNarrowColumn, thread = static_cast<int>(threadIdx.x);
   const int blocks = static_cast<int>(gridDim.x), rank = static_cast<int>(blockIdx.x);
   const int64_t matrix = blockIdx.y;
-  wide += matrix * wide_count(order);
   spill += matrix * columns * kNarrowColumn;
-  for (int i = rank * Config::threads + thread; i < columns * kNarrowColumn; i += blocks * Config::threads)
-    __stcg(spill + i, element(wide, i / kNarrowColumn, i % kNarrowColumn));
-  if (thread == 0) *progress = -1;
-  __threadfence();
-  cluster_sync();
+  flags += matrix * kMostFlags;
+  if constexpr (InCluster) {
+    if (thread == 0) *progress = -1;
+    cluster_sync();
+  }
 
   const auto load = [&](int chunk) {  // zeros past the end
     const int c = chunk * kRingChunk + thread / (kNarrowColumn / 2), below = thread % (kNarrowColumn / 2) * 2;
@@ -237,13 +255,18 @@ __global__ void __launch_bounds__(Config::threads)
   for (int round = rank; round * slots < sweeps; round += blocks) {
     const auto wait = [&](int chunk) {  // until the round before has let it go
       if (thread == 0 && blocks > 1 && round > 0)
-        while (cluster_flag(progress) <= (round - 1) * kRingChunksLimit + chunk) __nanosleep(20);
+        while ((InCluster ? cluster_flag(progress) : grid_flag(flags + rank)) <= (round - 1) * kRingChunksLimit + chunk)
+          __nanosleep(20);
       __syncthreads();
     };
     const auto tell = [&](int chunks) {  // what is stored, by all threads before a barrier
       if (thread != 0 || blocks == 1) return;
       __threadfence();
-      cluster_store(progress, (rank + 1) % blocks, round * kRingChunksLimit + chunks);
+      const int next = (rank + 1) % blocks, told = round * kRingChunksLimit + chunks;
+      if constexpr (InCluster)
+        cluster_store(progress, next, told);
+      else
+        grid_store(flags + next, told);
     };
     const int first = round * slots, sweep = first + slot;
     const int final_sweep = min(first + slots, sweeps) - 1, behind = final_sweep - first;
@@ -273,13 +296,8 @@ __global__ void __launch_bounds__(Config::threads)
     __syncthreads();
     tell(kRingChunksLimit - 1);
   }
-  // Also, a block's shared memory must outlive the stores of the others.
-  __threadfence();
-  cluster_sync();
-  for (int i = rank * Config::threads + thread; i < order; i += blocks * Config::threads) {
-    diagonal[matrix * order + i] = __ldcg(spill + i * kNarrowColumn);
-    off_diagonal[matrix * order + i] = i + 1 < order ? __ldcg(spill + i * kNarrowColumn + 1) : 0.0;
-  }
+  // A block's shared memory must outlive the stores of the others.
+  if constexpr (InCluster) cluster_sync();
 }
 
 template <class Config>
@@ -294,32 +312,43 @@ void launch(const double* band, int batch, int order, double* diagonal, double* 
 }
 
 template <class Config>
-void launch_ring(const double* band, int batch, int order, double* spill, double* diagonal, double* off_diagonal,
-                 const CudaDevice& device, cudaStream_t stream) {
-  constexpr int slots = Ring<Config>::slots;
+void launch_ring(const double* band, int batch, int order, double* spill, int* flags, double* diagonal,
+                 double* off_diagonal, const CudaDevice& device, cudaStream_t stream) {
+  constexpr int slots = Ring<Config>::slots, threads = 256, columns_of_block = 32;
+  const dim3 columns(static_cast<unsigned>((order + kNarrowColumn) / columns_of_block + 1),
+                     static_cast<unsigned>(batch));
+  fill_spill_kernel<<<columns, threads, 0, stream>>>(band, order, spill);
+  FARMS_LAUNCH_CHECK();
   // A round can begin when the last sweep of the one before has let the first chunks go.
   const int behind = 2 * slots + 3 * kRingChunkSteps, under_way = (order / kLanes + 2 * slots) / behind + 1;
   int blocks = 1;
-  while (blocks < device.cluster_blocks && 2 * blocks <= under_way && 2 * blocks * batch <= device.processors)
+  while (blocks < hopper::kMaxClusterBlocks && 2 * blocks <= under_way && 2 * blocks * batch <= device.processors)
     blocks *= 2;
+  const bool in_clusters = blocks <= device.cluster_blocks;
+  const auto kernel = in_clusters ? chase_ring_kernel<Config, true> : chase_ring_kernel<Config, false>;
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(batch));
-  const auto kernel = chase_ring_kernel<Config>;
-  const ClusterLaunch launch(kernel, grid, grid.x, Config::threads, Ring<Config>::shared_bytes, stream);
-  FARMS_CUDA_CHECK(cudaLaunchKernelEx(&launch.config, kernel, band, order, spill, diagonal, off_diagonal));
+  ClusterLaunch launch(kernel, grid, grid.x, Config::threads, Ring<Config>::shared_bytes, stream);
+  if (!in_clusters) {
+    clear_flags(flags, static_cast<int64_t>(batch) * kMostFlags, stream);
+    launch.run_grid_at_once();
+  }
+  FARMS_CUDA_CHECK(cudaLaunchKernelEx(&launch.config, kernel, spill, order, flags));
+  read_spill_kernel<<<columns, threads, 0, stream>>>(spill, order, diagonal, off_diagonal);
+  FARMS_LAUNCH_CHECK();
 }
 
 }  // namespace
 
-void chase_bulges(const double* band, int batch, int order, double* spill, double* diagonal, double* off_diagonal,
-                  const CudaDevice& device, cudaStream_t stream) {
+void chase_bulges(const double* band, int batch, int order, double* spill, int* flags, double* diagonal,
+                  double* off_diagonal, const CudaDevice& device, cudaStream_t stream) {
   if (narrow_band_bytes(order, SpreadBand::pitch) <= device.shared_bytes)
     launch<SpreadBand>(band, batch, order, diagonal, off_diagonal, stream);
   else if (narrow_band_bytes(order, DenseBand::pitch) <= device.shared_bytes)
     launch<DenseBand>(band, batch, order, diagonal, off_diagonal, stream);
   else if (Ring<LongRing>::shared_bytes <= device.shared_bytes)
-    launch_ring<LongRing>(band, batch, order, spill, diagonal, off_diagonal, device, stream);
+    launch_ring<LongRing>(band, batch, order, spill, flags, diagonal, off_diagonal, device, stream);
   else
-    launch_ring<ShortRing>(band, batch, order, spill, diagonal, off_diagonal, device, stream);
+    launch_ring<ShortRing>(band, batch, order, spill, flags, diagonal, off_diagonal, device, stream);
 }
 
 }  // namespace farms_fast

@@ -1,5 +1,6 @@
-// A launch of a kernel in clusters of blocks that follow each other in the grid's first dimension. A cluster of one
-// block is an ordinary launch, which any architecture takes.
+// A launch of a kernel whose blocks wait for each other: in clusters of blocks that follow each other in the grid's
+// first dimension, or where there are none as one grid that runs at the same time. A cluster of one block is an ordinary
+// launch, which any architecture takes.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -29,6 +30,13 @@ struct ClusterLaunch {
     config.numAttrs = cluster > 1 ? 1 : 0;
   }
   ClusterLaunch(const ClusterLaunch&) = delete;
+
+  // All blocks of the grid run at the same time, instead of those of a cluster.
+  void run_grid_at_once() {
+    attribute_.id = cudaLaunchAttributeCooperative;
+    attribute_.val.cooperative = 1;
+    config.numAttrs = 1;
+  }
 
  private:
   cudaLaunchAttribute attribute_ = {};

@@ -89,14 +89,15 @@ void solve_chunks(const char* op, const CudaSolver& solver, int64_t count, int64
   const DType real = real_dtype(dtype);
   const auto gram = context.bytes(chunks.size * matrix);
   const auto workspace = context.bytes(chunks.workspace);
-  const auto state = context.bytes(2 * chunks.size * static_cast<int64_t>(sizeof(int)));
-  int* exponents = static_cast<int*>(state.mutable_data_ptr());
+  const auto state = context.bytes(chunks.size * static_cast<int64_t>(sizeof(unsigned long long) + 2 * sizeof(int)));
+  auto* largest = static_cast<unsigned long long*>(state.mutable_data_ptr());
+  int* exponents = reinterpret_cast<int*>(largest + chunks.size);
   int* failed = exponents + chunks.size;
   for (int64_t begin = 0; begin < count; begin += chunks.size) {
     const int64_t batch = std::min(chunks.size, count - begin);
     char* out = static_cast<char*>(evals.mutable_data_ptr()) + begin * order * static_cast<int64_t>(item_size(real));
     fill(begin, batch, gram.mutable_data_ptr(), workspace.mutable_data_ptr(), chunks.workspace);
-    scale_gram(gram.mutable_data_ptr(), batch, order, dtype, exponents, context.stream());
+    scale_gram(gram.mutable_data_ptr(), batch, order, dtype, largest, exponents, context.stream());
     solver.in_place->solve(gram.mutable_data_ptr(), batch, order, dtype, workspace.mutable_data_ptr(), out, failed,
                            context.stream());
     unscale_eigenvalues(out, batch, order, real, exponents, failed, clip, context.stream());
@@ -107,6 +108,12 @@ void form_chunk(const std::vector<Window>& windows, int64_t begin, int64_t batch
                 DType precision, void* gram, void* workspace, int64_t bytes, const CudaContext& context) {
   const GramPlan plan = plan_grams_cuda(windows.data() + begin, batch, in, /*either_side=*/true, bytes);
   form_grams_cuda(plan, order, in, precision, workspace, gram, context.stream());
+}
+
+int64_t longest_inner(const std::vector<Window>& windows) {
+  int64_t longest = 0;
+  for (const Window& window : windows) longest = std::max({longest, window.rows, window.columns});
+  return longest;
 }
 
 void solve_windows(const CudaSolver& solver, const std::vector<Window>& windows, int64_t order, DType in,
@@ -179,7 +186,8 @@ Tensor window_eigvalsh(std::vector<Tensor> weights, Tensor table, int64_t order,
                  [&](int64_t begin, int64_t batch, void* chunk, void* workspace, int64_t bytes) {
                    form_chunk(windows, begin, batch, order, in, precision, chunk, workspace, bytes, context);
                  });
-  else if (order <= solver.traits.max_window_order(call.gram()))
+  else if (order <= solver.traits.max_window_order(call.gram()) &&
+           (precision == DType::f32 || longest_inner(windows) <= summed_depth(order)))
     solve_windows(solver, windows, order, in, precision, context, evals);
   else
     solve_grams(op, solver, windows, order, in, precision, memory_budget, context, evals);

@@ -5,12 +5,13 @@
 //
 // A warp waits for one other only, the one before it in the ring of a matrix's warps, whose last sweep is the one
 // before its own, and only for steps of that. Sweep 0 waits for nothing, so by induction over sweeps and steps some
-// warp can always go on; and all of them run, since a block, or a cluster of blocks, starts as a whole, and a warp that
-// spins sleeps in between. See narrow_kernel for the flags.
+// warp can always go on; and all of them run, since a block, a cluster of blocks or a cooperative grid starts as a
+// whole, and a warp that spins sleeps in between. See narrow_kernel for the flags.
 #include "csrc/cuda/eigvalsh/async_copy.cuh"
 #include "csrc/cuda/eigvalsh/block_reflector.cuh"
 #include "csrc/cuda/eigvalsh/cluster_exchange.cuh"
 #include "csrc/cuda/eigvalsh/cluster_launch.h"
+#include "csrc/cuda/eigvalsh/grid_flags.cuh"
 #include "csrc/cuda/eigvalsh/two_stage.h"
 #include "csrc/cuda/hopper.h"
 
@@ -19,17 +20,22 @@ namespace {
 
 constexpr int kStepsLimit = 1 << 12;  // more than the steps of a sweep
 
-// How the warps of a matrix see what the others wrote: in one block through their multiprocessor's L1, in a cluster
+// How the warps of a matrix see what the others wrote: in one block through their multiprocessor's L1, in several
 // through the L2. Eight warps fill the registers of a multiprocessor: 255 a thread, of which 128 are for the two blocks
 // of a step.
 struct NarrowInBlock {
-  static constexpr bool cluster = false;
+  static constexpr bool several_blocks = false, cluster = false;
   static constexpr int max_warps = 8;
 };
 struct NarrowInCluster {
-  static constexpr bool cluster = true;
+  static constexpr bool several_blocks = true, cluster = true;
   static constexpr int max_warps = 8;
 };
+struct NarrowInGrid {
+  static constexpr bool several_blocks = true, cluster = false;
+  static constexpr int max_warps = 8;
+};
+static_assert(NarrowInGrid::max_warps * hopper::kMaxClusterBlocks <= kMostFlags);
 
 // The 64 rows and 32 columns of the band from a step's first diagonal element on. See wide_index; a step further down
 // the tiles of a column have changed places with those 32 rows below them.
@@ -72,22 +78,22 @@ struct BandSlice {
   __device__ __forceinline__ double* row_at(int m, const FragmentLane& at) const {
     return one_at<Half>(m, 0, 0) + at.t * kBandTile - (at.t / 2 * kColumns + at.t % 2 * 2 * kBandTile);
   }
-  __device__ __forceinline__ double load(const double* from) const { return Config::cluster ? __ldcg(from) : *from; }
+  __device__ __forceinline__ double load(const double* from) const { return Config::several_blocks ? __ldcg(from) : *from; }
   __device__ __forceinline__ void load_pair(const double* from, double* to) const {
     const double2 pair =
-        Config::cluster ? __ldcg(reinterpret_cast<const double2*>(from)) : *reinterpret_cast<const double2*>(from);
+        Config::several_blocks ? __ldcg(reinterpret_cast<const double2*>(from)) : *reinterpret_cast<const double2*>(from);
     to[0] = pair.x;
     to[1] = pair.y;
   }
   __device__ __forceinline__ void store(double* to, double value) const {
-    if (Config::cluster)
+    if (Config::several_blocks)
       __stcg(to, value);
     else
       *to = value;
   }
   __device__ __forceinline__ void store_pair(double* to, const double* from) const {
     const double2 pair = make_double2(from[0], from[1]);
-    if (Config::cluster)
+    if (Config::several_blocks)
       __stcg(reinterpret_cast<double2*>(to), pair);
     else
       *reinterpret_cast<double2*>(to) = pair;
@@ -97,7 +103,7 @@ struct BandSlice {
 // Orders what this thread wrote or read before and after, for the warps that work on the same matrix.
 template <class Config>
 __device__ __forceinline__ void fence() {
-  if constexpr (Config::cluster)
+  if constexpr (Config::several_blocks)
     __threadfence();
   else
     __threadfence_block();
@@ -253,9 +259,11 @@ __device__ __forceinline__ void step(const BandSlice<Config>& slice, const Fragm
 // take the sweeps in turn. Warp w's progress: its sweep times kStepsLimit, plus the steps that it is ready with; step t
 // of a sweep needs step t + 1 of the sweep before. It only grows, and it is kept in the shared memory of the block that
 // waits for it, the next warp's; inside of a block by atomic operations, which is how a checker of races can tell it
-// from data. Dynamic shared memory: a ReflectorExchange and a flag for each warp.
+// from data. In a grid without clusters it is in `flags` (batch, kMostFlags), -1 before. Dynamic shared memory: a
+// ReflectorExchange and a flag for each warp.
 template <class Config>
-__global__ void __launch_bounds__(Config::max_warps * 32, 1) narrow_kernel(double* __restrict__ bands, int order) {
+__global__ void __launch_bounds__(Config::max_warps * 32, 1)
+    narrow_kernel(double* __restrict__ bands, int order, int* flags) {
   extern __shared__ __align__(16) double shared_memory[];
   const int block_warps = static_cast<int>(blockDim.x) / 32, block_warp = static_cast<int>(threadIdx.x) / 32;
   const int warps = block_warps * static_cast<int>(gridDim.x);
@@ -266,6 +274,7 @@ __global__ void __launch_bounds__(Config::max_warps * 32, 1) narrow_kernel(doubl
   double* band = bands + blockIdx.y * wide_count(order);
   // Of the warp before each of this block's.
   int* progress = reinterpret_cast<int*>(reinterpret_cast<ReflectorExchange*>(shared_memory) + block_warps);
+  int* grid_progress = flags + blockIdx.y * kMostFlags;  // of the warp before each of the matrix
   if (lane == 0) progress[block_warp] = -1;
   if constexpr (Config::cluster)
     cluster_sync();
@@ -280,6 +289,8 @@ __global__ void __launch_bounds__(Config::max_warps * 32, 1) narrow_kernel(doubl
     if (lane == 0) {
       if constexpr (Config::cluster)
         cluster_store(progress + next % block_warps, next / block_warps, value);
+      else if constexpr (Config::several_blocks)
+        grid_store(grid_progress + next, value);
       else
         atomicExch(progress + next, value);
     }
@@ -289,9 +300,12 @@ __global__ void __launch_bounds__(Config::max_warps * 32, 1) narrow_kernel(doubl
     const auto wait = [&](int steps_before) {
       if (sweep == 0) return;
       const int needed = (sweep - 1) * kStepsLimit + steps_before;
-      if constexpr (Config::cluster) {
+      if constexpr (Config::several_blocks) {
+        const auto told = [&] {
+          return Config::cluster ? cluster_flag(progress + block_warp) : grid_flag(grid_progress + warp);
+        };
         if (lane == 0)
-          while (cluster_flag(progress + block_warp) < needed) __nanosleep(20);
+          while (told() < needed) __nanosleep(20);
         __syncwarp();
       } else {
         if (lane == 0)
@@ -347,20 +361,27 @@ void extract_band(const double* gram, int batch, int order, double* band, cudaSt
   FARMS_LAUNCH_CHECK();
 }
 
-void narrow_band(double* band, int batch, int order, const CudaDevice& device, cudaStream_t stream) {
+void narrow_band(double* band, int batch, int order, int* flags, const CudaDevice& device, cudaStream_t stream) {
   // More warps than sweeps that can be under way find nothing to do. Many matrices share a multiprocessor, two of them
   // with four warps each; a few large ones are spread over several.
   const int useful = (order / kWideBand + 1) / 2 + 1;
   constexpr int max_warps = NarrowInBlock::max_warps;
   int warps = batch > device.processors ? max_warps / 2 : max_warps, blocks = 1;
-  while (blocks < device.cluster_blocks && blocks * warps < useful && 2 * blocks * batch <= device.processors)
+  while (blocks < hopper::kMaxClusterBlocks && blocks * warps < useful && 2 * blocks * batch <= device.processors)
     blocks *= 2;
   warps = useful < warps ? useful : warps;
-  const auto kernel = blocks > 1 ? narrow_kernel<NarrowInCluster> : narrow_kernel<NarrowInBlock>;
+  const bool in_clusters = blocks <= device.cluster_blocks;
+  const auto kernel = blocks == 1   ? narrow_kernel<NarrowInBlock>
+                      : in_clusters ? narrow_kernel<NarrowInCluster>
+                                    : narrow_kernel<NarrowInGrid>;
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(batch));
-  const ClusterLaunch launch(kernel, grid, grid.x, static_cast<unsigned>(warps) * 32,
-                             warps * (sizeof(ReflectorExchange) + sizeof(int)), stream);
-  FARMS_CUDA_CHECK(cudaLaunchKernelEx(&launch.config, kernel, band, order));
+  ClusterLaunch launch(kernel, grid, grid.x, static_cast<unsigned>(warps) * 32,
+                       warps * (sizeof(ReflectorExchange) + sizeof(int)), stream);
+  if (!in_clusters) {
+    clear_flags(flags, static_cast<int64_t>(batch) * kMostFlags, stream);
+    launch.run_grid_at_once();
+  }
+  FARMS_CUDA_CHECK(cudaLaunchKernelEx(&launch.config, kernel, band, order, flags));
 }
 
 }  // namespace farms_fast

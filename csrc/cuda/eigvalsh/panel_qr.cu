@@ -12,8 +12,8 @@
 // One reduction per column gives the norm, the products with the columns to the right and the products with the vectors
 // to the left, which make T. Its sums go from the lanes of a warp to the warps of a block (a barrier) to the blocks of
 // the cluster: each sends its sums to all (st.async), and each waits for those of all. What it waits for is sent by
-// blocks that run, since a cluster starts as one, and that have waited for no later column themselves. Where there are
-// no clusters one block holds what it can of a panel.
+// blocks that run, since a cluster starts as one, and that have waited for no later column themselves. Without
+// clusters see panel_qr_block.cu.
 #include "csrc/cuda/eigvalsh/async_copy.cuh"
 #include "csrc/cuda/eigvalsh/cluster_exchange.cuh"
 #include "csrc/cuda/eigvalsh/cluster_launch.h"
@@ -337,6 +337,7 @@ void launch(double* gram, int batch, int order, int column, double* v, double* t
 void panel_qr(double* gram, int batch, int order, int column, double* v, double* t, const CudaDevice& device,
               cudaStream_t stream) {
   const int64_t rows = padded_order(order) - column - kWideBand;
+  if (device.cluster_blocks == 1) return panel_qr_in_blocks(gram, batch, order, column, v, t, stream);
   const int blocks = device.cluster_blocks;
   if (rows <= blocks * kRowsOfBlock<ShortPanel>)
     launch<ShortPanel>(gram, batch, order, column, v, t, blocks, stream);

@@ -11,8 +11,9 @@
 namespace farms_fast {
 
 // gram: (batch, order, order), scaled in place; a matrix with a value that is not finite becomes 0.
-// exponents: (batch,), log2 of the scale taken out, kNonfiniteScale for such a matrix.
-void scale_gram(void* gram, int64_t batch, int64_t order, DType dtype, int* exponents, cudaStream_t stream);
+// largest: (batch,), to work with. exponents: (batch,), log2 of the scale taken out, kNonfiniteScale for such a matrix.
+void scale_gram(void* gram, int64_t batch, int64_t order, DType dtype, unsigned long long* largest, int* exponents,
+                cudaStream_t stream);
 
 // evals: (batch, order), multiplied back; NaN where exponents says so or failed is non-zero. clip: negative values
 // become 0.

@@ -52,11 +52,12 @@ void solve(void* gram, int64_t batch, int64_t order, DType dtype, void* workspac
   FARMS_CUDA_CHECK(cudaMemsetAsync(layout.panels.done, 0, batch * sizeof(unsigned), stream));
   for (int column = 0; has_panel(n, column); column += kWideBand) {
     panel_qr(matrix, matrices, n, column, layout.panels.v[is_second_panel(column)], layout.panels.t, device, stream);
-    apply_panel(matrix, matrices, n, column + kWideBand, layout.panels, stream);
+    apply_panel(matrix, matrices, n, column + kWideBand, layout.panels, device, stream);
   }
   extract_band(matrix, matrices, n, layout.band, stream);
-  narrow_band(layout.band, matrices, n, device, stream);
-  chase_bulges(layout.band, matrices, n, layout.spill, layout.diagonal, layout.off_diagonal, device, stream);
+  narrow_band(layout.band, matrices, n, layout.flags, device, stream);
+  chase_bulges(layout.band, matrices, n, layout.spill, layout.flags, layout.diagonal, layout.off_diagonal, device,
+               stream);
   tridiagonal_eigvalsh(layout.diagonal, layout.off_diagonal, batch, n, reals(dtype),
                        is_double(dtype) ? DType::f64 : DType::f32, evals, stream);
 }

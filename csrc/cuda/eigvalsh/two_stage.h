@@ -22,6 +22,9 @@ namespace farms_fast {
 void panel_qr(double* gram, int batch, int order, int column, double* v, double* t, const CudaDevice& device,
               cudaStream_t stream);
 
+// The same without clusters.
+void panel_qr_in_blocks(double* gram, int batch, int order, int column, double* v, double* t, cudaStream_t stream);
+
 // Whether there is a panel to reduce at this column, and whether it is the second one of its column of tiles.
 constexpr bool has_panel(int order, int column) { return order - column - kWideBand >= 2; }
 constexpr bool is_second_panel(int column) { return column % kMatrixTile != 0; }
@@ -30,7 +33,8 @@ static_assert(kMatrixTile == 2 * kWideBand);
 // A <- A - V W^T - W V^T with W = A V T - V (T^T V^T A V T) / 2 for the rows and columns from `begin` on: the matrix
 // seen through the panel's reflectors. After the first panel of a column of tiles the other tiles are left for the
 // second one to update, if there is one.
-void apply_panel(double* gram, int batch, int order, int begin, const BandWorkspace& workspace, cudaStream_t stream);
+void apply_panel(double* gram, int batch, int order, int begin, const BandWorkspace& workspace,
+                 const CudaDevice& device, cudaStream_t stream);
 
 // The band of half-width kWideBand in memory: tiles of kBandTile x kBandTile, a line of a cache each and one column of
 // it after the other. Of four columns, kWideColumn rows from their first diagonal element down take each other's places
@@ -44,12 +48,12 @@ __host__ __device__ constexpr int64_t wide_index(int row, int column) {
 // The band of the reduced matrices. band: (batch, wide_count(order)), zero outside of it.
 void extract_band(const double* gram, int batch, int order, double* band, cudaStream_t stream);
 
-// Half-width kWideBand to kNarrowBand, in place.
-void narrow_band(double* band, int batch, int order, const CudaDevice& device, cudaStream_t stream);
+// Half-width kWideBand to kNarrowBand, in place. flags: (batch, kMostFlags), to work with.
+void narrow_band(double* band, int batch, int order, int* flags, const CudaDevice& device, cudaStream_t stream);
 
 // Half-width kNarrowBand to tridiagonal. spill: (batch, order + kNarrowColumn, kNarrowColumn), used where the band does
-// not fit into shared memory. diagonal: (batch, order). off_diagonal: (batch, order), the last 0.
-void chase_bulges(const double* band, int batch, int order, double* spill, double* diagonal, double* off_diagonal,
-                  const CudaDevice& device, cudaStream_t stream);
+// not fit into shared memory. flags: as above. diagonal: (batch, order). off_diagonal: (batch, order), the last 0.
+void chase_bulges(const double* band, int batch, int order, double* spill, int* flags, double* diagonal,
+                  double* off_diagonal, const CudaDevice& device, cudaStream_t stream);
 
 }  // namespace farms_fast

@@ -31,9 +31,11 @@ class AdapterSource:
         self._adapter = adapter
         self._apply = Adapter(config, adapter.headers, adapter.description)
 
-    def layers(self, include: Globs = None, exclude: Globs = None) -> Layers:
+    def layers(
+        self, include: Globs = None, exclude: Globs = None, *, layout: str = "auto"
+    ) -> Layers:
         """The base's layers, in effect; ValueError when the adapter has none of its weights."""
-        layers, skipped = self.base.layers(include, exclude, change=self._apply)
+        layers, skipped = self.base.layers(include, exclude, change=self._apply, layout=layout)
         return layers, skipped + self._adapter.skipped
 
     def load(self, name: str) -> Tensor:

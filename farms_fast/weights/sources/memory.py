@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from farms_fast.core.arrays import from_numpy
 from farms_fast.weights.layers import layers_from_headers, layers_from_module
 from farms_fast.weights.model_config import ModelConfig
-from farms_fast.weights.module_tensors import data_of, module_tensor, sparse_layout, tensor_identity
+from farms_fast.weights.module_tensors import (
+    data_of,
+    module_tensor,
+    shape_of,
+    sparse_layout,
+    tensor_identity,
+)
 from farms_fast.weights.sources.containers import TreeView, find_weights
 from farms_fast.weights.stacks import (
     Globs,
@@ -31,7 +37,9 @@ class Source(Protocol):
     def description(self) -> str:
         """A path or a class name, for titles."""
 
-    def layers(self, include: Globs = None, exclude: Globs = None) -> Layers:
+    def layers(
+        self, include: Globs = None, exclude: Globs = None, *, layout: str = "auto"
+    ) -> Layers:
         """Layers to analyse, and what is not analysed with the reason; reads no weight."""
 
     def load(self, name: str) -> Tensor:
@@ -49,11 +57,16 @@ class HeaderSource(ABC):
         self._stored: dict[str, Any] = {}
 
     def layers(
-        self, include: Globs = None, exclude: Globs = None, *, change: WeightTransform | None = None
+        self,
+        include: Globs = None,
+        exclude: Globs = None,
+        *,
+        change: WeightTransform | None = None,
+        layout: str = "auto",
     ) -> Layers:
         """As `layers_from_headers`; what is no tensor to load is listed as skipped too."""
         layers, skipped = layers_from_headers(
-            self.headers, include, exclude, config=self._config, change=change
+            self.headers, include, exclude, config=self._config, change=change, layout=layout
         )
         return layers, skipped + self.skipped
 
@@ -76,10 +89,15 @@ class ModuleSource:
         self.description = type(module).__name__
 
     def layers(
-        self, include: Globs = None, exclude: Globs = None, *, change: WeightTransform | None = None
+        self,
+        include: Globs = None,
+        exclude: Globs = None,
+        *,
+        change: WeightTransform | None = None,
+        layout: str = "auto",
     ) -> Layers:
         """As `layers_from_module`."""
-        return layers_from_module(self.module, include, exclude, change=change)
+        return layers_from_module(self.module, include, exclude, change=change, layout=layout)
 
     def load(self, name: str) -> Tensor:
         """As `module_tensor`."""
@@ -100,7 +118,7 @@ class MappingSource(HeaderSource):
         self.skipped += weights.skipped
         for name, value in weights.tensors.items():
             if isinstance(value, Tensor) and (reason := sparse_layout(value)):
-                self.skipped.append(Skipped(name, tuple(value.shape), reason))
+                self.skipped.append(Skipped(name, shape_of(value), reason))
                 continue
             if not isinstance(value, (Tensor, np.ndarray)):
                 try:
@@ -108,8 +126,12 @@ class MappingSource(HeaderSource):
                 except (BufferError, RuntimeError, TypeError) as error:
                     self.skipped.append(Skipped(name, tuple(value.shape), f"not read: {error}"))
                     continue
+            header = _header(name, value)
+            if isinstance(header, Skipped):
+                self.skipped.append(header)
+                continue
             self._stored[name] = value
-            self.headers.append(_header(name, value))
+            self.headers.append(header)
 
     def _load(self, name: str, stored: Tensor | np.ndarray[Any, Any]) -> Tensor:
         return data_of(name, stored) if isinstance(stored, Tensor) else from_numpy(stored)
@@ -126,20 +148,20 @@ def _children(value: Any) -> Mapping[Any, Any] | None:
 def _shape(value: Any) -> tuple[int, ...] | None:
     if not isinstance(value, (Tensor, np.ndarray)) and not hasattr(value, "__dlpack__"):
         return None
-    return tuple(value.shape)
+    return shape_of(value) if isinstance(value, Tensor) else tuple(value.shape)
 
 
 _VIEW = TreeView(_children, _shape, is_module=lambda value: isinstance(value, nn.Module))
 
 
-def _header(name: str, value: Tensor | np.ndarray[Any, Any]) -> TensorHeader:
+def _header(name: str, value: Tensor | np.ndarray[Any, Any]) -> TensorHeader | Skipped:
     if isinstance(value, Tensor):
         return TensorHeader(name, tuple(value.shape), value.dtype, tensor_identity(value))
+    if isinstance(value, np.ma.MaskedArray):
+        return Skipped(name, value.shape, "an array with a mask: fill it first")
     try:
         dtype = torch.from_numpy(np.empty(0, value.dtype.newbyteorder("="))).dtype
     except TypeError:
-        raise TypeError(
-            f"{name}: expected an array of numbers that torch can hold, got dtype {value.dtype}"
-        ) from None
+        return Skipped(name, value.shape, f"dtype {value.dtype} is none that torch can hold")
     memory = (value.ctypes.data, value.shape, value.strides, dtype) if value.size else None
     return TensorHeader(name, value.shape, dtype, memory)
