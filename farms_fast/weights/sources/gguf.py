@@ -65,6 +65,8 @@ class GGUFSource(FileSource):
     Shapes are those of torch, `(out, in)`; quantised tensors are float32.
     """
 
+    _layout = "torch"
+
     def __init__(
         self,
         files: Files,

@@ -50,6 +50,7 @@ _ATTENTION = {
     "value_dense": "value",
     "output_dense": "attention_output",
 }
+_OF_KERAS = re.compile(r"/kernel:0$|/vars/\d+$")
 _CONTAINERS = frozenset({"layers", "_layer_checkpoint_dependencies", "vars"})
 
 
@@ -81,6 +82,8 @@ class HDF5Source(FileSource):
             with _hdf5(file, path) as root, _sound(path):
                 for place, item, address in _objects(root):
                     name = _name_of(place, classes)
+                    if _OF_KERAS.search(place):
+                        self._layout = "channels_last"
                     if name in stored:
                         name = place.replace("/", ".")
                     if isinstance(item, str):

@@ -49,6 +49,9 @@ class Source(Protocol):
 class HeaderSource(ABC):
     """A source that knows its tensors by `headers`; `skipped` is what else it holds."""
 
+    # What "auto" is for a format that has one layout.
+    _layout = "auto"
+
     def __init__(self, description: str, config: ModelConfig | None = None) -> None:
         self.description = description
         self.headers: list[TensorHeader] = []
@@ -65,6 +68,7 @@ class HeaderSource(ABC):
         layout: str = "auto",
     ) -> Layers:
         """As `layers_from_headers`; what is no tensor to load is listed as skipped too."""
+        layout = self._layout if layout == "auto" else layout
         layers, skipped = layers_from_headers(
             self.headers, include, exclude, config=self._config, change=change, layout=layout
         )

@@ -54,6 +54,7 @@ class MsgpackSource(FileSource):
     """Arrays of Flax's trees, with dots between the parts of their names."""
 
     takes_key = True
+    _layout = "channels_last"
 
     def __init__(
         self,

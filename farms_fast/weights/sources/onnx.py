@@ -110,6 +110,8 @@ class _Model:
 class ONNXSource(FileSource):
     """Initialisers and constants of ONNX models, in torch's layout."""
 
+    _layout = "torch"
+
     def __init__(
         self,
         files: Files,

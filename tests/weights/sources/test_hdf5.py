@@ -83,6 +83,16 @@ def test_weights_of_keras_3_get_the_names_of_their_variables(tmp_path: Path) -> 
     assert np.array_equal(tensors["dense.kernel"].numpy(), KERNEL)
 
 
+def test_kernels_of_keras_have_their_channels_last_whatever_their_shape(tmp_path: Path) -> None:
+    kernel = RNG.normal(size=(8, 8, 8, 8)).astype(np.float32)
+    source = open_source(_write(tmp_path / "m.weights.h5", {"layers/conv2d/vars/0": kernel}))
+    (layer,) = source.layers()[0]
+    assert (layer.name, layer.shape) == ("conv2d.kernel", (64, 8, 8))
+    stack = layer.to_stack(source.load(layer.tensors[0])).numpy()
+    assert np.array_equal(stack, kernel.reshape(64, 8, 8))
+    assert source.layers(layout="torch")[0][0].shape == (64, 8, 8)
+
+
 def _archive(folder: Path, arrays: dict[str, Any], compression: int, classes: object) -> Path:
     weights = _write(folder / "inner.h5", arrays)
     path = folder / "m.keras"
