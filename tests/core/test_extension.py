@@ -78,6 +78,15 @@ def test_solver_names() -> None:
         torch.ops.farms_fast.solver_names("tpu")
 
 
+@pytest.mark.parametrize(
+    ("version", "is_zeroed"),
+    [(11400, True), (11701, True), (11702, True), (11703, False), (11705, False), (12004, False)],
+)
+def test_workspace_of_an_older_cusolver_is_zeroed(version: int, is_zeroed: bool) -> None:
+    # 11.7.1.2 was seen to return wrong results otherwise, 11.7.3.90 right ones.
+    assert _host.needs_zeroed_workspace(version) is is_zeroed
+
+
 def test_each_call_is_a_new_dict() -> None:
     build_info()["solvers"]["cpu"].append("abacus")
     assert build_info()["solvers"]["cpu"] == ["lapack", "two_stage"]
