@@ -120,6 +120,16 @@ def decision_on(index: int) -> Decision:
         return _decisions[index]
 
 
+def decided_by(device: str) -> str:
+    """What chooses the solvers on a device, in a line for people; empty for what is no GPU here."""
+    kind, _, index = device.partition(":")
+    if kind != "cuda" or not extension.has_cuda() or not torch.cuda.is_available():
+        return ""
+    number = index or str(torch.cuda.current_device())
+    here = map(str, range(torch.cuda.device_count()))
+    return decision_on(int(number)).text if number in here else ""
+
+
 def use(index: int, decision: Decision) -> None:
     """From now on goes by this decision on a GPU."""
     with _lock:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from farms_fast.core import ops, self_test, solver_choice
+from farms_fast.core import extension, ops, self_test, solver_choice
 from farms_fast.core.gpu_records import record_path
 from farms_fast.core.solver_choice import decision_on, settle, settle_on
 from farms_fast.core.solver_table import NO_LIMIT, Row, SolverTable, use_rows
@@ -137,6 +137,24 @@ def test_what_decides_without_a_table() -> None:
     blackwell = dataclasses.replace(H200, compute_capability=100)
     assert solver_choice.Decision(blackwell).text == "the table shipped for compute capability 9.0"
     assert "a model of compute capability 8.0" in solver_choice.Decision(A100).text
+
+
+def test_what_chooses_on_a_device_by_name(
+    monkeypatch: pytest.MonkeyPatch, tests_run: list[tuple[str, ...]]
+) -> None:
+    pretend(A100, monkeypatch)
+    monkeypatch.setattr(extension, "has_cuda", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(solver_choice, "use_rows", lambda index, rows: None)
+    text = "a model of compute capability 8.0 (`farms-fast tune` measures)"
+    for device in ("cuda", "cuda:0", "cuda:1"):
+        assert solver_choice.decided_by(device) == text
+    for device in ("cpu", "cuda:2", "cuda:x", "cuda:-1", ""):
+        assert solver_choice.decided_by(device) == ""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert solver_choice.decided_by("cuda") == ""
 
 
 # --------------------------------------------------------------------------------------- self-test
