@@ -84,7 +84,7 @@ def settle(tensor: Tensor) -> None:
     # Also of a GPU that is not there: fake tensors, and what is being compiled.
     if torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter):
         return
-    if tensor.is_cuda and extension.has_cuda():
+    if tensor.is_cuda and tensor.get_device() not in _settled and extension.has_cuda():
         settle_on(tensor.get_device())
 
 
