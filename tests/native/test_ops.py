@@ -394,7 +394,7 @@ def test_largest_orders_of_other_architectures(
                 ops.solver_facts(order + 1, **settings, solver=solver)
 
 
-@pytest.mark.parametrize("count", [1, 1000])
+@pytest.mark.parametrize("count", [3, 1000])
 @pytest.mark.parametrize("capability", [80, 86, 89, 120])
 def test_an_ampere_or_later_without_measurements_gets_the_packages_solvers(
     capability: int, count: int
@@ -410,6 +410,18 @@ def test_an_ampere_or_later_without_measurements_gets_the_packages_solvers(
     assert solver(in_a_block // 2 + 1, torch.complex64) == "two_stage"
     assert solver(16384) == "two_stage"
     assert solver(16385) == "cusolver"
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("capability", [80, 86, 89])
+def test_few_large_matrices_without_clusters_get_cusolver(capability: int, count: int) -> None:
+    def solver(order: int, dtype: torch.dtype, capability: int = capability) -> str:
+        told = {"dtype": dtype, "count": count, "compute_capability": capability}
+        return ops.solver_facts(order, device="cuda", **told).solver
+
+    assert solver(768, torch.float64) == solver(384, torch.complex128) == "two_stage"
+    assert solver(769, torch.float64) == solver(385, torch.complex128) == "cusolver"
+    assert solver(2000, torch.float64, capability=120) == "two_stage"
 
 
 @pytest.mark.parametrize("capability", [50, 61, 70, 75])
