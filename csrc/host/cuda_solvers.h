@@ -111,20 +111,18 @@ constexpr int measured_architecture(int architecture) {
   return architecture > 90 && architecture < 120 ? 90 : architecture;
 }
 
-// Without clusters a matrix of the two-stage solver goes through its panels in few blocks, and so few matrices leave
-// the device idle: measured on an H200 with the code of 8.0, in float64, it took 1.1 to 2.2 times as long as cuSOLVER
-// for one matrix of order 1000 to 4096, a call being about as long for two; of eight it took a third.
-constexpr int64_t kFewMatrices = 2;
-constexpr int64_t kOrderOfFew = 768;
+// As many complex matrices as leave a device idle: at twice the order, the two-stage solver then took longer than
+// cuSOLVER on an H200.
+constexpr int64_t kFewComplex = 2;
 
 // Where nothing was measured: the one-stage solver for what one block holds, and the two-stage one beyond. Both pass
-// over a matrix far less often than cuSOLVER's tridiagonalisation, whatever the rate of the arithmetic. Before Ampere
-// there are no float64 tensor cores for them to win by.
+// over a matrix far less often than cuSOLVER's tridiagonalisation, whatever the rate of the arithmetic; on an H200 the
+// code of 8.0 took .7 to .8 of cuSOLVER's time for one real matrix of order 1000 to 4096, and an eighth for many. Before
+// Ampere there are no float64 tensor cores for them to win by.
 inline const char* modelled_choice(const CudaDevice& device, int64_t count, int64_t order, DType gram) {
   if (device.architecture < 80) return kCusolver.name;
   if (order <= one_block_order(device.shared_bytes) / reals(gram)) return kOneStage.name;
-  const bool few = count <= kFewMatrices && order > kOrderOfFew / reals(gram);
-  if (few && device.cluster_blocks == 1) return kCusolver.name;
+  if (is_complex(gram) && count <= kFewComplex) return kCusolver.name;
   return order <= two_stage_max_order(device, gram) ? kTwoStage.name : kCusolver.name;
 }
 

@@ -412,16 +412,13 @@ def test_an_ampere_or_later_without_measurements_gets_the_packages_solvers(
     assert solver(16385) == "cusolver"
 
 
-@pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize("capability", [80, 86, 89])
-def test_few_large_matrices_without_clusters_get_cusolver(capability: int, count: int) -> None:
-    def solver(order: int, dtype: torch.dtype, capability: int = capability) -> str:
-        told = {"dtype": dtype, "count": count, "compute_capability": capability}
-        return ops.solver_facts(order, device="cuda", **told).solver
-
-    assert solver(768, torch.float64) == solver(384, torch.complex128) == "two_stage"
-    assert solver(769, torch.float64) == solver(385, torch.complex128) == "cusolver"
-    assert solver(2000, torch.float64, capability=120) == "two_stage"
+@pytest.mark.parametrize("capability", [80, 86, 89, 120])
+def test_one_or_two_complex_matrices_get_cusolver(capability: int) -> None:
+    told = {"device": "cuda", "compute_capability": capability}
+    for count in (1, 2, 3):
+        facts = ops.solver_facts(500, dtype=torch.complex128, count=count, **told)
+        assert facts.solver == ("cusolver" if count < 3 else "two_stage")
+        assert ops.solver_facts(1000, count=count, **told).solver == "two_stage"
 
 
 @pytest.mark.parametrize("capability", [50, 61, 70, 75])
