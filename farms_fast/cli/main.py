@@ -26,6 +26,7 @@ from farms_fast.cli.console import (
     terminal_width,
 )
 from farms_fast.cli.export import export, runs
+from farms_fast.cli.machine import info, tune
 from farms_fast.cli.plan import plan
 from farms_fast.cli.prune import prune
 from farms_fast.cli.report import report
@@ -96,14 +97,6 @@ def _common(
     ] = False,
 ) -> None:
     """Options before the command."""
-
-
-@app.command()
-def info() -> None:
-    """Print how this installation was built and what it can use."""
-    with cli_errors():
-        for key, value in farms_fast.build_info().items():
-            echo(f"{key}: {value}")
 
 
 @app.command()
@@ -236,7 +229,7 @@ def _report(analysis: Analysis, seconds: float, show_skipped: bool) -> None:
         echo(line)
 
 
-for _command in (plan, prune, export, runs, report, compare):
+for _command in (info, tune, plan, prune, export, runs, report, compare):
     app.command()(_command)
 
 

@@ -563,13 +563,6 @@ def test_version() -> None:
     assert (result.exit_code, result.stdout) == (0, f"farms-fast {farms_fast.__version__}\n")
 
 
-def test_info() -> None:
-    result = CliRunner().invoke(cli.app, ["info"])
-    assert result.exit_code == 0
-    for key, value in farms_fast.build_info().items():
-        assert f"{key}: {value}" in result.stdout
-
-
 @pytest.mark.slow
 def test_module_and_help() -> None:
     done = subprocess.run(
