@@ -139,6 +139,19 @@ def test_values_are_those_of_pickle(protocol: int) -> None:
     assert again["shared"][0] is again["shared"][1]
 
 
+@pytest.mark.filterwarnings("error")
+def test_text_of_protocol_0_with_an_unknown_escape() -> None:
+    assert read(b"S'a\\o'\n.") == "a\\o"
+
+
+def test_integers_that_collide_are_no_keys() -> None:
+    prime = 2**61 - 1  # integers that differ by it have one hash
+    made = read(pickle.dumps({7: "small", 7 + prime: "large"}))
+    small, large = made
+    assert small == 7
+    assert isinstance(large, StandIn)
+
+
 def test_foreign_objects_keep_what_they_were_made_of() -> None:
     made = read(pickle.dumps({"c": complex(1, 2), "f": os.path.join, "s": frozenset({1})}))
     assert (made["c"].name, made["c"].args) == ("builtins.complex", (1.0, 2.0))

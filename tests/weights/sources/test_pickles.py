@@ -441,6 +441,62 @@ def test_bfloat16_array_of_another_package(tmp_path: Path) -> None:
     assert torch.equal(tensor, torch.arange(6).view(2, 3).bfloat16())
 
 
+# --- objects of packages that are not there ---
+
+
+class Reduced:
+    """Pickled as a call of a function of some module."""
+
+    def __init__(self, function: object, *arguments: Any) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+@pytest.fixture
+def foreign(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes a function that pickles find by its name, for as long as they are written."""
+
+    def make(module: str, name: str) -> object:
+        def function(*_: object) -> None:
+            raise AssertionError("called")
+
+        function.__module__, function.__qualname__ = module, name
+        parts = module.split(".")
+        for end in range(1, len(parts) + 1):
+            path = ".".join(parts[:end])
+            monkeypatch.setitem(sys.modules, path, sys.modules.get(path, types.ModuleType(path)))
+        setattr(sys.modules[module], name, function)
+        return function
+
+    return make
+
+
+def test_arrays_of_jax_in_mappings_of_flax(tmp_path: Path, foreign: Any) -> None:
+    array = np.arange(12, dtype=np.float32).reshape(3, 4)
+    rebuild, arguments, state = array.__reduce__()
+    jax = foreign("jax._src.array", "_reconstruct_array")
+    frozen = foreign("flax.core.frozen_dict", "FrozenDict")
+    kernel = Reduced(jax, rebuild, arguments, state, {})
+    tree = Reduced(frozen, {"params": {"fc": Reduced(frozen, {"kernel": kernel})}})
+    path = tmp_path / "m.pkl"
+    path.write_bytes(pickle.dumps(tree))
+    assert np.array_equal(open_source(path).load("fc.kernel").numpy(), array)
+
+
+def test_networks_of_stylegan(tmp_path: Path, foreign: Any) -> None:
+    module = nn.Sequential(nn.Linear(3, 4, bias=False))
+    meta = {"type": "class", "module_src": "x" * 5000, "class_name": "Generator"}
+    rebuild = foreign("torch_utils.persistence", "_reconstruct_persistent_obj")
+    networks = {n: Reduced(rebuild, {**meta, "state": vars(module)}) for n in ("G", "G_ema")}
+    path = tmp_path / "m.pkl"
+    path.write_bytes(pickle.dumps(networks))
+    with pytest.raises(ValueError, match="'G', 'G_ema': say which"):
+        open_source(path)
+    assert torch.equal(open_source(path, key="G_ema").load("0.weight"), module[0].weight)
+
+
 # --- what is refused ---
 
 

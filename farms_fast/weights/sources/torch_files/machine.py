@@ -9,6 +9,7 @@ own. Byte strings are left in the file, so that arrays cost nothing until they a
 from __future__ import annotations
 
 import pickletools
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -67,7 +68,9 @@ def read_pickle(
     Raises:
         BrokenContent: it is damaged or too large.
     """
-    return _Machine(stream, functions, persistent).run()
+    with warnings.catch_warnings():  # about escapes in text of protocol 0
+        warnings.simplefilter("ignore")
+        return _Machine(stream, functions, persistent).run()
 
 
 class Buildable:

@@ -302,6 +302,14 @@ def _array_of_jax(function: Any, arguments: Any, state: Any, *_: Any) -> NumpyAr
     return _filled(state)
 
 
+def _persistent(meta: Any, *_: Any) -> StandIn:
+    """An object of StyleGAN, which is pickled with the source of its class."""
+    name = meta.get("class_name") if isinstance(meta, dict) else None
+    if not isinstance(name, str):
+        raise BrokenContent("it has an object without a class")
+    return StandIn(name, state=meta.get("state"))
+
+
 def _dtype(name: Any, *_: Any) -> NumpyDtype:
     if isinstance(name, Global):  # a type of another package, such as ml_dtypes.bfloat16
         return NumpyDtype(name.name.rpartition(".")[2])
@@ -372,6 +380,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "collections.defaultdict": lambda *arguments: _mapping(*arguments[1:]),
     "collections.Counter": _mapping,
     "flax.core.frozen_dict.FrozenDict": _mapping,
+    "torch_utils.persistence._reconstruct_persistent_obj": _persistent,
     **{
         f"torch.jit._pickle.build_{kind}list": _first
         for kind in ("int", "tensor", "double", "bool")
