@@ -18,7 +18,7 @@ from farms_fast import FullMatrix, analyze
 from farms_fast.weights.layers import layers_from_headers, layers_from_module
 from farms_fast.weights.model_config import ModelConfig
 from farms_fast.weights.sources import MappingSource, open_source
-from farms_fast.weights.sources.safetensors import _natural_order
+from farms_fast.weights.sources.file_source import natural_order
 from farms_fast.weights.stacks import TensorHeader
 from tests.support.layer_tables import header, reasons
 
@@ -191,7 +191,7 @@ def test_scale_of_complex_numbers_is_refused() -> None:
 
 def test_name_of_many_digits_is_a_name() -> None:
     names = ["l.10.weight", "l.9.weight", f"l.{'9' * 5000}.weight", "l.010.weight"]
-    assert sorted(names, key=_natural_order) == [names[1], names[0], names[3], names[2]]
+    assert sorted(names, key=natural_order) == [names[1], names[0], names[3], names[2]]
 
 
 def test_open_source_of_a_script_module() -> None:
