@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <tuple>
 
@@ -22,6 +23,11 @@ struct FitCall {
 };
 
 FitCall check_fit_power_law(const Tensor& evals, const Tensor& offsets, const std::string& rule, double xmin_pos,
-                            int64_t bins, bool log10_lower_bound);
+                            int64_t bins, bool published, const std::optional<Tensor>& least_spread);
+
+// Null where there is none.
+inline const double* spread_data(const std::optional<Tensor>& least_spread) {
+  return least_spread.has_value() ? least_spread->const_data_ptr<double>() : nullptr;
+}
 
 }  // namespace farms_fast

@@ -24,6 +24,12 @@ inline WindowView view_of(const Window& window, DType in) {
   return {data, window.column_stride, window.row_stride, window.rows};
 }
 
+// Elements of the vectors whose products may be added up one after the other. The error of such a sum grows with the
+// root of their number, 0.2 root(n) 2^-52 of it as measured, and that of a matrix of sums with the root of its order;
+// the bound on eigenvalues, 8 k 2^-52, leaves five times that here. Longer vectors are taken in pieces, whose sums are
+// added up without loss.
+constexpr int64_t summed_depth(int64_t order) { return 64 * order > 1024 ? 64 * order : 1024; }
+
 // gram: (count, order, order), of type gram_dtype(in, precision); both triangles are written.
 void window_gram_cpu(const Window* windows, int64_t count, int64_t order, DType in, DType precision, void* gram);
 
@@ -31,9 +37,9 @@ void window_gram_cpu(const Window* windows, int64_t count, int64_t order, DType 
 // (a cudaStream_t). Can be captured in a graph.
 void store_table_cuda(const int64_t* words, int64_t count, void* table, void* stream);
 
-// Gram matrices on a stream, each by itself, of windows in device memory. Sums are taken in float64 whatever
-// `precision`.
-void window_gram_cuda(const WindowView* windows, int64_t count, int64_t order, DType in, DType precision, void* gram,
-                      void* stream);
+// Gram matrices on a stream, each by itself, of windows in device memory, of at most `longest` elements a vector. Sums
+// are taken in float64 whatever `precision`.
+void window_gram_cuda(const WindowView* windows, int64_t count, int64_t order, int64_t longest, DType in,
+                      DType precision, void* gram, void* stream);
 
 }  // namespace farms_fast

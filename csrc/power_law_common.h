@@ -9,11 +9,7 @@
 #include <cmath>
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define FARMS_FAST_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define FARMS_FAST_HOST_DEVICE inline
-#endif
+#include "csrc/host_device.h"
 
 namespace farms_fast {
 namespace power_law {
@@ -160,7 +156,18 @@ FARMS_FAST_HOST_DEVICE Tail make_tail(const double* logs, int64_t first, int64_t
   return tail;
 }
 
-// Index of the first tail value for xmin_pos, relative to the valid range: int(N / xmin_pos).
+// Whether the tail from an index on can have an exponent: its values differ, by more than the least spread.
+FARMS_FAST_HOST_DEVICE bool tail_spreads(const double* logs, int64_t first, int64_t last, double excess,
+                                         double least_spread) {
+  return excess > 0.0 && subtract(logs[last], logs[first]) > least_spread;
+}
+
+// Whether an index of a spectrum that begins at `begin` is the first of its value.
+FARMS_FAST_HOST_DEVICE bool first_of_value(const double* evals, int64_t begin, int64_t index) {
+  return index == begin || evals[index - 1] < evals[index];
+}
+
+// Index of xmin for xmin_pos, relative to the valid range: int(N / xmin_pos).
 FARMS_FAST_HOST_DEVICE int64_t median_index(int64_t size, double xmin_pos) {
   return static_cast<int64_t>(static_cast<double>(size) / xmin_pos);
 }

@@ -2,8 +2,6 @@
 // its matrix (order, order) in scratch of its own, because both solvers destroy it.
 #include "csrc/cpu/cpu_eigvalsh.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <cmath>
 #include <limits>
 
@@ -75,7 +73,8 @@ int64_t scratch_bytes(int64_t order, int64_t item, CpuSolver solver) {
 
 // Likewise where the matrix is that of a window, which may have to be packed first.
 int64_t window_scratch_bytes(int64_t order, int64_t inner, int64_t item, CpuSolver solver) {
-  return order * inner * item + scratch_bytes(order, item, solver);
+  const int64_t pieces = inner > summed_depth(order) ? 2 * tile_rows * tile_columns : 0;
+  return (order * inner + pieces) * item + scratch_bytes(order, item, solver);
 }
 
 template <typename T, typename Real>
@@ -97,29 +96,30 @@ void eigenvalues_in_place(T* a, int64_t order, CpuSolver solver, SolverScratch<T
     std::fill(evals, evals + order, std::numeric_limits<Real>::quiet_NaN());
 }
 
-// Runs body(begin, end) over the batch, on as many threads as the budget holds the scratch of.
+// Operations for the eigenvalues of so many matrices, roughly.
+double solver_work(int64_t count, int64_t order) {
+  const double n = static_cast<double>(order);
+  return static_cast<double>(count) * (4.0 / 3.0) * n * n * n;
+}
+
+// Runs body(begin, end) over the batch, on as many threads as the budget holds the scratch of. A matrix alone leaves
+// the threads to its own tiles.
 template <typename Body>
-void over_batch(int64_t count, int64_t bytes_per_thread, int64_t memory_budget, const Body& body) {
-  int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
+void over_batch(int64_t count, double work, int64_t bytes_per_thread, int64_t memory_budget, const Body& body) {
+  int64_t threads = work < kLeastParallelWork ? 1 : thread_count();
   if (memory_budget > 0) {
     FARMS_CHECK(bytes_per_thread <= memory_budget, "eigvalsh", "memory_budget", "expected at least the ",
                 bytes_per_thread, " bytes of one matrix, got ", memory_budget);
     threads = std::min(threads, memory_budget / bytes_per_thread);
   }
-  const int64_t grain = std::max<int64_t>(1, (count + threads - 1) / threads);
-  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
-    // A batch of one leaves the cores to MKL; otherwise the batch is what runs in parallel.
-    std::unique_ptr<SingleThreadedBlas> single;
-    if (end - begin < count) single = std::make_unique<SingleThreadedBlas>();
-    body(begin, end);
-  });
+  on_threads(threads, count, body);
 }
 
 template <typename T, typename Real = typename RealOf<T>::type>
 void solve_batch(const T* gram, int64_t count, int64_t order, CpuSolver solver, int64_t memory_budget, Real* evals) {
   constexpr int64_t item = sizeof(T);
   const int64_t matrix = order * order, bytes = matrix * item + scratch_bytes(order, item, solver);
-  over_batch(count, bytes, memory_budget, [&](int64_t begin, int64_t end) {
+  over_batch(count, solver_work(count, order), bytes, memory_budget, [&](int64_t begin, int64_t end) {
     Scratch<T> copy;
     SolverScratch<T> scratch;
     for (int64_t b = begin; b < end; ++b) {
@@ -137,11 +137,12 @@ void solve_windows(const Window* windows, int64_t count, int64_t order, DType in
   for (int64_t b = 0; b < count; ++b) inner = std::max({inner, windows[b].rows, windows[b].columns});
   constexpr int64_t item = sizeof(T);
   const int64_t bytes = order * order * item + window_scratch_bytes(order, inner, item, solver);
-  const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
-  const int64_t panel = kCpuSharing.tile * (order + kCpuSharing.tile) * item;
-  const int64_t memory = memory_budget > 0 ? memory_budget - threads * std::max(bytes, panel) : int64_t{1} << 30;
+  // What is shared, and with it the bits of the result, must not depend on the number of threads.
+  const int64_t memory = memory_budget > 0 ? std::min(memory_budget / 2, memory_budget - bytes) : int64_t{1} << 30;
   over_gram_batches<T>(windows, count, order, in, /*either_side=*/true, memory, [&](const GramBatch<T>& batch) {
-    over_batch(batch.count(), bytes, memory_budget, [&](int64_t begin, int64_t end) {
+    const double work = batch.work() + solver_work(batch.count(), order);
+    const int64_t left = memory_budget > 0 ? memory_budget - batch.bytes() : 0;
+    over_batch(batch.count(), work, bytes, left, [&](int64_t begin, int64_t end) {
       Scratch<T> packed, gram;
       SolverScratch<T> scratch;
       for (int64_t b = begin; b < end; ++b) {

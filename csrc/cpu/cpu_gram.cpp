@@ -41,21 +41,16 @@ void form_grams(const Window* windows, int64_t count, int64_t order, DType in, T
   // Sharing may take as much memory again as the result.
   const int64_t memory = count * order * order * static_cast<int64_t>(sizeof(T));
   over_gram_batches<T>(windows, count, order, in, /*either_side=*/false, memory, [&](const GramBatch<T>& batch) {
-    torch::stable::parallel_for(0, batch.count(), 1, [&](int64_t begin, int64_t end) {
-      std::unique_ptr<SingleThreadedBlas> single;
-      if (end - begin < batch.count()) single = std::make_unique<SingleThreadedBlas>();
-      Scratch<T> scratch;
-      for (int64_t b = begin; b < end; ++b) {
-        T* g = gram + batch.window(b) * order * order;
-        batch.triangle(b, scratch, g);
-        for (int64_t i = 0; i < order; ++i)
-          for (int64_t j = i + 1; j < order; ++j) {
-            if constexpr (std::is_floating_point_v<T>)
-              g[j * order + i] = g[i * order + j];
-            else
-              g[j * order + i] = std::conj(g[i * order + j]);
-          }
-      }
+    in_turn<Scratch<T>>(batch.count(), batch.work(), [&](int64_t b, Scratch<T>& scratch) {
+      T* g = gram + batch.window(b) * order * order;
+      batch.triangle(b, scratch, g);
+      for (int64_t i = 0; i < order; ++i)
+        for (int64_t j = i + 1; j < order; ++j) {
+          if constexpr (std::is_floating_point_v<T>)
+            g[j * order + i] = g[i * order + j];
+          else
+            g[j * order + i] = std::conj(g[i * order + j]);
+        }
     });
   });
 }

@@ -2,8 +2,6 @@
 // less work (see host/gram_sharing.h).
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <memory>
 #include <vector>
@@ -11,6 +9,12 @@
 #include "csrc/cpu/cpu_gram.h"
 
 namespace farms_fast {
+
+// What a thread forms panels in.
+template <typename T>
+struct FormScratch {
+  Scratch<T> forward, pieces;
+};
 
 // One group of a run's inner starts: the band of sums for each of them.
 template <typename T>
@@ -50,24 +54,23 @@ class GroupSums {
   // Vectors [begin, end) into the packed copy, where one is needed.
   void pack(int64_t begin, int64_t end) {
     if (usable_in_place<T>(vectors_, in_)) return;
-    WindowView part = vectors_;
-    part.data = static_cast<const char*>(part.data) + begin * part.vector_stride * static_cast<int64_t>(item_size(in_));
-    pack_window(part, end - begin, in_, packed_.data() + begin * span_);
+    pack_window(part_of(vectors_, begin, in_), end - begin, in_, packed_.data() + begin * span_);
   }
 
   // The sums of one panel: backward from the last start, then forward, as gram_sharing.h has it.
-  void form(int64_t panel, Scratch<T>& forward) {
+  void form(int64_t panel, FormScratch<T>& scratch) {
     const SharedGrid& grid = *grid_;
     const std::vector<int64_t>& starts = grid.inner_starts;
     const int64_t last = group_.end - 1, elements = area(panel);
     for (int64_t j = last - 1; j >= group_.begin; --j) {
       if (j + 1 < last) std::copy_n(sum(j + 1, panel), elements, sum(j, panel));
-      multiply(panel, starts[j], starts[j + 1], j + 1 < last, sum(j, panel));
+      multiply(panel, starts[j], starts[j + 1], j + 1 < last, sum(j, panel), scratch.pieces);
     }
-    T* total = size() > 1 ? forward.reserve(elements) : sum(last, panel);
+    T* total = size() > 1 ? scratch.forward.reserve(elements) : sum(last, panel);
     for (int64_t j = group_.begin; j <= last; ++j) {
       const bool first = j == group_.begin;
-      multiply(panel, first ? starts[last] : starts[j - 1] + grid.inner, starts[j] + grid.inner, !first, total);
+      multiply(panel, first ? starts[last] : starts[j - 1] + grid.inner, starts[j] + grid.inner, !first, total,
+               scratch.pieces);
       T* to = sum(j, panel);
       if (j < last)
         for (int64_t i = 0; i < elements; ++i) to[i] += total[i];
@@ -110,16 +113,15 @@ class GroupSums {
     return sums_.data() + (j - group_.begin) * band_ + panel_offsets_[static_cast<size_t>(panel)];
   }
 
-  void multiply(int64_t panel, int64_t begin, int64_t end, bool add, T* sum) const {
+  void multiply(int64_t panel, int64_t begin, int64_t end, bool add, T* sum, Scratch<T>& pieces) const {
     const BandPanel& p = grid_->panels[static_cast<size_t>(panel)];
     const bool in_place = usable_in_place<T>(vectors_, in_);
     const int64_t stride = in_place ? std::max<int64_t>(vectors_.vector_stride, 1) : span_;
     const T* from = (in_place ? static_cast<const T*>(vectors_.data) : packed_.data()) + p.begin * stride + begin -
                     grid_->inner_starts[static_cast<size_t>(group_.begin)];
-    const int m = static_cast<int>(p.end - p.begin), n = static_cast<int>(p.width), ld = static_cast<int>(stride);
-    const int depth = static_cast<int>(end - begin);
-    const T one(1), kept(add ? 1 : 0);
-    gemm(std::is_floating_point_v<T> ? "T" : "C", "N", &m, &n, &depth, &one, from, &ld, from, &ld, &kept, sum, &m);
+    const int64_t height = p.end - p.begin;
+    multiply_vectors(height, p.width, end - begin, summed_depth(grid_->order), from, from, stride, add, sum, height,
+                     pieces);
   }
 
   std::shared_ptr<const SharedGrid> grid_;
@@ -141,6 +143,15 @@ class GramBatch {
 
   int64_t count() const { return static_cast<int64_t>(sources_.size()); }
   int64_t bytes() const { return bytes_; }
+  // Operations for the Gram matrices; those that are shared count as if they were not.
+  double work() const {
+    double sum = 0;
+    for (const Source& source : sources_) {
+      const Window& window = windows_[source.window];
+      sum += static_cast<double>(order_) * static_cast<double>(window.rows) * static_cast<double>(window.columns);
+    }
+    return sum;
+  }
   int64_t window(int64_t i) const { return sources_[static_cast<size_t>(i)].window; }
 
   void add(int64_t window) { sources_.push_back({window, nullptr, 0, 0}); }
@@ -164,10 +175,15 @@ class GramBatch {
       for (int64_t v = 0; v < sums->vectors(); v += together) packs.push_back({sums.get(), v});
       for (int64_t p = 0; p < sums->panels(); ++p) panels.push_back({sums.get(), p});
     }
-    in_turn(packs, [&](const Task& task, Scratch<T>&) {
+    const double all = groups_.empty() ? 0 : work();
+    in_turn<NoState>(static_cast<int64_t>(packs.size()), all, [&](int64_t t, NoState&) {
+      const Task& task = packs[static_cast<size_t>(t)];
       task.sums->pack(task.begin, std::min(task.begin + together, task.sums->vectors()));
     });
-    in_turn(panels, [&](const Task& task, Scratch<T>& forward) { task.sums->form(task.begin, forward); });
+    in_turn<FormScratch<T>>(static_cast<int64_t>(panels.size()), all, [&](int64_t t, FormScratch<T>& scratch) {
+      const Task& task = panels[static_cast<size_t>(t)];
+      task.sums->form(task.begin, scratch);
+    });
   }
 
   // gram_triangle of one of the windows.
@@ -186,19 +202,6 @@ class GramBatch {
     int64_t vector_start, inner_start;
   };
 
-  // Large and small tasks follow each other: every thread takes each n-th.
-  template <typename Task, typename Run>
-  static void in_turn(const std::vector<Task>& tasks, const Run& run) {
-    const int64_t count = static_cast<int64_t>(tasks.size());
-    const int64_t threads = std::min<int64_t>(count, std::max<int64_t>(1, torch::stable::get_num_threads()));
-    torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-      const SingleThreadedBlas single;
-      Scratch<T> scratch;
-      for (int64_t thread = begin; thread < end; ++thread)
-        for (int64_t t = thread; t < count; t += threads) run(tasks[static_cast<size_t>(t)], scratch);
-    });
-  }
-
   const Window* windows_;
   int64_t order_;
   DType in_;
@@ -213,7 +216,7 @@ template <typename T, typename Run>
 void over_gram_batches(const Window* windows, int64_t count, int64_t order, DType in, bool either_side, int64_t memory,
                        const Run& run) {
   // So many windows keep the threads busy although they wait for each other at the end of a batch.
-  const int64_t enough = 8 * std::max<int64_t>(1, torch::stable::get_num_threads());
+  const int64_t enough = 8 * thread_count();
   const std::vector<WindowRun> runs =
       plan_gram_sharing(windows, count, either_side, static_cast<int64_t>(sizeof(T)), memory, kCpuSharing);
   auto batch = std::make_unique<GramBatch<T>>(windows, order, in);

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
+#include <vector>
 
 #include "csrc/cpu/cpu_gram.h"
 #include "csrc/cpu/cpu_tridiagonal.h"
@@ -12,9 +13,6 @@
 
 namespace farms_fast {
 namespace {
-
-// Columns of the blocks that tile the lower triangle. Diagonal blocks are kept whole.
-constexpr int64_t tile = 128;
 
 int geqrf(int m, int n, float* a, int lda, float* tau, float* work, int lwork) {
   int info = 0;
@@ -36,11 +34,11 @@ void multiply(const char* ta, const char* tb, int64_t m, int64_t n, int64_t k, T
   gemm(ta, tb, &mi, &ni, &ki, &alpha, a, &la, b, &lb, &beta, c, &lc);
 }
 
-// Tiles start at multiples of `tile` from the matrix's first column, the first one at `begin`.
+// Calls body(column, columns) for the column tiles that triangle_tiles cuts as well. Diagonal blocks are kept whole.
 template <typename Body>
 void over_tiles(int64_t begin, int64_t end, const Body& body) {
   for (int64_t j = begin; j < end;) {
-    const int64_t next = std::min(end, (j / tile + 1) * tile);
+    const int64_t next = std::min(end, (j / tile_columns + 1) * tile_columns);
     body(j, next - j);
     j = next;
   }
@@ -107,24 +105,32 @@ class BandReduction {
     multiply_by_rest(top, rows, count, v, x);
     rank_two_factor(rows, count, w, v);
     std::copy(w, w + rows * count, x);
-    over_tiles(top, order_, [&](int64_t j, int64_t columns) {
-      const int64_t skip = j - top;
-      multiply<T>("N", "T", rows - skip, columns, 2 * count, -1, v + skip, rows, w + skip, rows, 1, a_ + j * order_ + j,
-                  order_);
+    const std::vector<TriangleTile> tiles = triangle_tiles(top, order_);
+    in_turn<NoState>(static_cast<int64_t>(tiles.size()), work(rows, count), [&](int64_t t, NoState&) {
+      const TriangleTile& tile = tiles[static_cast<size_t>(t)];
+      multiply<T>("N", "T", tile.rows, tile.columns, 2 * count, -1, v + tile.row - top, rows, w + tile.column - top,
+                  rows, 1, a_ + tile.column * order_ + tile.row, order_);
     });
   }
 
-  // x = C v, where C is the symmetric matrix from row and column `top` on.
+  static double work(int64_t rows, int64_t count) {
+    return 2.0 * static_cast<double>(rows) * static_cast<double>(rows) * static_cast<double>(count);
+  }
+
+  // x = C v, where C is the symmetric matrix from row and column `top` on. Each tile of x by itself: what is left of
+  // its diagonal block and that block are rows of the lower triangle, what is right of them is a column below.
   void multiply_by_rest(int64_t top, int64_t rows, int64_t count, const T* v, T* x) {
-    T started = 0;
-    over_tiles(top, order_, [&](int64_t j, int64_t columns) {
-      const int64_t skip = j - top, below = rows - skip - columns;
-      const T* tiles = a_ + j * order_ + j;
-      multiply<T>("N", "N", rows - skip, count, columns, 1, tiles, order_, v + skip, rows, started, x + skip, rows);
+    std::vector<TriangleTile> tiles;
+    over_tiles(top, order_, [&](int64_t i, int64_t height) { tiles.push_back({i, top, height, i + height - top}); });
+    in_turn<NoState>(static_cast<int64_t>(tiles.size()), work(rows, count), [&](int64_t t, NoState&) {
+      const TriangleTile& tile = tiles[static_cast<size_t>(t)];
+      const int64_t end = tile.row + tile.rows, below = order_ - end;
+      T* to = x + tile.row - top;
+      multiply<T>("N", "N", tile.rows, count, tile.columns, 1, a_ + top * order_ + tile.row, order_, v, rows, 0, to,
+                  rows);
       if (below > 0)
-        multiply<T>("T", "N", columns, count, below, 1, tiles + columns, order_, v + skip + columns, rows, 1, x + skip,
-                    rows);
-      started = 1;
+        multiply<T>("T", "N", tile.rows, count, below, 1, a_ + tile.row * order_ + end, order_, v + end - top, rows, 1,
+                    to, rows);
     });
   }
 

@@ -2,6 +2,8 @@
 // what is missing when it is called, on a build of torch without them.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
+
 #include <complex>
 #include <cstdint>
 
@@ -60,7 +62,11 @@ struct RealOf<std::complex<T>> {
 // While it lives, MKL calls of this thread run on one thread: the batch is parallel outside.
 class SingleThreadedBlas {
  public:
-  SingleThreadedBlas() : previous_(MKL_Set_Num_Threads_Local ? MKL_Set_Num_Threads_Local(1) : 0) {}
+  SingleThreadedBlas() {
+    // When a thread first asks torch for the number of threads, torch tells MKL, which must not happen later.
+    torch::stable::get_num_threads();
+    if (MKL_Set_Num_Threads_Local) previous_ = MKL_Set_Num_Threads_Local(1);
+  }
   ~SingleThreadedBlas() {
     if (MKL_Set_Num_Threads_Local) MKL_Set_Num_Threads_Local(previous_);
   }
@@ -68,7 +74,7 @@ class SingleThreadedBlas {
   SingleThreadedBlas& operator=(const SingleThreadedBlas&) = delete;
 
  private:
-  int previous_;
+  int previous_ = 0;
 };
 
 }  // namespace farms_fast

@@ -30,6 +30,8 @@ constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
 // Spectra from this length on get all threads one after the other; shorter ones share a thread.
 constexpr int64_t kLongSpectrum = 1 << 14;
+// A call with fewer values stays on the calling thread: waking others may take longer, on busy cores far longer.
+constexpr int64_t kFewValues = 1 << 12;
 constexpr int64_t kCoarseIntervals = 16;
 constexpr int64_t kFirstLevelCandidates = 32;
 constexpr int64_t kCandidatesPerTask = 64;
@@ -152,10 +154,12 @@ struct Best {
   }
 };
 
-// First argmin of D over [range.begin, range.end), indices into the logs. Candidates are visited
+// First argmin of D over [range.begin, range.end), indices into `values` and the logs; without `split_equal` over the
+// first of each value alone. Candidates are visited
 // in levels of halving stride: the first levels find a D close to the best, and each later
 // candidate has visited neighbours on both sides whose witnesses mostly refute it at once.
-Best best_candidate(FitScratch& scratch, int64_t size, const IndexRange& range, bool parallel) {
+Best best_candidate(FitScratch& scratch, const double* values, int64_t size, const IndexRange& range, bool split_equal,
+                    double least_spread, bool parallel) {
   Best best;
   const int64_t count = range.end - range.begin;
   if (count <= 0) return best;
@@ -174,7 +178,9 @@ Best best_candidate(FitScratch& scratch, int64_t size, const IndexRange& range, 
       for (int64_t k = begin; k < end; ++k) {
         const int64_t slot = start + k * jump;
         const int64_t candidate = range.begin + slot;
-        if (!(scratch.excess[candidate] > 0.0)) continue;
+        if (!power_law::tail_spreads(scratch.logs.data(), candidate, size - 1, scratch.excess[candidate], least_spread))
+          continue;
+        if (!split_equal && !power_law::first_of_value(values, 0, candidate)) continue;
         const Tail tail = power_law::make_tail(scratch.logs.data(), candidate, size - 1, scratch.excess[candidate]);
         CandidateSearch search(tail, found.distance);
         const bool out = !first_level && (search.probe(scratch.witness[slot - stride]) ||
@@ -232,8 +238,8 @@ void write_failure(const FitOutputs& outputs, int64_t s, FitStatus status) {
   outputs.status[s] = static_cast<int64_t>(status);
 }
 
-void fit_one(const double* evals, int64_t begin, int64_t end, int64_t s, const FitSettings& settings,
-             const FitOutputs& outputs, FitScratch& scratch, bool parallel) {
+void fit_one(const double* evals, int64_t begin, int64_t end, double least_spread, int64_t s,
+             const FitSettings& settings, const FitOutputs& outputs, FitScratch& scratch, bool parallel) {
   const ValidRange valid = power_law::valid_range(evals, begin, end);
   const double* const values = evals + valid.begin;
   const int64_t size = valid.end - valid.begin;
@@ -245,22 +251,23 @@ void fit_one(const double* evals, int64_t begin, int64_t end, int64_t s, const F
   }
   IndexRange candidates{0, size - 1};
   if (settings.rule == XminRule::median) {
-    const int64_t index = power_law::median_index(size, settings.xmin_pos);
+    int64_t index = power_law::median_index(size, settings.xmin_pos);
     if (index > size - 2) {
       write_failure(outputs, s, FitStatus::too_few);
       return;
     }
+    if (!settings.published) index = std::lower_bound(values, values + index, values[index]) - values;
     candidates = {index, index + 1};
   } else if (settings.rule == XminRule::peak) {
     const LogHistogram histogram = power_law::log_histogram(values, 0, size, settings.bins);
-    candidates = power_law::peak_candidates(values, 0, size, modal_left_edge(histogram), settings.log10_lower_bound);
+    candidates = power_law::peak_candidates(values, 0, size, modal_left_edge(histogram), settings.published);
     if (candidates.begin >= candidates.end) {
       write_failure(outputs, s, FitStatus::no_candidate);
       return;
     }
   }
   prepare(values, size, scratch, parallel);
-  const Best best = best_candidate(scratch, size, candidates, parallel);
+  const Best best = best_candidate(scratch, values, size, candidates, settings.published, least_spread, parallel);
   if (best.index < 0) {
     write_failure(outputs, s, FitStatus::degenerate_tail);
     return;
@@ -275,20 +282,25 @@ void fit_one(const double* evals, int64_t begin, int64_t end, int64_t s, const F
 
 }  // namespace
 
-void fit_power_law_cpu(const double* evals, const int64_t* offsets, int64_t n_spectra, const FitSettings& settings,
-                       const FitOutputs& outputs) {
+void fit_power_law_cpu(const double* evals, const int64_t* offsets, const double* least_spread, int64_t n_spectra,
+                       const FitSettings& settings, const FitOutputs& outputs) {
   const auto is_long = [=](int64_t s) { return offsets[s + 1] - offsets[s] >= kLongSpectrum; };
-  torch::stable::parallel_for(0, n_spectra, 1, [&](int64_t begin, int64_t end) {
+  const auto fit = [&](int64_t s, FitScratch& scratch, bool parallel) {
+    const double least = least_spread == nullptr ? 0.0 : least_spread[s];
+    fit_one(evals, offsets[s], offsets[s + 1], least, s, settings, outputs, scratch, parallel);
+  };
+  const bool few = offsets[n_spectra] - offsets[0] < kFewValues;
+  torch::stable::parallel_for(0, n_spectra, few ? n_spectra : 1, [&](int64_t begin, int64_t end) {
     FitScratch scratch;
     for (int64_t s = begin; s < end; ++s) {
       if (is_long(s)) continue;
-      fit_one(evals, offsets[s], offsets[s + 1], s, settings, outputs, scratch, false);
+      fit(s, scratch, false);
     }
   });
   FitScratch scratch;
   for (int64_t s = 0; s < n_spectra; ++s) {
     if (!is_long(s)) continue;
-    fit_one(evals, offsets[s], offsets[s + 1], s, settings, outputs, scratch, true);
+    fit(s, scratch, true);
   }
 }
 

@@ -8,16 +8,16 @@
 namespace farms_fast {
 namespace {
 
-FitTensors fit_power_law(Tensor evals, Tensor offsets, std::string rule, double xmin_pos, int64_t bins,
-                         bool log10_lower_bound) {
-  const FitCall call = check_fit_power_law(evals, offsets, rule, xmin_pos, bins, log10_lower_bound);
+FitTensors fit_power_law(Tensor evals, Tensor offsets, std::string rule, double xmin_pos, int64_t bins, bool published,
+                         std::optional<Tensor> least_spread) {
+  const FitCall call = check_fit_power_law(evals, offsets, rule, xmin_pos, bins, published, least_spread);
   if (call.spectra == 0) return call.fits;
   const CudaContext context(evals);
   const Tensor workspace =
       context.bytes(static_cast<int64_t>(fit_power_law_cuda_workspace_bytes(evals.numel(), call.spectra)));
-  const int error =
-      fit_power_law_cuda(evals.const_data_ptr<double>(), offsets.const_data_ptr<int64_t>(), evals.numel(), call.spectra,
-                         call.settings, call.outputs(), workspace.mutable_data_ptr(), context.stream());
+  const int error = fit_power_law_cuda(evals.const_data_ptr<double>(), offsets.const_data_ptr<int64_t>(),
+                                       spread_data(least_spread), evals.numel(), call.spectra, call.settings,
+                                       call.outputs(), workspace.mutable_data_ptr(), context.stream());
   if (error != 0) fail("fit_power_law: CUDA error ", error, " at launch");
   return call.fits;
 }

@@ -10,10 +10,43 @@ namespace {
 
 using namespace gram_tile;
 
+// Products of `inner` elements, a piece of them at a time, whose sums are added up with their errors (Knuth's two-sum).
+template <typename Product>
+__device__ __forceinline__ void add_in_pieces(const Product& product, int64_t inner, int64_t piece,
+                                              double* shared_memory, typename Product::Sums& sum) {
+  typename Product::Sums error = {};
+  for (int64_t begin = 0; begin < inner; begin += piece) {
+    typename Product::Sums part = {};
+    product.add(begin, begin + piece < inner ? begin + piece : inner, shared_memory, part);
+#pragma unroll
+    for (int p = 0; p < Product::planes; ++p)
+#pragma unroll
+      for (int i = 0; i < kRowParts; ++i)
+#pragma unroll
+        for (int j = 0; j < kColumnParts; ++j)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const double before = sum[p][i][j][e], added = part[p][i][j][e];
+            const double after = before + added, shadow = after - before;
+            error[p][i][j][e] += (before - (after - shadow)) + (added - shadow);
+            sum[p][i][j][e] = after;
+          }
+  }
+#pragma unroll
+  for (int p = 0; p < Product::planes; ++p)
+#pragma unroll
+    for (int i = 0; i < kRowParts; ++i)
+#pragma unroll
+      for (int j = 0; j < kColumnParts; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sum[p][i][j][e] += error[p][i][j][e];
+}
+
 // grid: (tiles of the lower triangle, windows of this launch). windows: (count,), each of `order` vectors. gram:
-// (count, order, order), both triangles written. Blocks write tiles of their own and wait for nobody.
-template <typename In, typename Kind>
-__global__ void __launch_bounds__(kGramThreads, Kind::blocks_per_processor)
+// (count, order, order), both triangles written. Blocks write tiles of their own and wait for nobody. Long windows are
+// summed up in pieces; some of a thread's sums are then in local memory, which is touched once a piece.
+template <typename In, typename Kind, bool Long>
+__global__ void __launch_bounds__(kGramThreads, Long ? 1 : Kind::blocks_per_processor)
     window_gram_kernel(const WindowView* __restrict__ windows, int64_t order, bool to_float32,
                        void* __restrict__ gram) {
   using Product = TileProduct<In, Kind>;
@@ -27,7 +60,10 @@ __global__ void __launch_bounds__(kGramThreads, Kind::blocks_per_processor)
   const WindowView window = windows[blockIdx.y];
   const Product product(window.data, window.vector_stride, window.element_stride, order, row0, column0);
   typename Product::Sums sum = {};
-  product.add(0, window.inner, shared_memory, sum);
+  if constexpr (Long)
+    add_in_pieces(product, window.inner, summed_depth(order), shared_memory, sum);
+  else
+    product.add(0, window.inner, shared_memory, sum);
 
   const int64_t matrix = static_cast<int64_t>(blockIdx.y) * order * order;
   Product::for_each(sum, [&](int, int row, int column, double re, double im) {
@@ -40,10 +76,10 @@ __global__ void __launch_bounds__(kGramThreads, Kind::blocks_per_processor)
   });
 }
 
-template <typename In, typename Kind>
+template <typename In, typename Kind, bool Long>
 void launch(const WindowView* windows, int64_t count, int64_t order, bool to_float32, void* gram, cudaStream_t stream) {
   const int64_t tiles = (order + kGramTile - 1) / kGramTile;
-  const auto kernel = window_gram_kernel<In, Kind>;
+  const auto kernel = window_gram_kernel<In, Kind, Long>;
   constexpr int shared_bytes = TileProduct<In, Kind>::shared_bytes;
   FARMS_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
   const int64_t matrix_bytes = order * order * (to_float32 ? 4 : 8) * Kind::planes;
@@ -59,12 +95,17 @@ void launch(const WindowView* windows, int64_t count, int64_t order, bool to_flo
 
 }  // namespace
 
-void window_gram_cuda(const WindowView* windows, int64_t count, int64_t order, DType in, DType precision, void* gram,
-                      void* stream_handle) {
+void window_gram_cuda(const WindowView* windows, int64_t count, int64_t order, int64_t longest, DType in,
+                      DType precision, void* gram, void* stream_handle) {
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_handle);
   const bool to_float32 = precision == DType::f32;
+  // Rounding to float32 is far above the error of any sum in float64.
+  const bool in_pieces = longest > summed_depth(order) && !to_float32;
   dispatch_weight(in, [&](auto element, auto kind) {
-    launch<decltype(element), decltype(kind)>(windows, count, order, to_float32, gram, stream);
+    using In = decltype(element);
+    using Kind = decltype(kind);
+    const auto run = in_pieces ? launch<In, Kind, true> : launch<In, Kind, false>;
+    run(windows, count, order, to_float32, gram, stream);
   });
 }
 

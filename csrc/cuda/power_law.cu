@@ -8,7 +8,7 @@
 // the best to compare the rest with. Timing decides how much work is skipped, never what is chosen:
 // the best D only falls, and a candidate is dropped only on a gap strictly above it.
 //
-// Shapes, in all kernels: evals, logs, excess, distances, owner (total,); offsets (n_spectra + 1,);
+// Shapes, in all kernels: evals, logs, excess, distances, owner (total,); offsets (n_spectra + 1,); least_spread,
 // states, dropped and each of the outputs (n_spectra,). One launch needs all of the one before it;
 // inside of a launch nobody waits for another block, and best_bits and best_index change by atomic
 // minima alone, so the order of warps does not matter.
@@ -111,9 +111,9 @@ __device__ double modal_left_edge(const LogHistogram& histogram) {
 
 // grid: (a warp for each spectrum). What enters the fit, and which candidates.
 __global__ void __launch_bounds__(kFitThreads)
-    prepare_kernel(const double* __restrict__ evals, const int64_t* __restrict__ offsets, int64_t total,
-                   int64_t n_spectra, FitSettings settings, SpectrumState* __restrict__ states,
-                   int64_t* __restrict__ dropped) {
+    prepare_kernel(const double* __restrict__ evals, const int64_t* __restrict__ offsets,
+                   const double* __restrict__ least_spread, int64_t total, int64_t n_spectra, FitSettings settings,
+                   SpectrumState* __restrict__ states, int64_t* __restrict__ dropped) {
   const int64_t s = warp_id();
   if (s >= n_spectra) return;
   const IndexRange given = spectrum_range(offsets, s, total);
@@ -129,14 +129,19 @@ __global__ void __launch_bounds__(kFitThreads)
       failure = FitStatus::too_few;
     } else {
       candidates.begin = valid.begin + index;
+      if (!settings.published) {
+        const double xmin = evals[candidates.begin];
+        candidates.begin =
+            power_law::partition_index(valid.begin, candidates.begin, [=](int64_t j) { return evals[j] >= xmin; });
+      }
       candidates.end = candidates.begin + 1;
     }
   } else if (settings.rule == XminRule::ks) {
     candidates.end = valid.end - 1;
   } else {
     const LogHistogram histogram = power_law::log_histogram(evals, valid.begin, valid.end, settings.bins);
-    candidates = power_law::peak_candidates(evals, valid.begin, valid.end, modal_left_edge(histogram),
-                                            settings.log10_lower_bound);
+    candidates =
+        power_law::peak_candidates(evals, valid.begin, valid.end, modal_left_edge(histogram), settings.published);
     if (candidates.begin >= candidates.end) failure = FitStatus::no_candidate;
   }
   if (lane_id() != 0) return;
@@ -145,6 +150,7 @@ __global__ void __launch_bounds__(kFitThreads)
   state.end = valid.end;
   state.candidates_begin = candidates.begin;
   state.candidates_end = candidates.end;
+  state.least_spread = least_spread == nullptr ? 0.0 : least_spread[s];
   state.best_bits = kInfinityBits;
   state.best_index = kNoIndex;
   state.failure = static_cast<int64_t>(failure);
@@ -177,7 +183,7 @@ __device__ void evaluate_candidate(int64_t candidate, SpectrumState* state, cons
                                    double* distances) {
   double distance = INFINITY;
   const double candidate_excess = excess[candidate];
-  if (candidate_excess > 0.0) {
+  if (power_law::tail_spreads(logs, candidate, state->end - 1, candidate_excess, state->least_spread)) {
     const power_law::Tail tail = power_law::make_tail(logs, candidate, state->end - 1, candidate_excess);
     distance = WarpDistanceSearch(tail, &state->best_bits).run();
     if (lane_id() == 0) {
@@ -188,12 +194,12 @@ __device__ void evaluate_candidate(int64_t candidate, SpectrumState* state, cons
   if (lane_id() == 0) distances[candidate] = distance;
 }
 
-// grid: (a warp for each `group` multiples of `stride`). Candidates there that are no multiples of
-// `done_stride`.
+// grid: (a warp for each `group` multiples of `stride`). Candidates there that are no multiples of `done_stride`.
+// Without `split_equal` only the first of each value is one; the others have an infinite distance.
 __global__ void __launch_bounds__(kFitThreads)
-    search_kernel(int64_t total, int64_t stride, int64_t done_stride, int group, const int32_t* __restrict__ owner,
-                  const double* __restrict__ logs, const double* __restrict__ excess, SpectrumState* states,
-                  double* __restrict__ distances) {
+    search_kernel(int64_t total, int64_t stride, int64_t done_stride, int group, bool split_equal,
+                  const double* __restrict__ evals, const int32_t* __restrict__ owner, const double* __restrict__ logs,
+                  const double* __restrict__ excess, SpectrumState* states, double* __restrict__ distances) {
   const int lane = lane_id();
   const int64_t mine = (warp_id() * group + lane) * stride;
   bool live = lane < group && mine < total && (done_stride == 0 || mine % done_stride != 0);
@@ -201,6 +207,10 @@ __global__ void __launch_bounds__(kFitThreads)
   if (live) {
     spectrum = owner[mine];
     live = spectrum >= 0 && mine >= states[spectrum].candidates_begin && mine < states[spectrum].candidates_end;
+  }
+  if (live && !split_equal && !power_law::first_of_value(evals, states[spectrum].begin, mine)) {
+    distances[mine] = INFINITY;
+    live = false;
   }
   unsigned waiting = __ballot_sync(kAllLanes, live);
   while (waiting != 0) {
@@ -219,7 +229,7 @@ __global__ void __launch_bounds__(kFitThreads)
   if (s >= n_spectra || states[s].candidates_begin >= states[s].candidates_end) return;
   const int64_t candidate = states[s].candidates_begin;
   evaluate_candidate(candidate, states + s, logs, excess, distances);
-  if (lane_id() == 0 && excess[candidate] > 0.0) {
+  if (lane_id() == 0 && isfinite(distances[candidate])) {
     states[s].best_index = static_cast<unsigned long long>(candidate);
   }
 }
@@ -272,13 +282,14 @@ size_t fit_power_law_cuda_workspace_bytes(int64_t total, int64_t n_spectra) {
   return bytes;
 }
 
-int fit_power_law_cuda(const double* evals, const int64_t* offsets, int64_t total, int64_t n_spectra,
-                       const FitSettings& settings, const FitOutputs& outputs, void* workspace, CUstream_st* stream) {
+int fit_power_law_cuda(const double* evals, const int64_t* offsets, const double* least_spread, int64_t total,
+                       int64_t n_spectra, const FitSettings& settings, const FitOutputs& outputs, void* workspace,
+                       CUstream_st* stream) {
   if (n_spectra == 0) return static_cast<int>(cudaSuccess);
   const FitWorkspace work = carve(workspace, total, n_spectra, nullptr);
   const unsigned spectrum_warps = blocks_for(n_spectra, kWarpsPerBlock);
-  prepare_kernel<<<spectrum_warps, kFitThreads, 0, stream>>>(evals, offsets, total, n_spectra, settings, work.states,
-                                                             outputs.dropped);
+  prepare_kernel<<<spectrum_warps, kFitThreads, 0, stream>>>(evals, offsets, least_spread, total, n_spectra, settings,
+                                                             work.states, outputs.dropped);
   if (total > 0) {
     const unsigned value_threads = blocks_for(total, kFitThreads);
     logs_kernel<<<value_threads, kFitThreads, 0, stream>>>(evals, offsets, total, n_spectra, work.logs, work.owner);
@@ -303,7 +314,8 @@ int fit_power_law_cuda(const double* evals, const int64_t* offsets, int64_t tota
         const int group = stride == 1 ? kNeighbours : 1;
         const int64_t positions = (total + stride - 1) / stride;
         search_kernel<<<blocks_for(positions, kWarpsPerBlock * group), kFitThreads, 0, stream>>>(
-            total, stride, done_stride, group, work.owner, work.logs, work.excess, work.states, work.distances);
+            total, stride, done_stride, group, settings.published, evals, work.owner, work.logs, work.excess,
+            work.states, work.distances);
         done_stride = stride;
       }
       select_kernel<<<value_threads, kFitThreads, 0, stream>>>(total, work.owner, work.distances, work.states);

@@ -29,6 +29,7 @@ struct SpectrumState {
   int64_t end;
   int64_t candidates_begin;
   int64_t candidates_end;
+  double least_spread;
   unsigned long long best_bits;   // of D; distances are not negative, so bits order as values do
   unsigned long long best_index;  // lowest index with that D
   int64_t failure;                // FitStatus when known before the search, ok otherwise

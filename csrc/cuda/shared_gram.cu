@@ -290,13 +290,22 @@ GramPlan plan_shared(const Window* windows, const std::vector<Part>& parts, DTyp
 GramPlan plan_grams_cuda(const Window* windows, int64_t count, DType in, bool either_side, int64_t memory) {
   SharingCosts costs = is_complex(in) ? kCudaComplexSharing : kCudaSharing;
   costs.workers = workers(in);
-  const std::vector<WindowRun> runs =
-      plan_gram_sharing(windows, count, either_side, sum_bytes_per_element(in), memory, costs);
-  if (std::any_of(runs.begin(), runs.end(), [](const WindowRun& run) { return run.grid != nullptr; })) {
-    GramPlan plan = plan_shared(windows, parts_of(windows, runs), in);
-    if (plan.workspace_bytes() <= memory) return plan;
-  }
   GramPlan plan;
+  bool long_windows = false;
+  for (int64_t b = 0; b < count; ++b) {
+    const auto [order, inner] = std::minmax(windows[b].rows, windows[b].columns);
+    plan.longest = std::max(plan.longest, inner);
+    long_windows = long_windows || inner > summed_depth(order);
+  }
+  // A block that shares has no room for the sums of pieces.
+  if (!long_windows) {
+    const std::vector<WindowRun> runs =
+        plan_gram_sharing(windows, count, either_side, sum_bytes_per_element(in), memory, costs);
+    if (std::any_of(runs.begin(), runs.end(), [](const WindowRun& run) { return run.grid != nullptr; })) {
+      GramPlan shared = plan_shared(windows, parts_of(windows, runs), in);
+      if (shared.workspace_bytes() <= memory) return shared;
+    }
+  }
   plan.matrices = count;
   for (int64_t b = 0; b < count; ++b) {
     const WindowView view = view_of(windows[b], in);
@@ -312,7 +321,8 @@ void form_grams_cuda(const GramPlan& plan, int64_t order, DType in, DType precis
   store_table_cuda(plan.tables.data(), static_cast<int64_t>(plan.tables.size()), tables, stream);
   if (!plan.shares) {
     static_assert(sizeof(WindowView) == 4 * sizeof(int64_t));
-    window_gram_cuda(static_cast<const WindowView*>(workspace), plan.matrices, order, in, precision, gram, stream);
+    window_gram_cuda(static_cast<const WindowView*>(workspace), plan.matrices, order, plan.longest, in, precision, gram,
+                     stream);
     return;
   }
   double* sums = reinterpret_cast<double*>(tables + plan.tables.size());

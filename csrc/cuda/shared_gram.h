@@ -14,6 +14,7 @@ struct GramPlan {
   std::vector<int64_t> tables;
   bool shares = false;    // some products; otherwise the tables are the windows' views
   int64_t matrices = 0;   // that the tables begin with, or windows
+  int64_t longest = 0;    // elements of a window's vectors; not told where products are shared
   int64_t tiles = 0;      // to form
   int64_t blocks = 0;     // that form them
   int64_t sum_bytes = 0;  // of the sums that they keep

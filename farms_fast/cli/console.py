@@ -12,6 +12,7 @@ from pathlib import Path
 import typer
 
 from farms_fast.core.files import check_writable
+from farms_fast.core.regular_files import resolve_links
 from farms_fast.core.text import printable
 from farms_fast.weights.sources import checkpoint_holds, checkpoints_of
 
@@ -60,9 +61,10 @@ def check_outputs(
             raise ValueError(f"{option}: expected a file, got '-' (/dev/stdout writes to a pipe)")
         if path.is_dir():
             raise IsADirectoryError(f"{option}: {str(path)!r} is a directory, expected a file")
-        if not path.resolve().parent.is_dir():
+        resolved = resolve_links(path)
+        if not resolved.parent.is_dir():
             raise FileNotFoundError(f"{option}: the directory of {str(path)!r} does not exist")
-        other = taken.setdefault(path.resolve(), option)
+        other = taken.setdefault(resolved, option)
         if other != option:
             raise ValueError(f"{option}: {str(path)!r} is the file of {other} too")
         for model in models:

@@ -26,6 +26,7 @@ from farms_fast.cli.console import (
     terminal_width,
 )
 from farms_fast.cli.export import export, runs
+from farms_fast.cli.machine import info, tune
 from farms_fast.cli.plan import plan
 from farms_fast.cli.prune import prune
 from farms_fast.cli.report import report
@@ -99,14 +100,6 @@ def _common(
 
 
 @app.command()
-def info() -> None:
-    """Print how this installation was built and what it can use."""
-    with cli_errors():
-        for key, value in farms_fast.build_info().items():
-            echo(f"{key}: {value}")
-
-
-@app.command()
 def analyze(
     path: options.CheckpointPath,
     rows: options.Rows = None,
@@ -125,9 +118,12 @@ def analyze(
     memory: options.Memory = None,
     include: options.Include = None,
     exclude: options.Exclude = None,
+    layout: options.Layout = "auto",
     csv: options.MetricsCsv = None,
     json: options.AnalysisJson = None,
     base: options.Base = None,
+    download: options.Download = False,
+    key: options.Key = None,
     store: Annotated[
         Path | None,
         typer.Option(
@@ -179,7 +175,10 @@ def analyze(
             memory=None if memory is None else parse_memory(memory),
             include=include or None,
             exclude=exclude or None,
+            layout=layout,
             base=base,
+            download=download,
+            key=key,
             store=store,
             force=force,
             process_group=group,
@@ -230,7 +229,7 @@ def _report(analysis: Analysis, seconds: float, show_skipped: bool) -> None:
         echo(line)
 
 
-for _command in (plan, prune, export, runs, report, compare):
+for _command in (info, tune, plan, prune, export, runs, report, compare):
     app.command()(_command)
 
 

@@ -6,7 +6,6 @@ import math
 import re
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +20,7 @@ from farms_fast.cli.prune_report import report_lines
 from farms_fast.core.arguments import default_device, resolve_device
 from farms_fast.core.optional import optional_import
 from farms_fast.core.progress import is_terminal
+from farms_fast.core.regular_files import expand_user
 from farms_fast.core.text import printable
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ def _load(name: str, dtype: str, progress: bool) -> tuple[Any, Any, tuple[str, .
     if not progress or not is_terminal(sys.stderr):
         logs.disable_progress_bar()
     # transformers would take a missing path for a name on the hub.
-    folder = Path(name).expanduser()
+    folder = expand_user(name)
     if name.startswith((".", "/", "~")) or folder.exists():
         if not folder.is_dir():
             raise FileNotFoundError(f"model: expected a folder, got {name!r}, which is none")

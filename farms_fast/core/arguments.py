@@ -44,8 +44,14 @@ def check_type(argument: str, value: object, kinds: type | tuple[type, ...], exp
 
 
 def check_module(argument: str, value: object) -> None:
-    """Raises TypeError unless the value is a module."""
+    """Raises TypeError unless the value is a module of Python code, whose parts have types."""
     check_type(argument, value, torch.nn.Module, "a torch.nn.Module")
+    if isinstance(value, torch.jit.ScriptModule):
+        raise TypeError(
+            f"{argument}: expected a torch.nn.Module of Python code, got {type(value).__name__}, "
+            "whose submodules have lost their types: give the module that it was made of, or its "
+            "state_dict()"
+        )
 
 
 def list_of(argument: str, values: object, kind: type[T], expected: str) -> list[T]:

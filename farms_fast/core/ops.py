@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from farms_fast.core import extension as _extension  # noqa: F401  (registers the ops)
+from farms_fast.core import extension, solver_choice
 
 _GRAM_DTYPES = {
     (torch.float64, False): torch.float64,
@@ -120,6 +120,7 @@ def eigvalsh(gram: Tensor, solver: str = "auto", memory_budget: int = 0) -> Tens
         >>> ops.eigvalsh(torch.diag(torch.tensor([3.0, 1.0, 2.0])).unsqueeze(0))
         tensor([[1., 2., 3.]])
     """
+    solver_choice.settle(gram)
     return cast(Tensor, _called(torch.ops.farms_fast.eigvalsh, gram, solver, memory_budget))
 
 
@@ -159,6 +160,8 @@ def window_eigvalsh(
         >>> ops.window_eigvalsh([weight], torch.tensor([[0, 0, 0, 0, 2, 2]]), order=2)
         tensor([[1., 4.]], dtype=torch.float64)
     """
+    for weight in weights[:1]:
+        solver_choice.settle(weight)
     call = torch.ops.farms_fast.window_eigvalsh
     return cast(Tensor, _called(call, weights, windows, order, dtype, solver, memory_budget))
 
@@ -169,7 +172,8 @@ def fit_power_law(
     rule: str = "median",
     xmin_pos: float = 2.0,
     bins: int = 100,
-    log10_lower_bound: bool = False,
+    published: bool = False,
+    least_spread: Tensor | None = None,
 ) -> FitTensors:
     """Power-law fits of many spectra at once.
 
@@ -178,9 +182,12 @@ def fit_power_law(
         offsets: (spectra + 1,), int64, on the same device: spectrum s is
             `evals[offsets[s]:offsets[s + 1]]`.
         rule: "median", "ks" or "peak".
-        xmin_pos: the median rule starts the tail at index `int(N / xmin_pos)`.
+        xmin_pos: the median rule's xmin is the value at index `int(N / xmin_pos)`.
         bins: bins of the peak rule's histogram.
-        log10_lower_bound: take log10 of the peak rule's lower bound, as the published code does.
+        published: as in the published code, a tail may begin in the middle of equal values, and
+            the peak rule's lower bound is log10 of itself.
+        least_spread: (spectra,), float64, on the same device: tails with ln(largest / xmin) of
+            this or less are no tails; None is 0.
 
     Returns:
         A `FitTensors` of tensors (spectra,).
@@ -198,8 +205,35 @@ def fit_power_law(
         (tensor([2]), tensor([0]))
     """
     call = torch.ops.farms_fast.fit_power_law
-    rest = rule, float(xmin_pos), int(bins), log10_lower_bound
+    rest = rule, float(xmin_pos), int(bins), published, least_spread
     return FitTensors(*_called(call, evals, offsets, *rest))
+
+
+def drop_rounding(evals: Tensor) -> Tensor:
+    """Eigenvalues with 0 for those that are zero but for rounding.
+
+    These are at or below `8·k·ε·λ_max` of their own window, with ε that of the dtype: the accuracy
+    of every solver, so that a weight of lower rank has zeros there whatever its scale. A window
+    whose largest eigenvalue is not finite stays as it is.
+
+    Args:
+        evals: (windows, k), float32 or float64, contiguous, each row ascending. It is not written.
+
+    Returns:
+        (windows, k), of the same dtype.
+
+    Raises:
+        RuntimeError: `evals` is not as above.
+        torch.OutOfMemoryError: the device has no memory for it.
+
+    Example:
+        >>> import torch
+        >>> from farms_fast.core import ops
+        >>> evals = torch.tensor([[1e-16, 1e-3, 4.0]], dtype=torch.float64)
+        >>> ops.drop_rounding(evals).tolist()
+        [[0.0, 0.001, 4.0]]
+    """
+    return cast(Tensor, _called(torch.ops.farms_fast.drop_rounding, evals))
 
 
 def solver_facts(
@@ -228,6 +262,8 @@ def solver_facts(
             current one.
         solver: "auto", or the name of a solver of the device.
     """
+    if device == "cuda" and compute_capability == 0 and extension.has_cuda():
+        solver_choice.settle_on(torch.cuda.current_device())
     call = torch.ops.farms_fast.solver_facts
     inner = order if inner is None else inner
     return SolverFacts(*call(device, compute_capability, count, order, inner, dtype, solver))
@@ -275,9 +311,20 @@ def _(
     return weights[0].new_empty((windows.shape[0], order), dtype=dtype)
 
 
+@torch.library.register_fake("farms_fast::drop_rounding")
+def _(evals: Tensor) -> Tensor:
+    return evals.new_empty(evals.shape)
+
+
 @torch.library.register_fake("farms_fast::fit_power_law")
 def _(
-    evals: Tensor, offsets: Tensor, rule: str, xmin_pos: float, bins: int, log10_lower_bound: bool
+    evals: Tensor,
+    offsets: Tensor,
+    rule: str,
+    xmin_pos: float,
+    bins: int,
+    published: bool,
+    least_spread: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     spectra = offsets.shape[0] - 1
     reals = tuple(evals.new_empty(spectra) for _ in range(3))

@@ -49,6 +49,21 @@ def read_limited(path: Path, limit: int = JSON_BYTES) -> bytes:
     return content
 
 
+def expand_user(path: str | os.PathLike[str]) -> Path:
+    """The path with `~` as the home folder; as it is where there is no such user."""
+    return Path(os.path.expanduser(os.fspath(path)))
+
+
+def resolve_links(path: Path) -> Path:
+    """The path without links, also of a file that does not exist; ValueError for a loop."""
+    try:
+        os.stat(path)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise ValueError(f"{path}: expected a file, got links that loop") from None
+    return Path(os.path.realpath(path))
+
+
 def _kind(mode: int) -> str:
     kinds = (
         (stat.S_ISDIR, "a folder"),

@@ -22,7 +22,8 @@ MAX_WORKSPACE = 2**35
 # An eigenvalue between solver and record: itself in the batch's precision and in float64 (4 + 8, or
 # 8), sorted with its index (16), sorted in one of the halves (8), checked for NaN (1).
 _SPECTRUM_BYTES = 40
-# A window as a spectrum of its own: the fit's state (56), results and offsets (7 x 8), rounded up.
+# A window as a spectrum of its own: the fit's state (64), results, offset and spread (8 x 8),
+# rounded up.
 _FIT_STATE_BYTES = 256
 # A value that one call of the fit works on: packed (8) beside the op's workspace (28); before that,
 # for a resample, its window's number, how often it is drawn, what that adds up to, and its index,

@@ -16,10 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from farms_fast.core import ops
 from farms_fast.core.packing import split_by_budget
 from farms_fast.engine.streams import fork_join
 from farms_fast.spectra.esd import window_eigenvalues
-from farms_fast.spectra.power_law import packed_offsets, sort_spectra
+from farms_fast.spectra.power_law import packed_offsets, packed_spreads, sort_spectra
 
 Fits = TypeVar("Fits", covariant=True)
 
@@ -44,17 +45,23 @@ class SolveTask:
     order: int
     workspace: int = 0  # bytes for Gram matrices and workspace to begin with; 0 leaves it to the op
     stream: int = 0  # which of the streams takes it where tasks run side by side
+    published: bool = False  # as the solver gives them, with those that are zero but for rounding
 
     @classmethod
     def of(
-        cls, stacks: Sequence[tuple[Windows, int]], workspace: int = 0, stream: int = 0
+        cls,
+        stacks: Sequence[tuple[Windows, int]],
+        workspace: int = 0,
+        stream: int = 0,
+        published: bool = False,
     ) -> SolveTask:
         """The task of stacks in this order, each told by its windows and its number of matrices."""
         tables = [
             windows.table(number, entries) for number, (windows, entries) in enumerate(stacks)
         ]
         table = torch.from_numpy(np.concatenate(tables))
-        return cls(table, tuple(map(len, tables)), stacks[0][0].order, workspace, stream)
+        windows = tuple(map(len, tables))
+        return cls(table, windows, stacks[0][0].order, workspace, stream, published)
 
     def solve(
         self,
@@ -64,12 +71,15 @@ class SolveTask:
     ) -> Tensor:
         """(windows, k) eigenvalues of (S, R, C) stacks, each row ascending; only launched on CUDA.
 
-        When a CUDA device's memory ends, it solves again with half of the workspace.
+        Those that are zero but for rounding are 0: nothing after this has to know of them, for
+        zeros enter no fit and no rank. When a CUDA device's memory ends, it solves again with half
+        of the workspace.
         """
         workspace = self.workspace
         while True:
             try:
-                return window_eigenvalues(stacks, self.table, self.order, dtype, solver, workspace)
+                evals = window_eigenvalues(stacks, self.table, self.order, dtype, solver, workspace)
+                return evals if self.published else ops.drop_rounding(evals)
             except torch.OutOfMemoryError:
                 if not stacks[0].is_cuda:
                     raise
@@ -105,6 +115,7 @@ class Pool:
     begin: int  # of their values among all values
     end: int
     offsets: Tensor  # (spectra + 1,), int64, on the device, from `begin`
+    spreads: Tensor | None  # (spectra,), the least spread of each one's tail; None for 0
 
     def sort(self, values: Tensor) -> Tensor:
         """The pool's part of all values, each spectrum ascending with NaN last."""
@@ -112,26 +123,30 @@ class Pool:
 
 
 def make_pools(
-    lengths: Sequence[int], device: torch.device, max_values: int | None = None
+    lengths: Sequence[int],
+    device: torch.device,
+    max_values: int | None = None,
+    spreads: Sequence[float] | None = None,
 ) -> list[Pool]:
-    """Pools of spectra of these lengths, in their order.
+    """Pools of spectra of these lengths and least spreads, in their order.
 
     A pool has at most `max_values`, unless a single spectrum has more; None makes one pool.
     """
     limit = sum(lengths) if max_values is None else max_values
     pools = []
-    begin = 0
+    begin = first = 0
     for part in split_by_budget(lengths, int, limit):
-        end = begin + sum(part)
-        pools.append(Pool(begin, end, packed_offsets(part, device)))
-        begin = end
+        end, last = begin + sum(part), first + len(part)
+        own = None if spreads is None else spreads[first:last]
+        pools.append(Pool(begin, end, packed_offsets(part, device), packed_spreads(own, device)))
+        begin, first = end, last
     return pools
 
 
 class Rule(Protocol[Fits]):
     """How sorted spectra are fitted."""
 
-    def fit_at(self, packed: Tensor, offsets: Tensor) -> Fits:
+    def fit_at(self, packed: Tensor, offsets: Tensor, spread: Tensor | None) -> Fits:
         """Fits packed ascending spectra that begin and end at offsets on the same device."""
 
 
@@ -141,4 +156,4 @@ def fit_pools(
     """Sorted spectra and their fits, pool by pool, without waiting for a device; float64 values."""
     for pool in pools:
         spectra = pool.sort(values)
-        yield spectra, rule.fit_at(spectra, pool.offsets)
+        yield spectra, rule.fit_at(spectra, pool.offsets, pool.spreads)

@@ -33,6 +33,10 @@ class Settings:
     rule: FitRule
     bootstrap: int  # resamples of each layer
 
+    def least_spread(self, layer: LayerWindows) -> float:
+        """How far the tail of a layer has to spread, as of `FitRule.least_spread`."""
+        return self.rule.least_spread(layer.spec.dtype, layer.grid.order, self.dtype)
+
 
 @dataclass
 class LayerState:
@@ -118,6 +122,12 @@ class BatchStages:
             return None
         try:
             stack = spec.to_stack(*tensors).detach().resolve_conj().resolve_neg()
+            # The batch is planned for it: another would cost the batch.
+            if stack.shape != spec.shape or stack.is_complex() != state.layer.is_complex:
+                raise ValueError(
+                    f"to_stack: expected a {'complex' if state.layer.is_complex else 'real'} stack "
+                    f"of shape {spec.shape}, got {stack.dtype} of shape {tuple(stack.shape)}"
+                )
             return stack.to(self._settings.device, non_blocking=True)
         except torch.OutOfMemoryError:
             raise
@@ -138,7 +148,8 @@ class BatchStages:
             for stack in loaded.stacks:
                 use_on_current_stream(stack)
             layers = [state.layer for state in loaded.unsolved]
-            task = SolveTask.of([(x.grid, x.spec.shape[0]) for x in layers], batch.workspace)
+            windows = [(x.grid, x.spec.shape[0]) for x in layers]
+            task = SolveTask.of(windows, batch.workspace, published=settings.rule.published)
             evals = task.solve(loaded.stacks, settings.dtype, settings.solver)
         return SolvedBatch(batch, loaded.layers, loaded.unsolved, evals)
 
@@ -168,6 +179,7 @@ class BatchStages:
             settings.rule,
             settings.bootstrap,
             solved.batch.fit_values,
+            [settings.least_spread(state.layer) for state, _ in finite],
         )
         for (state, rows), fit in zip(finite, fits, strict=True):
             # Not a part of the batch's array, which would live as long as any of its layers.

@@ -35,8 +35,9 @@ class _Pass:
     pools: Sequence[Pool]
 
     @classmethod
-    def of(cls, batches: Sequence[Batch], device: torch.device) -> _Pass:
+    def of(cls, batches: Sequence[Batch], settings: Settings) -> _Pass:
         """Prepares everything that depends on shapes alone."""
+        device, published = settings.device, settings.rule.published
         layers = [layer for batch in batches for layer in batch.layers]
         windows, orders = (
             torch.tensor(counts, dtype=torch.int64, device="cpu")
@@ -46,21 +47,27 @@ class _Pass:
         last = orders[window_layers].cumsum(0) - 1
         streams = share([batch.cost.seconds for batch in batches], STREAMS)
         tasks = [
-            SolveTask.of([(x.grid, x.spec.shape[0]) for x in batch.layers], batch.workspace, stream)
+            SolveTask.of(
+                [(x.grid, x.spec.shape[0]) for x in batch.layers],
+                batch.workspace,
+                stream,
+                published,
+            )
             for batch, stream in zip(batches, streams, strict=True)
         ]
         # As many values at a time as the batches' peaks leave memory to fit.
         fit_values = sum(min(x.fit_values, x.windows * x.order) for x in batches)
-        pools = make_pools((windows * orders).tolist(), device, fit_values)
+        spreads = list(map(settings.least_spread, layers))
+        pools = make_pools((windows * orders).tolist(), device, fit_values, spreads)
         return cls(batches, tasks, layers, last.to(device), window_layers.to(device), pools)
 
-    def without(self, failures: Mapping[int, str], device: torch.device) -> _Pass:
+    def without(self, failures: Mapping[int, str], settings: Settings) -> _Pass:
         """The pass of the layers that have not failed."""
         left = [
             replace(batch, layers=tuple(x for x in batch.layers if x.index not in failures))
             for batch in self.batches
         ]
-        return _Pass.of([batch for batch in left if batch.layers], device)
+        return _Pass.of([batch for batch in left if batch.layers], settings)
 
 
 class DevicePasses:
@@ -142,7 +149,7 @@ class DevicePasses:
             )
         budget = plan.memory - reserved
         parts = split_by_budget(plan.batches, lambda batch: batch.peak, budget)
-        return [_Pass.of(part, self._device) for part in parts]
+        return [_Pass.of(part, self._settings) for part in parts]
 
     def _launch(
         self, passes: Sequence[_Pass], tensors: Mapping[str, LiveTensor], stacks: Stacks
@@ -169,7 +176,7 @@ class DevicePasses:
         try:
             read = self._read(planned, tensors, stacks, failures)
             if len(read) < len(planned.layers):
-                planned = planned.without(failures, self._device)
+                planned = planned.without(failures, self._settings)
             return [(planned, self._run(planned, read))] if read else []
         except torch.OutOfMemoryError as caught:
             error = str(caught)
@@ -185,7 +192,7 @@ class DevicePasses:
             parts = parts[0].halves()
         done = []
         for part in parts:
-            smaller = _Pass.of([part], self._device)
+            smaller = _Pass.of([part], self._settings)
             done += self._run_within_memory(smaller, tensors, stacks, failures)
         return done
 

@@ -32,7 +32,7 @@ class LayerAlpha:
             `farms_fast.PowerLawFit`, "nonfinite" where a window has a value that is not finite,
             or "error" (see message).
         message: what went wrong, empty when nothing did.
-        zeros: how many of the `n_evals` are not positive, which no fit takes.
+        zeros: how many of the `n_evals` are zero but for rounding, which no fit takes.
     """
 
     name: str

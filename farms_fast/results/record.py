@@ -56,7 +56,9 @@ class LayerRecord:
         windows: number of windows over the whole stack.
         window_rows: rows of one window.
         window_cols: columns of one window.
-        dropped: eigenvalues that the fit left out because they were zero or not finite.
+        dropped: eigenvalues that the fit left out because they were zero, zero but for rounding
+            (at or below 8·k·ε of the largest of their window; they are 0 in `window_evals`) or not
+            finite.
         window_alpha_mean: mean of the finite `window_alphas`.
         window_alpha_std: their sample standard deviation (n - 1).
         alpha_se: bootstrap standard error of alpha over the windows.
@@ -132,7 +134,6 @@ class LayerRecord:
         window_cols: int,
         uncertainty: Uncertainty | None = None,
         *,
-        evals: Array | None = None,
         eps: float = float(np.finfo(np.float64).eps),
         message: str = "",
     ) -> LayerRecord:
@@ -148,23 +149,17 @@ class LayerRecord:
             window_cols: columns of one window.
             uncertainty: the spread over the windows; None where it was not asked for. Ignored when
                 there is one window, which has no spread.
-            evals: the pooled eigenvalues in ascending order, if the caller has them already. The
-                metrics are computed from them; they are not kept.
             eps: unit roundoff of the arithmetic that gave the eigenvalues.
             message: what went wrong; by default the fit's status in words.
 
         Raises:
-            ValueError: if window_evals is not two-dimensional or evals is not as long.
+            ValueError: if window_evals is not two-dimensional.
         """
         per_window = np.asarray(window_evals, dtype=np.float64)
         if per_window.ndim != 2:
             raise ValueError(f"window_evals: expected shape (windows, k), got {per_window.shape}")
-        pooled = np.sort(per_window, axis=None) if evals is None else np.asarray(evals, np.float64)
-        if pooled.shape != (per_window.size,):
-            raise ValueError(f"evals: expected shape ({per_window.size},), got {pooled.shape}")
-
         metrics: dict[str, Any] = dict(
-            spectrum_metrics(pooled, fit, window_rows, window_cols, eps=eps)
+            spectrum_metrics(per_window, fit, window_rows, window_cols, eps=eps)
         )
         spread = uncertainty if uncertainty and len(per_window) > 1 else Uncertainty()
         alphas = np.asarray(spread.window_alphas, dtype=np.float64)
@@ -200,9 +195,7 @@ class LayerRecord:
             fits.window_alphas, fits.standard_error, *fits.interval(), *fits.halves
         )
         windows = grid.rows, grid.columns, spread
-        return cls.from_spectra(
-            *layer, state.window_evals, fits.pooled, *windows, evals=fits.pooled_evals, eps=eps
-        )
+        return cls.from_spectra(*layer, state.window_evals, fits.pooled, *windows, eps=eps)
 
     @property
     def evals(self) -> Array:

@@ -18,9 +18,10 @@ from farms_fast.core.jsonable import canonical_json
 from farms_fast.spectra.bootstrap import FitRule
 from farms_fast.spectra.power_law import XMIN_RULES
 from farms_fast.spectra.windows import FixedAspectSampling, FullMatrix, Sampling
+from farms_fast.weights.stacks import LAYOUTS
 
 RUN_KEY_FIELDS = (
-    *("source", "base", "include", "exclude", "sampling"),
+    *("source", "base", "key", "include", "exclude", "layout", "sampling"),
     *("xmin", "xmin_pos", "bins", "bootstrap", "dtype", "solver", "farms_fast"),
 )
 """What makes two runs the same: the settings that decide the layers and their numbers.
@@ -71,8 +72,10 @@ class AnalysisSettings:
     Attributes:
         source: the model, by its path or a description.
         base: the model that an adapter changes; None where there is no adapter.
+        key: path of the mapping that holds the weights in a checkpoint; None where it was found.
         include: globs of the layers to analyse; empty for all but embeddings.
         exclude: globs of the layers to leave out.
+        layout: how kernels are stored: "auto", "torch" or "channels_last".
         sampling: the windows, as of `declared_sampling`.
         xmin: the rule for the start of the tail: "median", "ks" or "peak".
         xmin_pos: for the median rule.
@@ -98,8 +101,10 @@ class AnalysisSettings:
 
     source: str
     base: str | None = None
+    key: str | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    layout: str = "auto"
     sampling: _DeclaredSampling = _FARMS
     xmin: str = "median"
     xmin_pos: float = 2.0
@@ -155,6 +160,9 @@ class AnalysisSettings:
     @classmethod
     def from_plain(cls, plain: object) -> AnalysisSettings:
         """Undoes `to_plain`; ValueError for a field that is missing, unknown or wrong."""
+        if isinstance(plain, Mapping):
+            # Settings that were written before these were any.
+            plain = {"key": None, "layout": "auto", **plain}
         values = _fields_of(cls, "settings", plain)
         for name in ("include", "exclude"):
             if isinstance(values[name], list):
@@ -177,6 +185,10 @@ _TEXTS: _Expected = (
     "a list of texts",
     lambda value: isinstance(value, tuple) and all(isinstance(text, str) for text in value),
 )
+_OPTIONAL_TEXT: _Expected = (
+    "text or nothing",
+    lambda value: value is None or isinstance(value, str),
+)
 
 
 def _count(most: int) -> _Expected:
@@ -184,9 +196,11 @@ def _count(most: int) -> _Expected:
 
 
 _EXPECTED: Mapping[str, _Expected] = {
-    "base": ("text or nothing", lambda value: value is None or isinstance(value, str)),
+    "base": _OPTIONAL_TEXT,
+    "key": _OPTIONAL_TEXT,
     "include": _TEXTS,
     "exclude": _TEXTS,
+    "layout": (", ".join(LAYOUTS), lambda value: value in LAYOUTS),
     "sampling": (
         "FixedAspectSampling, FullMatrix or OtherSampling",
         lambda value: isinstance(value, _DeclaredSampling),

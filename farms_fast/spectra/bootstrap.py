@@ -25,7 +25,9 @@ from farms_fast.spectra.power_law import (
     PowerLawFit,
     PowerLawFits,
     fit_power_laws,
+    least_spread,
     packed_offsets,
+    packed_spreads,
     xmin_rule,
 )
 from farms_fast.spectra.windows import WindowGrid
@@ -52,14 +54,26 @@ class FitRule:
         rule.fit(torch.empty(0, dtype=torch.float64, device="cpu"), [])
         return rule
 
-    def fit(self, packed: Tensor, lengths: Sequence[int]) -> PowerLawFits:
-        """Fits packed ascending spectra of the given lengths."""
-        return self.fit_at(packed, packed_offsets(lengths, packed.device))
+    @property
+    def published(self) -> bool:
+        """Whether fits repeat published code: of all eigenvalues, those of rounding too."""
+        return self.compat is not None
 
-    def fit_at(self, packed: Tensor, offsets: Tensor) -> PowerLawFits:
+    def least_spread(self, weights: torch.dtype, order: int, precision: torch.dtype) -> float:
+        """`farms_fast.spectra.power_law.least_spread`; 0 for published fits."""
+        return 0.0 if self.published else least_spread(weights, order, precision)
+
+    def fit(
+        self, packed: Tensor, lengths: Sequence[int], spreads: Sequence[float] | None = None
+    ) -> PowerLawFits:
+        """Fits packed ascending spectra of the given lengths, each with its least spread."""
+        device = packed.device
+        return self.fit_at(packed, packed_offsets(lengths, device), packed_spreads(spreads, device))
+
+    def fit_at(self, packed: Tensor, offsets: Tensor, spread: Tensor | None = None) -> PowerLawFits:
         """Fits packed ascending spectra that begin and end at offsets on the same device."""
         return fit_power_laws(
-            packed, offsets, self.xmin, self.xmin_pos, self.bins, compat=self.compat
+            packed, offsets, self.xmin, self.xmin_pos, self.bins, spread, compat=self.compat
         )
 
 
@@ -68,7 +82,6 @@ class LayerFits:
     """Fits of one layer's pooled spectrum and of parts and resamples of it."""
 
     pooled: PowerLawFit
-    pooled_evals: NDArray[np.float64]  # (windows · k,), all eigenvalues, ascending
     window_alphas: NDArray[np.float64]  # (windows,), each window fitted alone
     halves: tuple[float, float]  # alphas of the even and the odd windows; NaN for a single window
     resampled: NDArray[np.float64]  # alphas of the resamples that could be fitted
@@ -93,6 +106,7 @@ def fit_layers(
     rule: FitRule,
     bootstrap: int = 0,
     values_per_call: int = _VALUES_PER_CALL,
+    spreads: Sequence[float] | None = None,
 ) -> list[LayerFits]:
     """Fits the pooled spectra of layers, and how they vary over windows.
 
@@ -102,22 +116,25 @@ def fit_layers(
     itself, and resample by resample. The resamples drawn depend on nothing but the grid.
 
     For each layer, `spectra` has (windows, k) float64 with ascending rows, all on one device,
-    `entries` the matrices of its stack, and `grids` the windows of one matrix.
+    `entries` the matrices of its stack, `grids` the windows of one matrix, and `spreads` the least
+    spread of a tail, 0 without.
     """
+    least = [0.0] * len(spectra) if spreads is None else spreads
     alike: dict[tuple[object, ...], list[int]] = {}
     for layer, (count, grid) in enumerate(zip(entries, grids, strict=True)):
         starts = tuple(grid.row_starts), tuple(grid.column_starts)
-        key = (*spectra[layer].shape, count, grid.rows, grid.columns, *starts)
+        key = (*spectra[layer].shape, count, grid.rows, grid.columns, *starts, least[layer])
         alike.setdefault(key, []).append(layer)
     groups: list[_Group] = []
     for layers in alike.values():
         # So that one resample of all of them fits into a call.
         count = max(1, values_per_call // spectra[layers[0]].numel())
         for begin in range(0, len(layers), count):
-            groups.append(_Group(layers[begin : begin + count], spectra))
+            groups.append(_Group(layers[begin : begin + count], spectra, least[layers[0]]))
     if not groups:
         return []
-    fits = _fit_rows([part for group in groups for part in group.parts()], rule, values_per_call)
+    parts = [(part, group.least_spread) for group in groups for part in group.parts()]
+    fits = _fit_rows(parts, rule, values_per_call)
     by_layer: dict[int, LayerFits] = {}
     end = 0
     for group in groups:
@@ -129,11 +146,16 @@ def fit_layers(
     return [by_layer[layer] for layer in range(len(spectra))]
 
 
-def _fit_rows(parts: Sequence[Tensor], rule: FitRule, values_per_call: int) -> PowerLawFits:
-    """Fits of every row of every part, as many in one call as it takes; on the host."""
-    calls: list[list[Tensor]] = [[]]
+def _fit_rows(
+    parts: Sequence[tuple[Tensor, float]], rule: FitRule, values_per_call: int
+) -> PowerLawFits:
+    """Fits of every row of every part, as many in one call as it takes; on the host.
+
+    With each part comes the least spread of its rows.
+    """
+    calls: list[list[tuple[Tensor, float]]] = [[]]
     free_values = values_per_call
-    for part in parts:
+    for part, spread in parts:
         begin, length = 0, part.shape[1]
         while begin < len(part):
             rows = min(len(part) - begin, free_values // length)
@@ -142,13 +164,14 @@ def _fit_rows(parts: Sequence[Tensor], rule: FitRule, values_per_call: int) -> P
                 free_values = values_per_call
                 continue
             rows = max(rows, 1)
-            calls[-1].append(part[begin : begin + rows])
+            calls[-1].append((part[begin : begin + rows], spread))
             free_values -= rows * length
             begin += rows
     stacked = []
     for call in calls:
-        lengths = [part.shape[1] for part in call for _ in range(len(part))]
-        fits = rule.fit(torch.cat([part.flatten() for part in call]), lengths)
+        lengths = [part.shape[1] for part, _ in call for _ in range(len(part))]
+        spreads = [spread for part, spread in call for _ in range(len(part))]
+        fits = rule.fit(torch.cat([part.flatten() for part, _ in call]), lengths, spreads)
         stacked.append([rows.cpu() for rows in fits.stacked()])
     reals, integers = (torch.cat(rows, dim=1) for rows in zip(*stacked, strict=True))
     alpha, distance, xmin = reals
@@ -159,8 +182,9 @@ def _fit_rows(parts: Sequence[Tensor], rule: FitRule, values_per_call: int) -> P
 class _Group:
     """Layers of equally many windows of one order, sampled alike."""
 
-    def __init__(self, layers: list[int], spectra: Sequence[Tensor]) -> None:
+    def __init__(self, layers: list[int], spectra: Sequence[Tensor], least_spread: float) -> None:
         self.layers = layers  # their positions in the caller's sequence
+        self.least_spread = least_spread
         self._windows = torch.stack([spectra[layer] for layer in layers])
         self._values, indices = self._windows.flatten(1).sort(dim=1)
         # Where each sorted value comes from.
@@ -197,12 +221,10 @@ class _Group:
         pooled = fits.part(slice(layers)).to_list()
         several = windows > 1
         even, odd, single = np.split(fits.alpha[layers:].numpy().copy(), [layers, 2 * layers])
-        pooled_evals = self._values.cpu().numpy()
         resampled = self._resampled_alphas(counts if several else counts[:0], rule, values_per_call)
         return [
             LayerFits(
                 pooled[i],
-                pooled_evals[i],
                 single[i * windows : (i + 1) * windows],
                 (float(even[i]), float(odd[i])) if several else (math.nan, math.nan),
                 resampled[i][np.isfinite(resampled[i])],
@@ -215,7 +237,7 @@ class _Group:
     ) -> NDArray[np.float64]:
         """Alphas (layers, resamples); repeating sorted values keeps them sorted."""
         layers, values = self._values.shape
-        alphas = torch.empty(0, layers, dtype=torch.float64)
+        alphas = torch.empty(0, layers, dtype=torch.float64, device="cpu")
         per_call = max(1, values_per_call // (layers * values))
         for begin in range(0, len(counts), per_call):
             part = torch.from_numpy(counts[begin : begin + per_call])
@@ -225,7 +247,8 @@ class _Group:
                 .flatten()
                 .repeat_interleave(repeats.flatten(), output_size=repeats.numel())
             )
-            fitted = rule.fit(packed, [values] * (len(part) * layers)).alpha
+            number = len(part) * layers
+            fitted = rule.fit(packed, [values] * number, [self.least_spread] * number).alpha
             alphas = torch.cat([alphas, fitted.view(len(part), layers).cpu()])
             # Before the next resamples are made beside them.
             del packed, repeats

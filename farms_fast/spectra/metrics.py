@@ -51,7 +51,7 @@ def spectrum_metrics(
     alpha_weighted      alpha * log lambda_max                                        [3]
     log_alpha_norm      log sum lambda^alpha                                          [3]
     stable_rank         sum lambda / lambda_max                                       [2]
-    matrix_rank         number of lambda > 8 * M * eps * lambda_max                   see below
+    matrix_rank         number of lambda > 8 * M * eps * lambda_max of its window      see below
     entropy             -sum p ln p / ln matrix_rank, p = lambda / sum lambda         [2]
     mp_softrank         mean(lambda) * (1 + 1 / sqrt(Q))^2 / lambda_max               [4]
     M, N, Q             min(rows, cols), max(rows, cols), N / M                       [2]
@@ -67,8 +67,9 @@ def spectrum_metrics(
 
     * matrix_rank. WeightWatcher takes singular values and keeps those above `sigma_max * N * eps`.
       Eigenvalues of a Gram matrix are known to `8 * M * eps * lambda_max`, so a threshold at
-      `(N * eps)**2 * lambda_max` would count rounding noise; the accuracy itself is the threshold.
-      The two agree unless a singular value lies below about `1e-6 * sigma_max` and is not zero.
+      `(N * eps)**2 * lambda_max` would count rounding noise; the accuracy itself is the threshold,
+      as it is for what enters a fit. The two agree unless a singular value lies below about
+      `1e-6 * sigma_max` and is not zero.
     * entropy. WeightWatcher adds 1e-10 to every p and to the rank against a logarithm of zero.
       Nothing is added here: the value lies in [0, 1], and it is 0 when the rank is 1.
     * mp_softrank. The Marchenko-Pastur edge is that of entries whose variance is the mean square of
@@ -89,20 +90,23 @@ def spectrum_metrics(
     A norm beyond the range of float64 is infinite; its logarithm is right nevertheless.
 
     Args:
-        evals: float64 (n,), the eigenvalues that were fitted, none negative, in any order.
+        evals: float64 (n,), the eigenvalues that were fitted, none negative, in any order; or
+            (windows, M), those of each window. The rank goes by the largest eigenvalue of a window,
+            that of all where they are not told apart.
         fit: their power-law fit.
         rows: rows of one window, at least 1.
         cols: columns of one window, at least 1.
         eps: unit roundoff of the arithmetic that gave the eigenvalues, for matrix_rank:
             `torch.finfo(torch.float32).eps` after a run in float32.
     """
-    values = np.asarray(evals, dtype=np.float64)
-    if values.ndim != 1:
-        raise ValueError(f"evals: expected a 1-D array, got shape {values.shape}")
+    windows = np.atleast_2d(np.asarray(evals, dtype=np.float64))
+    if windows.ndim != 2:
+        raise ValueError(f"evals: expected one or two dimensions, got shape {windows.shape}")
     for argument, given in (("rows", rows), ("cols", cols)):
         if given < 1:
             raise ValueError(f"{argument}: expected at least 1, got {given}")
 
+    values = windows.ravel()
     smaller, larger = min(rows, cols), max(rows, cols)
     aspect = larger / smaller
     known = values.size > 0 and bool(np.isfinite(values).all())
@@ -118,7 +122,8 @@ def spectrum_metrics(
             norm = float(values.sum())
             ratios = values / largest
             total = float(ratios.sum())
-            rank = int(np.count_nonzero(ratios > 8.0 * smaller * eps))
+            limits = windows.max(axis=1, keepdims=True) * (8.0 * smaller * eps)
+            rank = int(np.count_nonzero(windows > limits))
             entropy = _entropy(ratios / total, rank)
             log_largest = math.log10(largest)
             if math.isfinite(fit.alpha):

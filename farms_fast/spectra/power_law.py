@@ -10,7 +10,7 @@ and the Kolmogorov-Smirnov distance
 `D(i) = max_{j >= i} |1 - (l_j / l_i)^(1 - alpha(i)) - (j - i) / n|`
 
 (Clauset, Shalizi and Newman, SIAM Review 51, 2009). Three rules choose `i`; see
-`fit_power_law`.
+`fit_power_law`. A tail is all values from xmin on: of equal values it has all or none.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ from farms_fast.core.arrays import on_stream_of, to_tensor
 
 #: What a fit can end as, in the order of the op's status codes.
 STATUSES = ("ok", "too_few", "degenerate_tail", "no_candidate", "nonfinite")
+
+# That of float16 and bfloat16, or more.
+_HALF_EPS = 2.0**-11
 
 #: Every accepted name of a rule, and the rule it means.
 XMIN_RULES = {
@@ -51,10 +54,12 @@ class PowerLawFit:
         xmin: smallest value of the tail; NaN unless ok.
         n_tail: values in the tail; 0 unless ok.
         n: values that entered the fit, the tail and what lies below it.
-        dropped: values that did not enter: zero, negative or not finite.
+        dropped: values that did not enter: zero, zero but for rounding where the order of the
+            window is known, negative or not finite.
         status: `"ok"`; `"too_few"`: fewer than two values in the tail;
-            `"degenerate_tail"`: the tail's values are all equal; `"no_candidate"`: no value
-            near the peak; `"nonfinite"`: there were values, none of them finite.
+            `"degenerate_tail"`: the tail's values are equal, or equal but for the rounding of the
+            weights where their dtype is known; `"no_candidate"`: no value near the peak;
+            `"nonfinite"`: there were values, none of them finite.
         xmin_rule: the rule that chose `xmin`: `"median"`, `"ks"` or `"peak"`.
     """
 
@@ -132,6 +137,8 @@ def fit_power_law(
     xmin_pos: float = 2,
     bins: int = 100,
     *,
+    order: int | None = None,
+    weights: torch.dtype | None = None,
     compat: str | None = None,
 ) -> PowerLawFit:
     """Fits a power law to the tail of one spectrum.
@@ -140,14 +147,20 @@ def fit_power_law(
         evals: eigenvalues, 1-D and floating, in any order: a NumPy array, a torch tensor on CPU
             or CUDA, or an array of another library that has `__dlpack__`. It is not written.
             Values that are not positive and finite are dropped and counted.
-        xmin: where the tail starts. `"median"` (`"xmin_mid"`): at index `int(N / xmin_pos)`.
-            `"ks"` (`"goodness-of-fit"`): at the first index of least D that leaves two values
-            in the tail. `"peak"` (`"xmin_peak"`, `"fix-finger"`): likewise among the values
-            between 0.95 and 1.5 times the left edge of the fullest bin of `log10 l`.
+        xmin: where the tail starts. `"median"` (`"xmin_mid"`): at the value that has the index
+            `int(N / xmin_pos)`. `"ks"` (`"goodness-of-fit"`): at the value of least D that leaves
+            two in the tail, the smallest of several. `"peak"` (`"xmin_peak"`, `"fix-finger"`):
+            likewise among the values between 0.95 and 1.5 times the left edge of the fullest bin of
+            `log10 l`.
         xmin_pos: used by `"median"`; finite and above 1.
         bins: histogram bins, used by `"peak"`; 1 to 2^20.
-        compat: `"farms"` repeats a slip of the published FARMS code under `"peak"`: its lower
-            end is `log10` of 0.95 times the edge.
+        order: where `evals` are those of one window, as `esd` computes them, its shorter side k:
+            values at or below 8·k·2⁻⁵²·λ_max are zero but for rounding, and dropped.
+        weights: the dtype of the weights, where `order` is given: a tail whose values are equal but
+            for its rounding is `"degenerate_tail"` (see `least_spread`).
+        compat: `"farms"` repeats the published FARMS code: a tail may begin in the middle of equal
+            values, and under `"peak"` the lower end is `log10` of 0.95 times the edge.
+            `"weightwatcher"` is another name of it, for WeightWatcher's fit does the same.
 
     Returns:
         The fit. A spectrum that cannot be fitted is no error: `status` says why.
@@ -168,14 +181,82 @@ def fit_power_law(
         # false.
         ascending = bool((values[1:] >= values[:-1]).all())
         ordered = values.contiguous() if ascending else torch.sort(values).values
+        spread = None
+        if order is not None:
+            order = check_int("order", order, least=1)
+            limit = ordered[-1] * rounding_share(order)
+            ordered = torch.where((ordered <= limit) & limit.isfinite(), 0.0, ordered)
+            least = least_spread(weights, order)
+            spread = torch.tensor([least], dtype=torch.float64, device=ordered.device)
+        elif weights is not None:
+            raise ValueError("order: expected that of the window where weights is given, got None")
         offsets = torch.tensor([0, ordered.numel()], device=ordered.device)
-        return fit_power_laws(ordered, offsets, xmin, xmin_pos, bins, compat=compat)[0]
+        fits = fit_power_laws(ordered, offsets, xmin, xmin_pos, bins, spread, compat=compat)
+        return fits[0]
+
+
+def rounding_share(order: int, precision: torch.dtype = torch.float64) -> float:
+    """What eigenvalues may err by, over the largest of their window: `8·k·ε`.
+
+    Up to here an eigenvalue is zero as far as is known. `ops.drop_rounding` makes it so.
+
+    Args:
+        order: k, the shorter side of the window.
+        precision: in which they were computed.
+
+    Example:
+        >>> rounding_share(100) == 800 * 2.0**-52
+        True
+    """
+    return 8.0 * order * torch.finfo(precision).eps
+
+
+def least_spread(
+    weights: torch.dtype | None, order: int, precision: torch.dtype = torch.float64
+) -> float:
+    """How far a tail's eigenvalues have to spread, as ln(λ_max / xmin), to be a tail at all.
+
+    Rounding to a dtype changes each entry of W by at most ε/2 of itself, independently of the
+    others, so that the singular values of an m x n matrix with entries of one size change by about
+    `ε/√12·(√m + √n)/√max(m, n)` of their root mean square, 0.58·ε at most. ln λ of equal ones then
+    spreads over 2.3·ε; 1.2·ε is measured for orthogonal matrices of any order. The bound is 4·ε.
+
+    A matrix that was made equal in its own precision, as orthogonal initialisation does by a QR
+    factorisation, errs by more: 15·ε at order 32 and 38·ε at order 2048 in float32. The bound is
+    64·ε for float32 and float64, in which factorisations are made. The eigenvalues themselves are
+    known to `rounding_share`, at both ends.
+
+    Args:
+        weights: dtype of the weights, real or complex; None where it is not known.
+        order: k, the shorter side of the window.
+        precision: in which the eigenvalues were computed.
+
+    Example:
+        >>> import torch
+        >>> least_spread(torch.bfloat16, 100) == 4 * 2.0**-7 + 1600 * 2.0**-52
+        True
+    """
+    own = 0.0
+    if weights is not None:
+        check_type("weights", weights, torch.dtype, "a torch dtype")
+        if not (weights.is_floating_point or weights.is_complex):
+            raise ValueError(f"weights: expected a floating or complex dtype, got {weights}")
+        info = torch.finfo(weights)
+        own = (64 if info.eps < _HALF_EPS else 4) * info.eps
+    return own + 2 * rounding_share(order, precision)
 
 
 def packed_offsets(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
     """Where packed spectra of these lengths begin, and the last one ends; int64, on the device."""
     offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int64, device="cpu")
     return offsets.to(device, non_blocking=True)
+
+
+def packed_spreads(spreads: Sequence[float] | None, device: torch.device) -> torch.Tensor | None:
+    """Least spreads of packed spectra, float64, on the device; None where none is above 0."""
+    if spreads is None or not any(spreads):
+        return None
+    return torch.tensor(spreads, dtype=torch.float64, device="cpu").to(device, non_blocking=True)
 
 
 def sort_spectra(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
@@ -205,22 +286,23 @@ def fit_power_laws(
     xmin: str = "median",
     xmin_pos: float = 2,
     bins: int = 100,
+    spread: torch.Tensor | None = None,
     *,
     compat: str | None = None,
 ) -> PowerLawFits:
     """`fit_power_law` for each of many packed spectra, without waiting for a device.
 
     Spectrum `s`, float64 and ascending with NaN last, is `spectra[offsets[s]:offsets[s + 1]]`, with
-    int64 offsets on the same device.
+    int64 offsets on the same device. Each may have a `least_spread`, float64 on the same device.
     """
     rule = xmin_rule(xmin)
     position = _xmin_pos(xmin_pos)
     n_bins = check_int("bins", bins, least=1, most=MOST_BINS)
-    if compat not in (None, "farms"):
-        raise ValueError(f"compat: expected None or 'farms', got {compat!r}")
+    if compat not in (None, "farms", "weightwatcher"):
+        raise ValueError(f"compat: expected None, 'farms' or 'weightwatcher', got {compat!r}")
     _require_packed(spectra, offsets)
     alpha, distance, tail_start, n_tail, status, dropped = ops.fit_power_law(
-        spectra, offsets, rule, position, n_bins, compat == "farms"
+        spectra, offsets, rule, position, n_bins, compat is not None, spread
     )
     n = torch.diff(offsets) - dropped
     return PowerLawFits(alpha, distance, tail_start, n_tail, n, dropped, status, rule)
@@ -279,7 +361,7 @@ def fit_message(fit: PowerLawFit) -> str:
     return {
         "ok": "",
         "too_few": f"too few positive eigenvalues for a fit ({used})",
-        "degenerate_tail": f"the eigenvalues of the tail are all equal ({used})",
+        "degenerate_tail": f"the eigenvalues of the tail are equal but for rounding ({used})",
         "no_candidate": f"no eigenvalue qualifies as xmin ({used})",
         "nonfinite": f"the spectrum has values that are not finite ({used})",
     }.get(fit.status, f"the fit ended as {fit.status!r} ({used})")

@@ -23,7 +23,8 @@ def fit_power_law(
     rule: str = "median",
     xmin_pos: float = 2.0,
     bins: int = 100,
-    log10_lower_bound: bool = False,
+    published: bool = False,
+    least_spread: float = 0.0,
 ) -> dict[str, float | int | str]:
     """Fits a power law to the tail of one spectrum by exhaustive scan.
 
@@ -32,10 +33,13 @@ def fit_power_law(
     `alpha(i) = 1 + n / sum_{j >= i} (ln l_j - ln l_i)` and
     `D(i) = max_{j >= i} |1 - (l_j / l_i)^(1 - alpha(i)) - (j - i) / n|`.
 
-    Rule `"median"` starts the tail at `int(N / xmin_pos)`; `"ks"` takes the first argmin of `D`
-    over all `i <= N - 2`; `"peak"` takes it over the values within 0.95 and 1.5 times the left edge
-    x2 of the fullest bin of a histogram of `log10 l`, or from `log10(0.95 x2)` on with the
-    published `log10_lower_bound`.
+    Rule `"median"` takes the value at `int(N / xmin_pos)` for xmin; `"ks"` takes the first argmin
+    of `D` over all `i <= N - 2`; `"peak"` takes it over the values within 0.95 and 1.5 times the
+    left edge x2 of the fullest bin of a histogram of `log10 l`.
+
+    A tail has all values from xmin on, so that it begins at the first of equal values. No tail has
+    `ln(l_{N-1} / l_i)` of `least_spread` or less. As `published`, a tail may begin in the middle of
+    equal values, and the lower end of `"peak"` is `log10(0.95 x2)`.
 
     Example:
         >>> import numpy as np
@@ -56,10 +60,12 @@ def fit_power_law(
         candidates = np.array([int(size / xmin_pos)])
         if candidates[0] > size - 2:
             return failed | {"status": "too_few"}
+        if not published:
+            candidates = np.searchsorted(values, values[candidates])
     elif rule == "ks":
         candidates = np.arange(size - 1)
     elif rule == "peak":
-        candidates = _peak_candidates(values, bins, log10_lower_bound)
+        candidates = _peak_candidates(values, bins, published)
         if candidates.size == 0:
             return failed | {"status": "no_candidate"}
     else:
@@ -70,7 +76,8 @@ def fit_power_law(
     excess = _excess(logs)
     best_distance, best = np.inf, -1
     for i in candidates:
-        if excess[i] > 0:
+        begins = published or i == 0 or values[i - 1] < values[i]
+        if begins and excess[i] > 0 and logs[-1] - logs[i] > least_spread:
             distance = _distance(logs, excess, int(i))
             if distance < best_distance:
                 best_distance, best = distance, int(i)
@@ -111,13 +118,11 @@ def _distance(logs: FloatArray, excess: FloatArray, i: int) -> float:
     return float(np.max(np.abs(model - np.arange(n) / n)))
 
 
-def _peak_candidates(
-    values: FloatArray, bins: int, log10_lower_bound: bool
-) -> npt.NDArray[np.intp]:
+def _peak_candidates(values: FloatArray, bins: int, published: bool) -> npt.NDArray[np.intp]:
     """Indices, short of the last, around the left edge of the modal bin of `log10 l`."""
     counts, edges = np.histogram(np.log10(values), bins=bins)
     peak = 10 ** edges[np.argmax(counts)]
-    lower = np.log10(0.95 * peak) if log10_lower_bound else 0.95 * peak
+    lower = np.log10(0.95 * peak) if published else 0.95 * peak
     inside = (values >= lower) & (values <= 1.5 * peak)
     return np.flatnonzero(inside[:-1])
 

@@ -186,6 +186,7 @@ def assert_one_error_line(result: Result, *parts: str) -> None:
         (["--full", "--rows", "9", "--q", "2"], ["full", "--rows, --q"]),
         (["--include", "nothing*"], ["include", "nothing*"]),
         (["--exclude", "nothing*"], ["exclude", "nothing*"]),
+        (["--layout", "last"], ["layout", "auto, torch, channels_last", "'last'"]),
     ],
     ids=" ".join,
 )
@@ -288,7 +289,7 @@ def test_options_reach_the_analysis(analysed: dict[str, Any]) -> None:
     options = (
         "--rows 64 --q 0.5 --per-dim 4 --xmin peak --xmin-pos 3 --bins 50 --bootstrap 7 "
         "--device cpu --dtype float32 --solver lapack --memory 2KiB --include a* --include b "
-        "--exclude c --base d --store e.sqlite --force"
+        "--exclude c --layout channels_last --base d --key e --store e.sqlite --force"
     )
     result = run("m.pt", *options.split())
     assert result.exit_code == 0, result.output
@@ -306,7 +307,9 @@ def test_options_reach_the_analysis(analysed: dict[str, Any]) -> None:
         "memory": 2048,
         "include": ["a*", "b"],
         "exclude": ["c"],
+        "layout": "channels_last",
         "base": Path("d"),
+        "key": "e",
         "store": Path("e.sqlite"),
         "force": True,
         "process_group": None,
@@ -319,6 +322,7 @@ def test_defaults(analysed: dict[str, Any]) -> None:
     assert analysed["sampling"] == FixedAspectSampling()
     assert analysed["xmin"] == "median"
     assert analysed["dtype"] is torch.float64
+    assert analysed["layout"] == "auto"
     for name in ("device", "solver", "memory", "include", "exclude", "base", "store"):
         assert analysed[name] is None, name
     run("m", "--full")
@@ -559,13 +563,6 @@ def test_version() -> None:
     assert (result.exit_code, result.stdout) == (0, f"farms-fast {farms_fast.__version__}\n")
 
 
-def test_info() -> None:
-    result = CliRunner().invoke(cli.app, ["info"])
-    assert result.exit_code == 0
-    for key, value in farms_fast.build_info().items():
-        assert f"{key}: {value}" in result.stdout
-
-
 @pytest.mark.slow
 def test_module_and_help() -> None:
     done = subprocess.run(
@@ -576,7 +573,7 @@ def test_module_and_help() -> None:
     )
     options = (
         "--rows --q --per-dim --xmin --xmin-pos --bins --bootstrap --full --device --dtype "
-        "--solver --memory --include --exclude --csv --json --quiet --show-skipped"
+        "--solver --memory --include --exclude --layout --csv --json --quiet --show-skipped"
     )
     for option in options.split():
         assert f"  {option} " in done.stdout or f" {option}\n" in done.stdout, option

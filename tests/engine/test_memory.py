@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -63,10 +64,10 @@ def test_fits_stay_within_their_bound(
     spectra = torch.from_numpy(evals).to(device, dtype)
     fit = FitRule.fit
 
-    def with_workspace(self: FitRule, packed: torch.Tensor, lengths: list[int]) -> object:
+    def with_workspace(self: FitRule, packed: torch.Tensor, *rest: list[Any]) -> object:
         # On a CPU the op takes its workspace past torch's allocator.
         held = torch.empty(OP_BYTES * packed.numel(), dtype=torch.uint8)
-        return fit(self, packed, lengths), held
+        return fit(self, packed, *rest), held
 
     def call(values: int) -> object:
         wide = [windows.to(torch.float64) for windows in spectra]

@@ -321,7 +321,7 @@ def test_a_layer_above_its_share_is_alone() -> None:
     assert names(planned) == [["a"], ["big"], ["b", "c"]]
     # What it leaves is the solver's; others get half.
     assert planned.batches[0].workspace == 550_000
-    assert planned.batches[1].workspace == 1_100_000 - 1_000_000 - 50 * 8 - 40
+    assert planned.batches[1].workspace == 1_100_000 - 1_000_000 - 50 * 8 - 48
     # Spectra have a share too: 225 windows of 8, 128 times.
     sampling = FixedAspectSampling(rows=8, per_dim=15)
     many = [spec("a", 22, 22), spec("experts", 22, 22, 128), spec("b", 22, 22)]

@@ -105,8 +105,10 @@ def test_specs_and_skipped_are_those_of_analyze() -> None:
             grid = FixedAspectSampling(rows=4, per_dim=2)
             return grid.grid(rows, columns) if columns > 4 else FixedAspectSampling(q=50).grid(1, 1)
 
-    live = LiveAnalysis(model, Wide())
-    whole = analyze(model, Wide(), bootstrap=0, progress=False)
+    # One object, for its name is in the reason.
+    wide = Wide()
+    live = LiveAnalysis(model, wide)
+    whole = analyze(model, wide, bootstrap=0, progress=False)
     assert [spec.name for spec in live.specs] == ["some"]
     assert live.skipped == whole.skipped
     assert_equal(live(), whole.layers)
@@ -188,6 +190,27 @@ def test_failed_fits_are_told_as_analyze_tells_them(device: torch.device) -> Non
         model[1].weight.copy_(torch.eye(8))
     found = assert_as_analyze(model, FullMatrix())
     assert [layer.status for layer in found] == ["too_few", "degenerate_tail", "ok"]
+
+
+@pytest.mark.parametrize("xmin", ["median", "ks", "peak"])
+def test_zero_and_equal_but_for_rounding(device: torch.device, xmin: str) -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(16, 64)
+    model = nn.ModuleList([nn.Linear(64, 48, bias=False) for _ in range(4)])
+    with torch.no_grad():
+        model[0].weight.copy_(rows.repeat(3, 1))
+        model[1].weight.copy_(3 * rows.repeat(3, 1)[torch.randperm(48)])
+        nn.init.orthogonal_(model[2].weight)
+        nn.init.orthogonal_(model[3].weight)
+    model[3].to(torch.bfloat16)
+    model.to(device)
+    assert_as_analyze(model, FixedAspectSampling(rows=24, per_dim=2), xmin)
+    found = assert_as_analyze(model, FullMatrix(), xmin)
+    assert [layer.status for layer in found] == ["ok", "ok", "degenerate_tail", "degenerate_tail"]
+    assert [layer.zeros for layer in found] == [32, 32, 0, 0]
+    assert found[0].n_tail == found[1].n_tail <= 16
+    # Three times a float32 is rounded.
+    assert found[0].alpha == pytest.approx(found[1].alpha, rel=1e-6)
 
 
 def test_few_eigenvalues_make_no_alpha(device: torch.device) -> None:
@@ -369,6 +392,7 @@ def test_a_model_that_has_changed_is_refused(change: Any, said: str) -> None:
         ({"memory": 1000}, ValueError, "memory: expected at least"),
         ({"include": "x"}, ValueError, "include: expected"),
         ({"exclude": 3}, TypeError, "exclude: expected"),
+        ({"layout": "last"}, ValueError, "layout: expected"),
         ({"min_evals": -1}, ValueError, "min_evals: expected"),
         ({"min_evals": 2.0}, TypeError, "min_evals: expected"),
         ({"evals_threshold": -1.0}, ValueError, "evals_threshold: expected"),
@@ -450,9 +474,12 @@ def test_little_memory_takes_several_passes(
     model = network(device)
     fitted: list[int] = []
 
-    def counting(rule: FitRule, packed: torch.Tensor, offsets: torch.Tensor) -> PowerLawFits:
+    def counting(
+        rule: FitRule, packed: torch.Tensor, offsets: torch.Tensor, spread: torch.Tensor
+    ) -> PowerLawFits:
         fitted.append(len(offsets) - 1)
-        return fit_at(rule, packed, offsets)
+        assert len(spread) == fitted[-1]
+        return fit_at(rule, packed, offsets, spread)
 
     fit_at = FitRule.fit_at
     least = least_memory(model, xmin)

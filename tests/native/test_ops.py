@@ -22,6 +22,9 @@ DTYPES = [
 ]
 
 
+OPS = ["window_gram", "eigvalsh", "window_eigvalsh", "fit_power_law", "drop_rounding"]
+
+
 def sample(device: torch.device, dtype: torch.dtype = torch.float32) -> tuple:
     """Two weights, their windows, and the windows' order."""
     torch.manual_seed(0)
@@ -44,15 +47,16 @@ def op_calls(device: torch.device) -> dict[str, tuple]:
         "eigvalsh": (gram, "auto", 0),
         "window_eigvalsh": (weights, table, order, torch.float32, "auto", 0),
         "fit_power_law": (evals[:20].repeat(2), offsets[:2] * 2, "ks", 2.0, 100, False),
+        "drop_rounding": (evals.view(5, 10),),
     }
 
 
-@pytest.mark.parametrize("name", ["window_gram", "eigvalsh", "window_eigvalsh", "fit_power_law"])
+@pytest.mark.parametrize("name", OPS)
 def test_opcheck(device: torch.device, name: str) -> None:
     torch.library.opcheck(getattr(torch.ops.farms_fast, name).default, op_calls(device)[name])
 
 
-@pytest.mark.parametrize("name", ["window_gram", "eigvalsh", "window_eigvalsh", "fit_power_law"])
+@pytest.mark.parametrize("name", OPS)
 def test_compiles_without_graph_breaks(device: torch.device, name: str) -> None:
     call, arguments = getattr(torch.ops.farms_fast, name), op_calls(device)[name]
     # "aot_eager" traces forward and fake kernels without needing a compiler at run time.
@@ -99,6 +103,28 @@ def test_no_windows_give_empty_results(device: torch.device) -> None:
     empty = torch.empty(0, dtype=torch.float64, device=device)
     offsets = torch.zeros(1, dtype=torch.int64, device=device)
     assert all(len(part) == 0 for part in ops.fit_power_law(empty, offsets))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_what_is_zero_but_for_rounding(device: torch.device, dtype: torch.dtype) -> None:
+    order = 50
+    share = 8 * order * torch.finfo(dtype).eps
+    rows = torch.zeros(6, order, dtype=torch.float64)
+    for row, largest in enumerate((1.0, 3.0, 1e-30, 1e30)):
+        values = torch.tensor([0.0, 0.5, 0.99, 1.01, 2.0]) * share * largest
+        rows[row, -6:-1], rows[row, -1] = values, largest
+    # A window of zeros, and one that is not finite.
+    rows[5] = torch.linspace(0, 1, order)
+    rows[5, -1] = torch.inf
+    evals = rows.to(device, dtype)
+    found = ops.drop_rounding(evals)
+    assert (found.dtype, found.device) == (dtype, evals.device)
+    expected = evals.clone()
+    expected[:4, :-3] = 0
+    assert torch.equal(found, expected)
+    nothing = torch.full((2, order), torch.nan, dtype=dtype, device=device)
+    assert ops.drop_rounding(nothing).isnan().all()
+    assert ops.drop_rounding(evals[:0]).shape == (0, order)
 
 
 def bad_calls(device: torch.device) -> dict[str, tuple]:
@@ -189,6 +215,20 @@ def bad_calls(device: torch.device) -> dict[str, tuple]:
             1.0,
             100,
             False,
+        ),
+        r"'least_spread': expected a contiguous float64 tensor of shape \(1,\), got Double of 2": (
+            call.fit_power_law,
+            evals,
+            offsets,
+            "ks",
+            2.0,
+            100,
+            False,
+            evals[:2],
+        ),
+        r"'evals': expected a contiguous float32 or float64 .*, got Double of 1": (
+            call.drop_rounding,
+            evals,
         ),
         r"'bins': expected at least 1, got 0": (
             call.fit_power_law,
@@ -354,7 +394,7 @@ def test_largest_orders_of_other_architectures(
                 ops.solver_facts(order + 1, **settings, solver=solver)
 
 
-@pytest.mark.parametrize("count", [1, 1000])
+@pytest.mark.parametrize("count", [3, 1000])
 @pytest.mark.parametrize("capability", [80, 86, 89, 120])
 def test_an_ampere_or_later_without_measurements_gets_the_packages_solvers(
     capability: int, count: int
@@ -370,6 +410,18 @@ def test_an_ampere_or_later_without_measurements_gets_the_packages_solvers(
     assert solver(in_a_block // 2 + 1, torch.complex64) == "two_stage"
     assert solver(16384) == "two_stage"
     assert solver(16385) == "cusolver"
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("capability", [80, 86, 89])
+def test_few_large_matrices_without_clusters_get_cusolver(capability: int, count: int) -> None:
+    def solver(order: int, dtype: torch.dtype, capability: int = capability) -> str:
+        told = {"dtype": dtype, "count": count, "compute_capability": capability}
+        return ops.solver_facts(order, device="cuda", **told).solver
+
+    assert solver(768, torch.float64) == solver(384, torch.complex128) == "two_stage"
+    assert solver(769, torch.float64) == solver(385, torch.complex128) == "cusolver"
+    assert solver(2000, torch.float64, capability=120) == "two_stage"
 
 
 @pytest.mark.parametrize("capability", [50, 61, 70, 75])

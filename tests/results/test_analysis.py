@@ -115,7 +115,7 @@ def test_record_from_spectra() -> None:
     assert (record.windows, record.window_rows, record.window_cols) == (2, 4, 3)
     np.testing.assert_array_equal(record.evals, [0.1, 0.5, 1.0, 2.0, 3.0, 7.0], strict=True)
     np.testing.assert_array_equal(record.window_evals, WINDOWS)
-    for name, value in spectrum_metrics(record.evals, a_fit(), 4, 3).items():
+    for name, value in spectrum_metrics(record.window_evals, a_fit(), 4, 3).items():
         assert getattr(record, name) == value, name
 
 
@@ -177,13 +177,11 @@ def test_records_do_not_share_arrays() -> None:
     assert first.evals is not LayerRecord("b", "linear", (1, 2, 3), "ok").evals
 
 
-def test_given_evals_are_taken_for_the_metrics() -> None:
-    pooled = 2 * np.sort(WINDOWS.ravel())
-    record = LayerRecord.from_spectra(
-        "a", "linear", (1, 4, 3), WINDOWS, a_fit(), 4, 3, evals=pooled
-    )
-    assert record.norm == pooled.sum()
-    np.testing.assert_array_equal(record.evals, pooled / 2)
+def test_matrix_rank_goes_by_each_window() -> None:
+    # 1e-13 is no more than rounding beside 1e3, and all there is of the second window.
+    windows = np.array([[0.0, 1e-13, 1e3], [0.0, 1e-13, 2e-13]])
+    record = LayerRecord.from_spectra("a", "linear", (1, 4, 3), windows, a_fit(), 4, 3)
+    assert record.matrix_rank == 3
 
 
 class TestDeferredSpectra:
@@ -259,8 +257,6 @@ class TestDeferredSpectra:
 def test_bad_spectra() -> None:
     with pytest.raises(ValueError, match=r"window_evals: expected shape \(windows, k\), got \(3,"):
         LayerRecord.from_spectra("a", "linear", (1, 4, 3), WINDOWS[0], a_fit(), 4, 3)
-    with pytest.raises(ValueError, match=r"evals: expected shape \(6,\), got \(2,\)"):
-        LayerRecord.from_spectra("a", "linear", (1, 4, 3), WINDOWS, a_fit(), 4, 3, evals=np.ones(2))
 
 
 # ----------------------------------------------------------------------------------------- Analysis

@@ -36,15 +36,17 @@ EXAMPLE = replace(
 )
 TEXT = (
     '{"base":"gr\\u00f6\\u00dfe","bins":50,"bootstrap":100,"device":"cpu","dtype":"float64",'
-    '"exclude":[],"farms_fast":"0.1","include":["a","b*"],"numpy":"2.4","sampling":{"compat":'
-    '"farms","kind":"fixed_aspect","per_dim":9,"q":0.1,"rows":100},"solver":"auto",'
+    '"exclude":[],"farms_fast":"0.1","include":["a","b*"],"key":null,"layout":"auto",'
+    '"numpy":"2.4","sampling":'
+    '{"compat":"farms","kind":"fixed_aspect","per_dim":9,"q":0.1,"rows":100},"solver":"auto",'
     '"source":"model.safetensors","torch":"2.13","xmin":"peak","xmin_pos":2.0}'
 )
 KEY = (
     '{"base":"gr\\u00f6\\u00dfe","bins":50,"bootstrap":100,"dtype":"float64","exclude":[],'
-    '"farms_fast":"0.1","include":["a","b*"],"sampling":{"compat":"farms","kind":"fixed_aspect",'
-    '"per_dim":9,"q":0.1,"rows":100},"solver":"auto","source":"model.safetensors","xmin":"peak",'
-    '"xmin_pos":2.0}'
+    '"farms_fast":"0.1","include":["a","b*"],"key":null,"layout":"auto",'
+    '"sampling":{"compat":"farms","kind":'
+    '"fixed_aspect","per_dim":9,"q":0.1,"rows":100},"solver":"auto","source":"model.safetensors",'
+    '"xmin":"peak","xmin_pos":2.0}'
 )
 
 
@@ -66,6 +68,8 @@ def any_settings() -> st.SearchStrategy[AnalysisSettings]:
         AnalysisSettings,
         source=text,
         base=st.none() | text,
+        key=st.none() | text,
+        layout=st.sampled_from(["auto", "torch", "channels_last"]),
         include=texts,
         exclude=texts,
         sampling=samplings,
@@ -117,8 +121,10 @@ def test_what_makes_runs_the_same_and_alphas_comparable() -> None:
     others = {
         "source": "other",
         "base": None,
+        "key": "model",
         "include": (),
         "exclude": ("c",),
+        "layout": "torch",
         "sampling": FullMatrix(),
         "xmin": "ks",
         "xmin_pos": 3.0,
@@ -162,6 +168,10 @@ def changed_json(change: Callable[[dict[str, Any]], object]) -> str:
             lambda s: s.update(xmin_pos=math.nan),
             r"^settings: xmin_pos: .* finite float, got nan$",
         ),
+        (
+            lambda s: s.update(layout="last"),
+            r"^settings: layout: expected auto, torch, channels_last",
+        ),
         (lambda s: s.update(dtype="float16"), r"^settings: dtype: expected float64 or float32, "),
         (lambda s: s.update(sampling=3), r"^settings: sampling: expected an object .*, got 3$"),
         (
@@ -181,6 +191,11 @@ def changed_json(change: Callable[[dict[str, Any]], object]) -> str:
 def test_other_values_are_refused(change: Callable[[dict[str, Any]], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         AnalysisSettings.from_json(changed_json(change))
+
+
+def test_settings_of_before_there_was_a_layout_are_read() -> None:
+    settings = AnalysisSettings.from_json(changed_json(lambda s: s.pop("layout")))
+    assert settings == replace(EXAMPLE, layout="auto")
 
 
 @pytest.mark.parametrize(

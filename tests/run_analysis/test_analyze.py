@@ -87,7 +87,7 @@ def windows_over(stack: np.ndarray, sampling: FixedAspectSampling | FullMatrix) 
 
 
 def slow_fit(values: np.ndarray, rule: str, compat: bool, **options: Any) -> dict[str, Any]:
-    return reference.fit_power_law(values.ravel(), rule, log10_lower_bound=compat, **options)
+    return reference.fit_power_law(values.ravel(), rule, published=compat, **options)
 
 
 def assert_same_spectra(found: LayerRecord, expected: LayerRecord) -> None:
@@ -155,6 +155,69 @@ def test_equals_the_slow_pipeline(
         assert layer.split_half == pytest.approx(abs(even - odd), rel=1e-5, nan_ok=True)
         assert layer.alpha_low <= layer.alpha_high
         assert layer.alpha_se > 0
+
+
+@pytest.mark.parametrize("xmin", ["median", "ks", "peak"])
+@pytest.mark.parametrize("kind", ["repeated rows", "product", "dead units"])
+def test_the_alpha_of_a_weight_of_low_rank_has_no_rounding_in_it(
+    device: torch.device, kind: str, xmin: str
+) -> None:
+    rng = np.random.default_rng(0)
+    weight, rank = {
+        "repeated rows": (np.tile(rng.standard_normal((20, 90)).astype("f4"), (3, 1)), 20),
+        "product": (rng.standard_normal((60, 20)) @ rng.standard_normal((20, 90)), 20),
+        "dead units": (rng.standard_t(3, (60, 90)) * (np.arange(60)[:, None] % 3 == 0), 20),
+    }[kind]
+    weights = {
+        "W": weight,
+        "3 W": 3 * weight,
+        "rows": weight[rng.permutation(60)],
+        "columns": weight[:, rng.permutation(90)],
+        "transposed": weight.T,
+    }
+    layers = analyze(weights, FullMatrix(), xmin, device=device, progress=False).layers
+    for layer in layers:
+        assert (layer.status, layer.dropped, layer.matrix_rank) == ("ok", 40, rank)
+        assert np.count_nonzero(layer.evals) == rank
+        assert layer.num_pl_spikes <= rank
+        # 3 W is rounded to float32 itself.
+        assert layer.alpha == pytest.approx(layers[0].alpha, rel=1e-6)
+    # Each window has a largest eigenvalue of its own.
+    sampling = FixedAspectSampling(rows=30, per_dim=3)
+    graded = weight * np.repeat(10.0 ** -np.arange(0, 12, 4), 30)
+    layers = analyze(
+        {"W": graded, "3 W": 3 * graded}, sampling, xmin, device=device, progress=False
+    ).layers
+    for layer in layers:
+        shares = layer.window_evals / layer.window_evals[:, -1:]
+        assert not ((shares > 0) & (shares <= 8 * 30 * 2.0**-52)).any()
+        assert layer.matrix_rank == np.count_nonzero(shares) == layer.num_evals - layer.dropped
+    assert layers[0].alpha == pytest.approx(layers[1].alpha, rel=1e-9)
+    assert layers[0].alpha_se == pytest.approx(layers[1].alpha_se, rel=1e-6)
+    np.testing.assert_allclose(layers[0].window_alphas, layers[1].window_alphas, rtol=1e-9)
+
+
+def test_published_fits_take_every_positive_eigenvalue() -> None:
+    weight = np.tile(np.random.default_rng(0).standard_normal((20, 60)), (3, 1))
+    sampling = FixedAspectSampling(rows=60, per_dim=1, compat="farms")
+    layer = analyze({"W": weight}, sampling, progress=False).layers[0]
+    shares = layer.evals / layer.evals[-1]
+    assert ((shares > 0) & (shares < 1e-13)).any()
+    assert layer.dropped == np.count_nonzero(shares == 0) < 40
+    assert layer.matrix_rank == 20
+
+
+@pytest.mark.parametrize("xmin", ["median", "ks", "peak"])
+def test_equal_but_for_the_precision_of_the_weights(device: torch.device, xmin: str) -> None:
+    torch.manual_seed(0)
+    made = torch.nn.init.orthogonal_(torch.empty(80, 80, dtype=torch.float64))
+    halves = (torch.float16, torch.bfloat16)
+    weights = {str(dtype): made.to(dtype) for dtype in (torch.float64, torch.float32, *halves)}
+    weights["in float32"] = torch.nn.init.orthogonal_(torch.empty(80, 80))
+    weights["spread in bfloat16 only"] = made.to(torch.bfloat16).float()
+    found = analyze(weights, FullMatrix(), xmin, device=device, progress=False)
+    assert [layer.status for layer in found] == ["degenerate_tail"] * 5 + ["ok"]
+    assert found.layers[0].message.startswith("the eigenvalues of the tail are equal but for round")
 
 
 def test_settings_of_the_fit_arrive(model: Model) -> None:

@@ -83,6 +83,16 @@ def test_what_is_there_is_not_computed_again(tmp_path: Path, computed: list[str]
     computed.clear()
 
 
+def test_another_layout_of_kernels_is_another_run(tmp_path: Path) -> None:
+    weights, path = {"c.kernel": torch.randn(4, 4, 4, 4)}, tmp_path / "run.sqlite"
+    for layout in ("torch", "channels_last") * 2:
+        (layer,) = analyze(weights, FullMatrix(), store=path, layout=layout)
+        (expected,) = analyze(weights, FullMatrix(), layout=layout)
+        assert np.array_equal(layer.window_evals, expected.window_evals)
+    with ResultsStore(path) as store:
+        assert [run.settings.layout for run in store.runs()] == ["torch", "channels_last"]
+
+
 def test_a_selection_of_layers_is_another_run(tmp_path: Path, computed: list[str]) -> None:
     weights, path = weights_of(), tmp_path / "run.sqlite"
     whole = analyze(weights, SAMPLING, store=path)
@@ -92,6 +102,17 @@ def test_a_selection_of_layers_is_another_run(tmp_path: Path, computed: list[str
     assert computed[6:] == ["layer0", "layer2", "layer3"]
     # The run of all layers is what it was.
     assert_equal(Analysis.from_store(path, 1), whole)
+
+
+def test_another_key_is_another_run(tmp_path: Path) -> None:
+    networks = {"generator": weights_of(), "critic": weights_of()}
+    path = tmp_path / "run.sqlite"
+    for number, key in enumerate(("generator", "critic", "critic"), start=1):
+        analysis = analyze(networks, SAMPLING, store=path, key=key)
+        assert analysis.settings is not None
+        assert analysis.settings.key == key
+        run = min(number, 2)
+        assert_equal(Analysis.from_store(path, run), analysis)
 
 
 def test_other_settings_are_another_run(tmp_path: Path, computed: list[str]) -> None:

@@ -165,7 +165,6 @@ def test_against_the_slow_scheme(device: torch.device, layout: str, rule: FitRul
 
     assert fits.pooled.alpha == pytest.approx(slow_alpha(spectra, rule), rel=1e-11)
     assert fits.pooled.n == spectra.size
-    np.testing.assert_array_equal(fits.pooled_evals, np.sort(spectra, axis=None))
     alone = [slow_alpha(window, rule) for window in spectra]
     np.testing.assert_allclose(fits.window_alphas, alone, rtol=1e-11)
     halves = [slow_alpha(spectra[0::2], rule), slow_alpha(spectra[1::2], rule)]
@@ -201,7 +200,17 @@ def test_layers_do_not_mix(device: torch.device) -> None:
         np.testing.assert_array_equal(found.window_alphas, alone.window_alphas)
         np.testing.assert_array_equal(found.halves, alone.halves)
         np.testing.assert_array_equal(found.resampled, alone.resampled)
-        np.testing.assert_array_equal(found.pooled_evals, alone.pooled_evals)
+
+
+def test_layers_sampled_alike_have_their_own_least_spread() -> None:
+    entries, grid = LAYOUTS["stack"]
+    spectra = torch.from_numpy(spectra_of(entries, grid))
+    both = [spectra] * 2, [entries] * 2, [grid] * 2
+    fits = fit_layers(*both, FitRule(), 10, spreads=[1e-3, 1e3])
+    assert [fit.pooled.status for fit in fits] == ["ok", "degenerate_tail"]
+    assert [fit.resampled.size for fit in fits] == [10, 0]
+    assert np.isfinite(fits[0].window_alphas).all()
+    assert np.isnan(fits[1].window_alphas).all()
 
 
 def test_no_layers() -> None:
@@ -227,10 +236,13 @@ def test_bounded_calls_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     fit = FitRule.fit
 
-    def counted(self: FitRule, packed: torch.Tensor, lengths: list[int]) -> object:
+    def counted(
+        self: FitRule, packed: torch.Tensor, lengths: list[int], spreads: list[float]
+    ) -> object:
         calls.append(packed.numel())
         assert packed.numel() == sum(lengths)
-        return fit(self, packed, lengths)
+        assert len(lengths) == len(spreads)
+        return fit(self, packed, lengths, spreads)
 
     monkeypatch.setattr(FitRule, "fit", counted)
     whole, sizes = fitted(2**24)

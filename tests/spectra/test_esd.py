@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -291,6 +292,25 @@ def test_transposing_and_scaling() -> None:
 
 def test_tiny_values_vanish_without_noise() -> None:
     np.testing.assert_array_equal(esd(np.diag([1e-170, 1.0])), [0, 1])
+
+
+@pytest.mark.parametrize("dtype", ["f2", "f4"])
+@pytest.mark.parametrize(
+    "shape", [(1, 1023), (1, 4096), (1, 300_000), (2, 1500), (2, 300_000), (8, 60_000), (20, 9_000)]
+)
+def test_long_windows_keep_the_bound(
+    device: torch.device, shape: tuple[int, int], dtype: str
+) -> None:
+    W = gaussian(*shape).astype(dtype)
+    exact = W.astype("f8")
+    k = shape[0]
+    # Products of such numbers are exact in float64, and so are sums by fsum.
+    gram = np.array([[math.fsum(exact[i] * exact[j]) for j in range(k)] for i in range(k)])
+    expected = np.linalg.eigvalsh(gram)
+    for stack in (torch.from_numpy(W), torch.from_numpy(W.T.copy())):
+        found = esd(stack.to(device)).cpu().numpy()
+        # Half of the bound: there is to be room for what the solver adds.
+        np.testing.assert_allclose(found, expected, rtol=0, atol=error_bound(expected) / 2)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(300, 1200), (900, 300), (500, 500)])

@@ -248,8 +248,8 @@ def test_bounds(spectrum: list[float], alpha: float) -> None:
 
 
 def test_bad_arguments() -> None:
-    with pytest.raises(ValueError, match=r"evals: expected a 1-D array, got shape \(2, 2\)"):
-        spectrum_metrics(np.ones((2, 2)), a_fit(), 2, 2)
+    with pytest.raises(ValueError, match=r"evals: expected one or two dim.*, got shape \(2, 2, 2"):
+        spectrum_metrics(np.ones((2, 2, 2)), a_fit(), 2, 2)
     with pytest.raises(ValueError, match="rows: expected at least 1, got 0"):
         spectrum_metrics(np.ones(2), a_fit(), 0, 2)
     with pytest.raises(ValueError, match="cols: expected at least 1, got -1"):

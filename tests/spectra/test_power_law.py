@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import astuple
+from dataclasses import astuple, replace
 
 import numpy as np
 import pytest
@@ -16,21 +16,26 @@ from farms_fast.spectra.power_law import (
     PowerLawFit,
     fit_power_law,
     fit_power_laws,
+    least_spread,
     xmin_rule,
 )
 from farms_fast.testing import reference
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-# rule, xmin_pos, bins, log10_lower_bound
+# rule, xmin_pos, bins, published
 SETTINGS = [
     ("median", 2.0, 100, False),
     ("median", 3.7, 100, False),
     ("ks", 2.0, 100, False),
     ("peak", 2.0, 100, False),
     ("peak", 2.0, 7, False),
+    ("median", 2.0, 100, True),
+    ("ks", 2.0, 100, True),
     ("peak", 2.0, 100, True),
 ]
-SETTING_IDS = ["median", "median-3.7", "ks", "peak", "peak-7-bins", "peak-log10"]
+SETTING_IDS = ["median", "median-3.7", "ks", "peak", "peak-7-bins"]
+SETTING_IDS += ["median-published", "ks-published", "peak-published"]
+KS, KS_PUBLISHED = SETTINGS[2], SETTINGS[6]
 
 
 def zoo(seed: int, count: int) -> list[np.ndarray]:
@@ -71,15 +76,20 @@ def pack(spectra: list[np.ndarray], device: str) -> tuple[torch.Tensor, torch.Te
 
 
 def fit_all(
-    spectra: list[np.ndarray], device: str, setting: tuple[str, float, int, bool]
+    spectra: list[np.ndarray],
+    device: str,
+    setting: tuple[str, float, int, bool],
+    least_spread: float = 0.0,
 ) -> list[PowerLawFit]:
-    rule, xmin_pos, bins, log10_lower_bound = setting
+    rule, xmin_pos, bins, published = setting
+    spreads = torch.full((len(spectra),), least_spread, dtype=torch.float64, device=device)
     fits = fit_power_laws(
         *pack(spectra, device),
         rule,
         xmin_pos,
         bins,
-        compat="farms" if log10_lower_bound else None,
+        spreads if least_spread else None,
+        compat="farms" if published else None,
     )
     assert len(fits) == len(spectra)
     return fits.to_list()
@@ -109,9 +119,14 @@ def libm_distances(values: np.ndarray) -> tuple[list[float], list[float]]:
 
 
 def assert_matches_reference(
-    fit: PowerLawFit, spectrum: np.ndarray, setting: tuple[str, float, int, bool]
+    fit: PowerLawFit,
+    spectrum: np.ndarray,
+    setting: tuple[str, float, int, bool],
+    least_spread: float = 0.0,
 ) -> None:
-    wanted = reference.fit_power_law(spectrum, *setting)
+    wanted = reference.fit_power_law(spectrum, *setting, least_spread=least_spread)
+    if fit.status == "ok" and not setting[3]:
+        assert fit.n_tail == int((spectrum[np.isfinite(spectrum)] >= fit.xmin).sum())
     found = (fit.status, fit.n_tail, fit.n, fit.dropped)
     assert found == (wanted["status"], wanted["n_tail"], wanted["n"], wanted["dropped"])
     np.testing.assert_array_equal(fit.xmin, wanted["xmin"])
@@ -129,6 +144,51 @@ def test_matches_the_exhaustive_scan(device: str, setting: tuple[str, float, int
         assert len(spectra) > 100
     for spectrum, fit in zip(spectra, fit_all(spectra, device, setting), strict=True):
         assert_matches_reference(fit, spectrum, setting)
+
+
+@pytest.mark.parametrize("setting", SETTINGS[:5], ids=SETTING_IDS[:5])
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_tail_spreads_by_more_than_the_least(
+    device: str, setting: tuple[str, float, int, bool]
+) -> None:
+    spectra = [spectrum for spectrum in zoo(seed=15, count=90) if not on_a_bin_edge(spectrum, 7)]
+    statuses = set()
+    for least in (2.0**-50, 0.1, 3.0):
+        fits = fit_all(spectra, device, setting, least)
+        for spectrum, fit in zip(spectra, fits, strict=True):
+            if device == "cpu" or setting[0] != "peak" or not on_a_bin_edge(spectrum, setting[2]):
+                assert_matches_reference(fit, spectrum, setting, least)
+            statuses.add((least, fit.status))
+    assert {(0.1, "degenerate_tail"), (3.0, "degenerate_tail"), (3.0, "ok")} <= statuses
+
+
+def test_each_spectrum_has_its_own_least_spread() -> None:
+    one = np.array([1.0, 1.1, 1.2, 1.3])
+    for rule in ("median", "ks", "peak"):
+        spreads = torch.tensor([0.0, 1.0, 0.1], dtype=torch.float64)
+        fits = fit_power_laws(*pack([one, one, one], "cpu"), rule, 4.0, 2, spreads).to_list()
+        assert [fit.status for fit in fits] == ["ok", "degenerate_tail", "ok"]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_tail_begins_at_the_first_of_equal_values(device: str) -> None:
+    # Of 81 values: powerlaw's Fit has alpha 3.5969 of all of them.
+    values = np.repeat([1.0, 2.0, 4.0, 8.0], [50, 20, 8, 3])
+    fit = fit_all([values], device, KS)[0]
+    assert (fit.xmin, fit.n_tail) == (1.0, 81)
+    logs = 20 * math.log(2) + 8 * math.log(4) + 3 * math.log(8)
+    assert fit.alpha == pytest.approx(1 + 81 / logs, rel=1e-14)
+    published = fit_all([values], device, KS_PUBLISHED)[0]
+    assert (published.xmin, published.n_tail) == (1.0, 46)
+    # Index 40 of 81 lies among the ones, index 60 among the twos.
+    for xmin_pos, xmin, n_tail in ((2.0, 1.0, 81), (81 / 60.5, 2.0, 31)):
+        fit = fit_all([values], device, ("median", xmin_pos, 100, False))[0]
+        assert (fit.xmin, fit.n_tail) == (xmin, n_tail)
+        published = fit_all([values], device, ("median", xmin_pos, 100, True))[0]
+        assert (published.xmin, published.n_tail) == (xmin, 81 - int(81 / xmin_pos))
+    # One value beside 199 equal ones: all of them or nothing.
+    beside = np.concatenate([np.ones(199), [2.0]])
+    assert fit_all([beside], device, KS)[0].n_tail == 200
 
 
 @pytest.mark.parametrize("setting", SETTINGS[2:4], ids=SETTING_IDS[2:4])
@@ -174,7 +234,7 @@ def adversarial() -> list[np.ndarray]:
 
 def test_pruning_keeps_the_bits_of_the_exhaustive_scan() -> None:
     spectra = zoo(seed=4, count=90) + adversarial()
-    for spectrum, fit in zip(spectra, fit_all(spectra, "cpu", SETTINGS[2]), strict=True):
+    for spectrum, fit in zip(spectra, fit_all(spectra, "cpu", KS_PUBLISHED), strict=True):
         values = spectrum[np.isfinite(spectrum) & (spectrum > 0)]
         if fit.status != "ok":
             continue
@@ -188,14 +248,14 @@ def test_pruning_keeps_the_bits_of_the_exhaustive_scan() -> None:
 def test_no_candidate_alone_beats_the_one_chosen(device: str) -> None:
     """The median rule evaluates one chosen candidate: a scan on the device's own arithmetic."""
     for values in adversarial()[:5]:
-        best = fit_all([values], device, SETTINGS[2])[0]
+        best = fit_all([values], device, KS_PUBLISHED)[0]
         n = values.size
         single = [
-            fit_all([values], device, ("median", n / (i + 0.5), 100, False))[0]
+            fit_all([values], device, ("median", n / (i + 0.5), 100, True))[0]
             for i in range(1, n - 1)
         ]
         # Index 0 is what xmin_pos > 2 N gives.
-        single.insert(0, fit_all([values], device, ("median", 2.0 * n + 1, 100, False))[0])
+        single.insert(0, fit_all([values], device, ("median", 2.0 * n + 1, 100, True))[0])
         distances = [fit.D if fit.status == "ok" else math.inf for fit in single]
         first = int(np.argmin(distances))
         assert (best.D, best.n_tail) == (distances[first], n - first)
@@ -217,7 +277,7 @@ def test_the_first_of_equal_distances_wins(
     values = 2.0 ** np.array(exponents)
     distances, _ = libm_distances(values)
     assert np.flatnonzero(np.array(distances) == min(distances)).tolist() == list(tied)
-    fit = fit_all([values], device, SETTINGS[2])[0]
+    fit = fit_all([values], device, KS_PUBLISHED)[0]
     assert (fit.D, values.size - fit.n_tail) == (distance, tied[0])
 
 
@@ -339,7 +399,7 @@ def test_aliases(alias: str, rule: str) -> None:
 def test_compat_moves_the_lower_end_of_the_peak() -> None:
     rng = np.random.default_rng(11)
     values = np.concatenate([rng.pareto(1.5, 300) + 1, np.full(60, 40.0)])
-    published = reference.fit_power_law(values, "peak", log10_lower_bound=True)
+    published = reference.fit_power_law(values, "peak", published=True)
     fit = fit_power_law(values, "peak", compat="farms")
     assert (fit.n_tail, fit.xmin) == (published["n_tail"], published["xmin"])
     assert fit.n_tail != fit_power_law(values, "peak").n_tail
@@ -416,8 +476,49 @@ def test_errors_name_the_argument(
         fit_power_law(*arguments)
 
 
+def test_the_order_of_the_window_tells_what_is_zero() -> None:
+    rng = np.random.default_rng(16)
+    rank, order = 12, 40
+    for scale in (1.0, 3.0, 1e-150, 1e150):
+        weight = scale * rng.standard_normal((order, rank)) @ rng.standard_normal((rank, 50))
+        evals = np.linalg.svd(weight, compute_uv=False)[::-1] ** 2
+        evals[:-rank] = np.linspace(0, 4 * order * 2.0**-52, order - rank) * evals[-1]
+        fit = fit_power_law(evals, order=order)
+        assert (fit.n, fit.dropped, fit.n_tail) == (rank, order - rank, rank // 2)
+        assert fit == replace(fit_power_law(evals[-rank:]), dropped=order - rank)
+        assert fit_power_law(evals).n > rank
+    # Overflow says nothing of the others.
+    assert fit_power_law(np.array([1.0, 2.0, np.inf]), "ks", order=3).n == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_equal_but_for_the_rounding_of_the_weights(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    for shape in ((64, 64), (48, 200)):
+        made = torch.empty(shape, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        weight = torch.nn.init.orthogonal_(made).to(dtype).double()
+        evals = torch.linalg.svdvals(weight).square()
+        order = min(shape)
+        for rule in ("median", "ks", "peak"):
+            assert fit_power_law(evals, rule).status == "ok"
+            fit = fit_power_law(evals, rule, order=order, weights=dtype)
+            assert fit.status == "degenerate_tail"
+        # Twice the bound is something to fit.
+        clear = np.exp(np.linspace(0, 4 * least_spread(dtype, order), order))
+        assert fit_power_law(clear, order=order, weights=dtype).status == "ok"
+
+
+def test_least_spread_needs_the_order_and_a_float() -> None:
+    with pytest.raises(ValueError, match="order: expected that of the window"):
+        fit_power_law(np.ones(3), weights=torch.float32)
+    with pytest.raises(ValueError, match=r"weights: expected a floating.*got torch.int8"):
+        fit_power_law(np.ones(3), order=3, weights=torch.int8)
+    with pytest.raises(TypeError, match="weights: expected a torch dtype"):
+        fit_power_law(np.ones(3), order=3, weights="float32")
+
+
 def test_unknown_compat_is_an_error() -> None:
-    with pytest.raises(ValueError, match="compat: expected None or 'farms', got 'other'"):
+    with pytest.raises(ValueError, match=r"compat: expected None, 'farms' or .*, got 'other'"):
         fit_power_law(np.ones(3), compat="other")
 
 

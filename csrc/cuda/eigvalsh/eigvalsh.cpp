@@ -38,7 +38,15 @@ int64_t workspace_bytes(const CudaSolverTraits& traits, int64_t batch, int64_t o
   return in_place == nullptr ? 0 : in_place->workspace_bytes(batch, order, gram);
 }
 
-const CudaMachine kMachine{current_device, workspace_bytes};
+CudaVersions versions() {
+  CudaVersions found{};
+  FARMS_CUDA_CHECK(cudaDriverGetVersion(&found.driver));
+  FARMS_CUDA_CHECK(cudaRuntimeGetVersion(&found.runtime));
+  found.cusolver = cusolver_version();
+  return found;
+}
+
+const CudaMachine kMachine{current_device, workspace_bytes, versions};
 [[maybe_unused]] const CudaMachine* const told = cuda_machine = &kMachine;
 
 const CudaSolver& find_solver(const char* op, const std::string& name, int64_t count, int64_t order, DType gram) {
@@ -108,6 +116,12 @@ void form_chunk(const std::vector<Window>& windows, int64_t begin, int64_t batch
                 DType precision, void* gram, void* workspace, int64_t bytes, const CudaContext& context) {
   const GramPlan plan = plan_grams_cuda(windows.data() + begin, batch, in, /*either_side=*/true, bytes);
   form_grams_cuda(plan, order, in, precision, workspace, gram, context.stream());
+}
+
+int64_t longest_inner(const std::vector<Window>& windows) {
+  int64_t longest = 0;
+  for (const Window& window : windows) longest = std::max({longest, window.rows, window.columns});
+  return longest;
 }
 
 void solve_windows(const CudaSolver& solver, const std::vector<Window>& windows, int64_t order, DType in,
@@ -180,7 +194,8 @@ Tensor window_eigvalsh(std::vector<Tensor> weights, Tensor table, int64_t order,
                  [&](int64_t begin, int64_t batch, void* chunk, void* workspace, int64_t bytes) {
                    form_chunk(windows, begin, batch, order, in, precision, chunk, workspace, bytes, context);
                  });
-  else if (order <= solver.traits.max_window_order(call.gram()))
+  else if (order <= solver.traits.max_window_order(call.gram()) &&
+           (precision == DType::f32 || longest_inner(windows) <= summed_depth(order)))
     solve_windows(solver, windows, order, in, precision, context, evals);
   else
     solve_grams(op, solver, windows, order, in, precision, memory_budget, context, evals);

@@ -20,6 +20,7 @@ from farms_fast.core.arguments import check_type
 from farms_fast.core.extension import __version__
 from farms_fast.core.files import check_writable
 from farms_fast.core.jsonable import plain
+from farms_fast.core.regular_files import expand_user
 
 #: The report's file name in the folder of the model.
 SETTINGS_FILE = "farms_fast_pruning.json"
@@ -28,7 +29,7 @@ SETTINGS_FILE = "farms_fast_pruning.json"
 def check_output(path: str | os.PathLike[str]) -> Path:
     """The absolute path of a folder to create; raises where something is in its place."""
     check_type("out", path, (str, os.PathLike), "the path of a folder")
-    target = Path(os.path.abspath(Path(path).expanduser()))
+    target = Path(os.path.abspath(expand_user(path)))
     if target.is_dir():
         if any(target.iterdir()):
             raise FileExistsError(f"out: expected a new or empty folder, got {str(path)!r}")

@@ -46,7 +46,8 @@ class TBSigmoid(LayerRates):
         min_evals: as in `LayerRates`; 5 as in `TempBalance`.
         filter_zeros: smaller eigenvalues are left out, as published; None or 0 for no limit. It is
             an absolute number: a layer whose weights are so small that hardly an eigenvalue
-            reaches it has the status "too_few". Exact zeros are never in a fit.
+            reaches it has the status "too_few". What is zero but for rounding is never in a
+            fit.
         factorised: what a Tucker, CP or TT weight is analysed as: "reconstructed", the complex
             matrices of its modes; or "factors", each factor a layer with a rate of its own.
         **options: the other arguments of `LayerRates`, with the same defaults: `per="layer"`,

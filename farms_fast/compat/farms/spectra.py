@@ -56,9 +56,9 @@ class TailRule:
         rule = FitRule.checked(fix_fingers or "ks", xmin_pos, bins, "farms")
         return cls(rule, threshold if filter_zeros else None)
 
-    def fit_at(self, evals: Tensor, offsets: Tensor) -> PowerLawFits:
+    def fit_at(self, evals: Tensor, offsets: Tensor, spread: Tensor | None = None) -> PowerLawFits:
         """Fits of packed spectra, each ascending with NaN last, as `FitRule.fit_at`."""
-        return self.rule.fit_at(self._entering(evals, offsets), offsets)
+        return self.rule.fit_at(self._entering(evals, offsets), offsets, spread)
 
     def _entering(self, evals: Tensor, offsets: Tensor) -> Tensor:
         """The spectra with 0, which no fit counts, for what does not enter."""
@@ -187,7 +187,9 @@ def _solved(
     layers = list(chain.from_iterable(batches))
     device = layers[0].stack.device
     tasks = [
-        SolveTask.of([(x.windows, len(x.stack)) for x in batch], memory, index % STREAMS)
+        SolveTask.of(
+            [(x.windows, len(x.stack)) for x in batch], memory, index % STREAMS, published=True
+        )
         for index, batch in enumerate(batches)
     ]
     current = torch.cuda.current_stream(device) if device.type == "cuda" else None

@@ -76,7 +76,7 @@ def fit_tails(spectra: Sequence[LayerSpectra], options: Options) -> list[TailFit
             torch.where((own := one.packed[: evals.size]) > _THRESHOLD, own, 0.0)
             for one, evals in zip(spectra, clipped, strict=True)
         ]
-        fits = _fit_power_laws(packed, small_rule=options.pl_package == "ww")
+        fits = _fit_power_laws(packed, options.pl_package)
     fitted = zip(fits, clipped, strict=True)
     return [_completed(fit, evals, options.pl_package) for fit, evals in fitted]
 
@@ -93,11 +93,16 @@ def _completed(fit: TailFit, evals: FloatArray, package: str) -> TailFit:
     return replace(fit, xmax=xmax, num_pl_spikes=int(np.count_nonzero(evals >= fit.xmin)))
 
 
-def _fit_power_laws(packed: Sequence[Tensor], small_rule: bool) -> list[TailFit]:
-    """The rule of least D for all spectra in one call."""
+def _fit_power_laws(packed: Sequence[Tensor], package: str) -> list[TailFit]:
+    """The rule of least D for all spectra in one call.
+
+    WeightWatcher's own lets a tail begin in the middle of equal values; powerlaw's does not.
+    """
     if not packed:
         return []
-    results = FitRule("ks").fit(torch.cat(list(packed)), [len(spectrum) for spectrum in packed])
+    small_rule = package == "ww"
+    rule = FitRule("ks", compat="weightwatcher" if small_rule else None)
+    results = rule.fit(torch.cat(list(packed)), [len(spectrum) for spectrum in packed])
     fits: list[TailFit] = []
     for spectrum, fit in zip(packed, results.to_list(), strict=True):
         if small_rule and fit.n < _SMALL:
@@ -191,7 +196,7 @@ def _fit_without_fingers(spectra: Sequence[LayerSpectra], options: Options) -> l
         values = one.packed[int(np.count_nonzero(one.evals <= _THRESHOLD)) :]
         clips = (0, *_clips(limits[-1]))
         variants += [values[: max(0, len(values) - clip)] for clip in clips]
-    fits = iter(_fit_power_laws(variants, small_rule=options.pl_package == "ww"))
+    fits = iter(_fit_power_laws(variants, options.pl_package))
     chosen: list[TailFit] = []
     for one, limit in zip(spectra, limits, strict=True):
         raw = next(fits)

@@ -16,11 +16,11 @@ from torch import Tensor
 from farms_fast.compat.weightwatcher.layers import WeightLayer
 from farms_fast.core.packing import group_by_budget
 from farms_fast.engine.solve import SolveTask, make_pools
+from farms_fast.spectra.power_law import rounding_share
 from farms_fast.spectra.windows import FullMatrix
 
 FloatArray = npt.NDArray[np.float64]
 
-_EPS = float(np.finfo(np.float64).eps)
 # Weights that are on the device at a time.
 _WEIGHT_BYTES = 4 * 2**30
 # Layers with fewer eigenvalues than this are shuffled several times, for their largest eigenvalue.
@@ -163,13 +163,14 @@ def _eigenvalues(weights: Sequence[Tensor], exact: Sequence[int]) -> list[Tensor
     stacks = [weight.flatten(0, -3) for weight in weights]
     if len({stack.dtype for stack in stacks}) > 1:
         stacks = [stack.double() for stack in stacks]
-    task = SolveTask.of([(FullMatrix().grid(*stack.shape[1:]), len(stack)) for stack in stacks])
+    windows = [(FullMatrix().grid(*stack.shape[1:]), len(stack)) for stack in stacks]
+    task = SolveTask.of(windows, published=True)
     evals = list(task.solve(stacks).split(task.windows))
     for number, count in enumerate(exact):
         stack, part = stacks[number], evals[number]
         # A Gram matrix knows its eigenvalues to this; below it, only singular values can tell 0
         # from small, as ranks ask for.
-        vague = (part[:, -count] <= 8 * task.order * _EPS * part[:, -1]) & (part[:, -1] > 0)
+        vague = (part[:, -count] <= rounding_share(task.order) * part[:, -1]) & (part[:, -1] > 0)
         if bool(vague.any()):
             driver = "gesvd" if stack.device.type == "cuda" else None
             singular = torch.linalg.svdvals(stack[vague].double(), driver=driver)

@@ -23,6 +23,7 @@ from farms_fast.core.json_files import (
     decode_json,
     text_value,
 )
+from farms_fast.core.solver_choice import decided_by
 from farms_fast.results.record import LayerRecord, skipped_from
 from farms_fast.results.settings import AnalysisSettings
 from farms_fast.results.store.file import StoreFile
@@ -53,7 +54,8 @@ class RunInfo:
         started: when, UTC, ISO 8601.
         finished: when all of its layers were there; None until then.
         settings: how the layers are computed.
-        versions: of farms_fast, Python, NumPy, torch and SQLite when it started.
+        versions: of farms_fast, Python, NumPy, torch and SQLite when it started; of a run on a GPU
+            `solvers` as well, what chose them there.
         layers: layers that are stored.
         total: layers that the model has; None if nobody has said.
     """
@@ -132,7 +134,13 @@ class ResultsStore:
         with self._file.writing() as connection:
             number = None if force else newest_run(connection, key)
             if number is None:
-                values = (key, settings.to_json(), json.dumps(_versions()), _now(), total)
+                values = (
+                    key,
+                    settings.to_json(),
+                    json.dumps(_versions(settings.device)),
+                    _now(),
+                    total,
+                )
                 number = insert_run(connection, values)
             elif total is not None:
                 connection.execute("UPDATE runs SET total = ? WHERE id = ?", (total, number))
@@ -328,11 +336,13 @@ def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def _versions() -> dict[str, str]:
+def _versions(device: str) -> dict[str, str]:
+    solvers = decided_by(device)
     return {
         "farms_fast": __version__,
         "python": platform.python_version(),
         "numpy": np.__version__,
         "torch": str(torch.__version__),
         "sqlite": sqlite3.sqlite_version,
+        **({"solvers": solvers} if solvers else {}),
     }

@@ -429,6 +429,16 @@ def test_result_as_json_and_as_text() -> None:
     assert lines[2] == "  l.1  16 weights, sparsity 0.5000"
 
 
+def test_a_layer_of_equal_singular_values_gets_the_uniform_ratio() -> None:
+    torch.manual_seed(0)
+    weights = {f"l.{number}.q": torch.randn(24, 24) for number in range(3)}
+    weights["l.1.q"] = torch.nn.init.orthogonal_(torch.empty(24, 24))
+    analysis = farms_fast.analyze(weights, farms_fast.FullMatrix(), progress=False)
+    allocation = allocate_sparsity(analysis, 0.6, 0.2)
+    assert allocation.unfitted == ("l.1.q",)
+    assert allocation.relative["l.1.q"] == 1.0
+
+
 def test_from_a_model() -> None:
     torch.manual_seed(0)
     blocks = torch.nn.ModuleList(

@@ -20,6 +20,7 @@ from farms_fast.adapters.training import (
     CsvLog,
     LayerRate,
     RateTable,
+    RateWarning,
     TempBalance,
     TensorBoardLog,
     cifar100,
@@ -84,6 +85,26 @@ def test_rates_in_an_optimizer_follow_the_alphas_of_its_weights(
         assert [groups[str(index)] for index in range(1, 6)] == pytest.approx(expected, rel=1e-8)
         assert [row.lr for row in table][1:-1] == [groups[str(index)] for index in range(1, 6)]
         assert groups["rest"] == table["0"].lr == table["6"].lr == 0.2 / (seed + 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_of_equal_singular_values_keeps_the_base_rate(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = linears(4)
+    torch.nn.init.orthogonal_(model[1].weight)
+    model.to(dtype)
+    rates = whole(model, skip_first=False, skip_last=False)
+    with pytest.warns(RateWarning, match="1 keeps the base rate"):
+        rates.param_groups(lr=1.0)
+    assert [row.status for row in rates.last] == ["ok", "degenerate_tail", "ok", "ok"]
+    others = rates.factors([row.alpha for row in rates.last if row.status == "ok"])
+    assert [row.factor for row in rates.last] == [others[0], 1.0, *others[1:]]
+    for layer in model:
+        layer.weight.data = torch.nn.init.orthogonal_(torch.empty(16, 16)).to(dtype)
+    rates = whole(model, skip_first=False, skip_last=False)
+    with pytest.warns(RateWarning):
+        rates.param_groups(lr=1.0)
+    assert [row.factor for row in rates.last] == [1.0] * 4
 
 
 def test_windows_change_the_rates() -> None:

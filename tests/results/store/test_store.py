@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from farms_fast.results.analysis import Analysis
 from farms_fast.results.record import CSV_COLUMNS, LayerRecord
 from farms_fast.results.settings import OtherSampling
-from farms_fast.results.store import ResultsStore, merge
+from farms_fast.results.store import ResultsStore, merge, results_store
 from farms_fast.results.store.file import FORMAT_VERSION
 from farms_fast.results.store.rows import decode, encode
 from farms_fast.weights.stacks import Skipped
@@ -322,6 +322,15 @@ def test_versions_are_recorded(path: Path) -> None:
         versions = store.runs()[0].versions
     assert versions["numpy"] == np.__version__
     assert set(versions) == {"farms_fast", "python", "numpy", "torch", "sqlite"}
+
+
+def test_what_chose_the_solvers_of_a_gpu_is_recorded(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results_store, "decided_by", lambda device: f"measured for {device}")
+    with ResultsStore(path) as store:
+        store.run(replace(SETTINGS, device="cuda:1"))
+        assert store.runs()[0].versions["solvers"] == "measured for cuda:1"
 
 
 def test_threads_share_a_store(path: Path) -> None:
