@@ -15,6 +15,7 @@ import torch
 from farms_fast.results.record import LayerRecord
 from farms_fast.results.settings import AnalysisSettings, OtherSampling
 from farms_fast.spectra.bootstrap import fit_layers
+from farms_fast.spectra.windows import FixedAspectSampling
 
 # Fewer windows have too few ways to be drawn.
 _LEAST_WINDOWS = 4
@@ -34,12 +35,14 @@ def difference_error(
         return None
     if resamples < 2 or isinstance(sampling, OtherSampling):
         return None
-    entries, rows, columns = a.shape
-    grid = sampling.grid(rows, columns)
-    if (grid.rows, grid.columns, entries * grid.count) != (a.window_rows, a.window_cols, a.windows):
-        return None
     windows = [record.read_window_evals() for record in (a, b)]
     if any(values.shape[0] != a.windows for values in windows):
+        return None
+    entries, rows, columns = a.shape
+    if isinstance(sampling, FixedAspectSampling) and _has_more_windows(sampling, a):
+        return None
+    grid = sampling.grid(rows, columns)
+    if (grid.rows, grid.columns, entries * grid.count) != (a.window_rows, a.window_cols, a.windows):
         return None
     # Sampled alike, both get the same draws.
     fits = fit_layers(
@@ -53,3 +56,17 @@ def difference_error(
     if drawn_a.size != resamples or drawn_b.size != resamples:
         return None
     return float((drawn_b - drawn_a).std(ddof=1))
+
+
+def _has_more_windows(sampling: FixedAspectSampling, record: LayerRecord) -> bool:
+    """Whether the sampling takes more windows than a record has, told without laying the grid.
+
+    The numbers of a saved analysis may be any: a grid of billions of starts would fill the memory.
+    """
+    sides = (record.shape[1], record.window_rows), (record.shape[2], record.window_cols)
+    if any(not 0 < window <= extent for extent, window in sides):
+        return True
+    starts = [min(int(sampling.per_dim), extent - window + 1) for extent, window in sides]
+    if sampling.compat is None and sampling.per_dim > 1:
+        starts += [extent // window for extent, window in sides]
+    return max(starts) > record.windows

@@ -32,6 +32,8 @@ REPORT = ("report", "{}", "-o", "page.html")
 COMPARE = ("compare", "{}", "{}", "--csv", "differences.csv", "-o", "page.html")
 EXPORT = ("export", "{}", "--csv", "a.csv", "--json", "a.json", "--npz", "a.npz")
 RUNS = ("runs", "{}")
+# They read formats, and are imported when a file is of theirs.
+LIBRARIES = ("gguf", "h5py", "msgpack", "onnx")
 BYTES = (damage.any_bytes, damage.beginning)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import importlib
 import io
 import json
 import os
@@ -22,7 +23,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from tests.fuzz.seeds import MARKER, SEEDS, Seed
+from tests.fuzz.seeds import LIBRARIES, MARKER, SEEDS, Seed
 
 SECONDS = 20.0
 # Beyond the size of the file that is read.
@@ -138,6 +139,10 @@ def _work(root: Path, seed: int, requests: int, answers: int) -> None:
         if event in _ACTS:
             acts.append(event)
 
+    # What their imports run is not what a file runs.
+    for library in LIBRARIES:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(library)
     sys.addaudithook(watch)
     with os.fdopen(requests) as lines, os.fdopen(answers, "w") as told:
         for line in lines:

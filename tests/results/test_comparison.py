@@ -226,6 +226,27 @@ def test_pairing_needs_the_same_windows_and_the_spectra(
 # ------------------------------------------------------------------------------------------- tables
 
 
+def test_shapes_and_samplings_of_a_file_may_be_any() -> None:
+    """A grid of so many starts would not fit into any memory."""
+    settings = AnalysisSettings("m", sampling=FixedAspectSampling(rows=1, per_dim=2**40))
+    for shape, window in (((1, 2**40, 2**40), 1), ((1, 2**62, 2**62), 2**20), ((1, 9, 9), 10)):
+        sides = {"windows": 4, "window_rows": window, "window_cols": window}
+        layer = replace(a_layer("a", 2.5, **sides), shape=shape, window_evals=np.ones((4, 1)))
+        made = of(layer, settings=settings)
+        assert not compare(made, made)["a"].paired
+
+
+@pytest.mark.parametrize("sampling", [
+    FixedAspectSampling(rows=8, per_dim=4, compat="farms"),
+    FixedAspectSampling(rows=8, per_dim=2),
+    FixedAspectSampling(rows=30, per_dim=15),
+    FixedAspectSampling(rows=20, q=2.0, per_dim=15),
+])  # fmt: skip
+def test_every_grid_of_a_real_analysis_is_paired(sampling: FixedAspectSampling) -> None:
+    made = farms_fast.analyze({"a": torch.randn(200, 40)}, sampling, device="cpu", bootstrap=5)
+    assert [layer.paired for layer in compare(made, made)] == [True]
+
+
 def test_tables(before: Analysis, after: Analysis, tmp_path: Path) -> None:
     found = compare(before, of(*list(after)[1:], settings=after.settings))
     frame = found.to_pandas()
