@@ -144,7 +144,7 @@ def eigenvalues(window: npt.NDArray[Any]) -> FloatArray:
 
 
 def drop_rounding(evals: npt.ArrayLike, eps: float = 2.0**-52) -> FloatArray:
-    """Eigenvalues (windows, k), ascending, with 0 for those up to `8 k eps` of their window's largest.
+    """Ascending eigenvalues (windows, k), 0 for those up to `8 k eps` of their window's largest.
 
     Example:
         >>> drop_rounding([[1e-16, 1e-3, 4.0]]).tolist()
