@@ -6,6 +6,7 @@ holds the host types.
 
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pybind11
@@ -17,9 +18,9 @@ ROOT = Path(__file__).parent
 CSRC = Path("csrc")
 # The oldest torch whose stable ABI the ops use; the headers leave out whatever is younger.
 TORCH_TARGET = (2, 11)
-# Architectures when neither the user nor a GPU of this machine names any: Turing to Hopper, and
-# PTX for what follows.
-DEFAULT_ARCHITECTURES = "7.5;8.0;8.6;9.0+PTX"
+# Architectures when neither the user nor a GPU of this machine names any: Turing to Blackwell, as
+# far as the toolkit knows them, and PTX for what follows.
+DEFAULT_ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
 
 def wants_cuda() -> bool:
@@ -50,6 +51,15 @@ def has_cusolver_header() -> bool:
     return any(folder and (Path(folder) / "cusolverDn.h").exists() for folder in folders)
 
 
+def default_architectures() -> str:
+    """For TORCH_CUDA_ARCH_LIST."""
+    nvcc = Path(cpp_extension.CUDA_HOME) / "bin/nvcc"
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True)
+    names = listed.stdout.split()
+    known = [a for a in DEFAULT_ARCHITECTURES if f"compute_{a.replace('.', '')}" in names]
+    return ";".join(known) + "+PTX"
+
+
 def sources(pattern: str) -> list[str]:
     return sorted(str(p.relative_to(ROOT)) for p in (ROOT / CSRC).glob(pattern))
 
@@ -73,7 +83,7 @@ def ops_extension(cuda: bool) -> Extension:
             py_limited_api=True,
         )
     if not torch.cuda.is_available():
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES)
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default_architectures())
     compile_args["nvcc"] = ["-O3", "-std=c++17"]
     return cpp_extension.CUDAExtension(
         "farms_fast._C",

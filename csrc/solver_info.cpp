@@ -1,5 +1,5 @@
-// The ops about solvers: solver_names, compute_capability, and solver_facts, by which a run is planned. None takes a
-// tensor.
+// The ops about solvers: solver_names, compute_capability, cuda_versions, and solver_facts, by which a run is planned.
+// None takes a tensor.
 #include "csrc/solver_info.h"
 
 #include <torch/csrc/stable/library.h>
@@ -32,10 +32,18 @@ std::vector<std::string> solver_names(std::string device) {
   return names;
 }
 
+const CudaMachine& machine_here(const char* op) {
+  FARMS_CHECK(cuda_machine != nullptr, op, "device", "expected a build with CUDA, got one without");
+  return *cuda_machine;
+}
+
 // Of the current device, as this build's code knows it.
-int64_t compute_capability() {
-  FARMS_CHECK(cuda_machine != nullptr, "compute_capability", "device", "expected a build with CUDA, got one without");
-  return cuda_machine->current_device().architecture;
+int64_t compute_capability() { return machine_here("compute_capability").current_device().architecture; }
+
+// Of the driver, the CUDA runtime and cuSOLVER.
+std::tuple<int64_t, int64_t, int64_t> cuda_versions() {
+  const CudaVersions found = machine_here("cuda_versions").versions();
+  return {found.driver, found.runtime, found.cusolver};
 }
 
 // On CUDA without a compute capability: of the current device, which tells its own facts and library's.
@@ -74,6 +82,7 @@ std::tuple<std::string, int64_t, int64_t, int64_t> solver_facts(std::string devi
 STABLE_TORCH_LIBRARY_FRAGMENT(farms_fast, m) {
   m.def("solver_names(str device) -> str[]");
   m.def("compute_capability() -> int");
+  m.def("cuda_versions() -> (int driver, int runtime, int cusolver)");
   m.def(
       "solver_facts(str device, int compute_capability, int count, int order, int inner, ScalarType dtype, str solver) "
       "-> (str solver, int max_batch, int matrix_bytes, int workspace_bytes)");
@@ -82,5 +91,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(farms_fast, m) {
 STABLE_TORCH_LIBRARY_IMPL(farms_fast, CompositeExplicitAutograd, m) {
   m.impl("solver_names", TORCH_BOX(&farms_fast::solver_names));
   m.impl("compute_capability", TORCH_BOX(&farms_fast::compute_capability));
+  m.impl("cuda_versions", TORCH_BOX(&farms_fast::cuda_versions));
   m.impl("solver_facts", TORCH_BOX(&farms_fast::solver_facts));
 }

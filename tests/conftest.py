@@ -38,6 +38,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where tests, and what they start, keep what they find out about GPUs."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["FARMS_FAST_CACHE_DIR"] = str(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def checkpoint() -> Path:
     """The folder of the demo's model, all-MiniLM-L6-v2."""

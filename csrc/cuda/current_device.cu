@@ -22,7 +22,7 @@ CudaDevice device_facts(int device) {
   // The PTX version is that of the source, whatever it was translated to when it was loaded.
   const CudaDevice built_for = cuda_device(std::min(10 * major + minor, code.ptxVersion));
   return {built_for.architecture, std::min<int64_t>(shared_bytes, built_for.shared_bytes),
-          clusters != 0 ? built_for.cluster_blocks : 1, processors};
+          clusters != 0 ? built_for.cluster_blocks : 1, processors, device};
 }
 
 }  // namespace

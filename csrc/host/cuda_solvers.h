@@ -14,6 +14,7 @@
 #include "csrc/host/solver_facts.h"
 #include "csrc/host/two_stage_workspace.h"
 #include "csrc/op_check.h"
+#include "csrc/solver_choices.h"
 
 namespace farms_fast {
 
@@ -23,6 +24,7 @@ struct CudaDevice {
   int64_t shared_bytes;  // of shared memory that a block may ask for
   int cluster_blocks;    // that a cluster may have, 1 where there are none
   int processors;        // multiprocessors
+  int index = -1;        // among those that are there
 };
 
 // By the technical specifications of the CUDA C++ Programming Guide. An architecture younger than those counts as the
@@ -109,18 +111,30 @@ constexpr int measured_architecture(int architecture) {
   return architecture > 90 && architecture < 120 ? 90 : architecture;
 }
 
+// As many complex matrices as leave a device idle: at twice the order, the two-stage solver then took longer than
+// cuSOLVER on an H200.
+constexpr int64_t kFewComplex = 2;
+
 // Where nothing was measured: the one-stage solver for what one block holds, and the two-stage one beyond. Both pass
-// over a matrix far less often than cuSOLVER's tridiagonalisation, whatever the rate of the arithmetic. Before Ampere
-// there are no float64 tensor cores for them to win by.
-inline const char* modelled_choice(const CudaDevice& device, int64_t order, DType gram) {
+// over a matrix far less often than cuSOLVER's tridiagonalisation, whatever the rate of the arithmetic; on an H200 the
+// code of 8.0 took .7 to .8 of cuSOLVER's time for one real matrix of order 1000 to 4096, and an eighth for many. Before
+// Ampere there are no float64 tensor cores for them to win by.
+inline const char* modelled_choice(const CudaDevice& device, int64_t count, int64_t order, DType gram) {
   if (device.architecture < 80) return kCusolver.name;
   if (order <= one_block_order(device.shared_bytes) / reals(gram)) return kOneStage.name;
+  if (is_complex(gram) && count <= kFewComplex) return kCusolver.name;
   return order <= two_stage_max_order(device, gram) ? kTwoStage.name : kCusolver.name;
 }
 
+// By what was measured on that GPU, then by the table of its architecture, then by the model. A row for a solver that
+// does not take such matrices here says nothing.
 inline const char* auto_choice(const CudaDevice& device, int64_t count, int64_t order, DType gram) {
-  const char* measured = measured_choice(measured_architecture(device.architecture), count, order, gram);
-  return measured != nullptr ? measured : modelled_choice(device, order, gram);
+  const char* measured[] = {choice_of_device(device.index, count, order, gram),
+                            measured_choice(measured_architecture(device.architecture), count, order, gram)};
+  for (const char* name : measured)
+    for (const CudaSolverTraits* solver : kCudaSolvers)
+      if (name != nullptr && std::string(name) == solver->name && order <= solver->max_order(device, gram)) return name;
+  return modelled_choice(device, count, order, gram);
 }
 
 // The solver of that name, or for "auto" the one that measured fastest for `count` matrices. `op` is for the error of

@@ -9,13 +9,21 @@ namespace farms_fast {
 
 enum class Field { real, complex };
 
-// The rows of an architecture and a field go by order, then by batch; the first one that holds both counts.
-struct MeasuredChoice {
-  int architecture;  // 10 * major + minor
+// Rows of a field go by order, then by batch; the first one that holds both counts.
+struct ChoiceRow {
   Field field;
   int64_t up_to_order;
   int64_t up_to_batch;
   const char* solver;
+
+  constexpr bool holds(int64_t count, int64_t order, DType gram) const {
+    return field == (is_complex(gram) ? Field::complex : Field::real) && order <= up_to_order && count <= up_to_batch;
+  }
+};
+
+struct MeasuredChoice {
+  int architecture;  // 10 * major + minor
+  ChoiceRow row;
 };
 
 constexpr MeasuredChoice kMeasuredChoices[] = {
@@ -24,10 +32,8 @@ constexpr MeasuredChoice kMeasuredChoices[] = {
 
 // Null where no row holds such matrices.
 inline const char* measured_choice(int architecture, int64_t count, int64_t order, DType gram) {
-  const Field field = is_complex(gram) ? Field::complex : Field::real;
-  for (const MeasuredChoice& row : kMeasuredChoices)
-    if (row.architecture == architecture && row.field == field && order <= row.up_to_order && count <= row.up_to_batch)
-      return row.solver;
+  for (const MeasuredChoice& measured : kMeasuredChoices)
+    if (measured.architecture == architecture && measured.row.holds(count, order, gram)) return measured.row.solver;
   return nullptr;
 }
 

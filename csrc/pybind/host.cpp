@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "csrc/host/cusolver_workspace.h"
 #include "csrc/host/gram_sharing.h"
 #include "csrc/host/window_grid.h"
 
@@ -122,5 +123,7 @@ PYBIND11_MODULE(_host, m) {
         py::arg("complex") = false, py::arg("memory") = std::numeric_limits<int64_t>::max(),
         "How the ops share the work of the Gram matrices of a window table in float64: a dict for each run of "
         "windows of one matrix, with the multiply-adds of all windows alone and of the shared products.");
+  m.def("needs_zeroed_workspace", &farms_fast::needs_zeroed_workspace, py::arg("version"),
+        "Whether that cuSOLVER, 1000 * major + 100 * minor + patch, wants its workspace zeroed.");
   m.def("build_settings", &build_settings, "Compiler, CUDA toolkit, architectures and torch ABI target of the build.");
 }

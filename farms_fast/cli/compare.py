@@ -72,8 +72,8 @@ def compare(
         if sort not in ("model", *_SORTS):
             raise ValueError(f"sort: expected model, {' or '.join(_SORTS)}, got {sort!r}")
         # A and B may be two runs of one store.
-        check_outputs(a=a, output=output, csv=csv, json=json)
-        check_outputs(b=b, output=output, csv=csv, json=json)
+        for name, path in (("a", a), ("b", b)):
+            check_outputs(read={name: path}, output=output, csv=csv, json=json)
         first, second = load_saved(a, run_a, "run-a"), load_saved(b, run_b, "run-b")
         if reason := nothing_in_common(first, second):
             raise ValueError(reason)

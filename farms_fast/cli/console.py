@@ -6,11 +6,13 @@ import contextlib
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import typer
 
+from farms_fast.core.files import check_writable
+from farms_fast.core.regular_files import resolve_links
 from farms_fast.core.text import printable
 from farms_fast.weights.sources import checkpoint_holds, checkpoints_of
 
@@ -19,6 +21,8 @@ EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 # That of a program that SIGPIPE ends.
 EXIT_READER_LEFT = 141
+# Of an error: a name in it may be of any length.
+_LONGEST_LINE = 4000
 
 
 def echo(text: str) -> None:
@@ -38,33 +42,39 @@ def terminal_width() -> int:
 
 
 def check_outputs(
-    checkpoint: Path | None = None, base: Path | None = None, **paths: Path | None
+    checkpoint: Path | None = None,
+    base: Path | None = None,
+    read: Mapping[str, Path] | None = None,
+    **written: Path | None,
 ) -> None:
     """Checks, before the work, that every file can be written, none twice, and none that is read.
 
-    `checkpoint` and `base` are models that are read; `paths` are files by their options, those that
-    are read included.
+    `checkpoint` and `base` are models that are read; `read` and `written` are files by their
+    options.
     """
-    read = [] if checkpoint is None else checkpoints_of(checkpoint, base)
+    models = [] if checkpoint is None else checkpoints_of(checkpoint, base)
     taken: dict[Path, str] = {}
-    for option, path in paths.items():
+    for option, path in {**(read or {}), **written}.items():
         if path is None:
             continue
         if str(path) == "-":
             raise ValueError(f"{option}: expected a file, got '-' (/dev/stdout writes to a pipe)")
         if path.is_dir():
             raise IsADirectoryError(f"{option}: {str(path)!r} is a directory, expected a file")
-        if not path.resolve().parent.is_dir():
+        resolved = resolve_links(path)
+        if not resolved.parent.is_dir():
             raise FileNotFoundError(f"{option}: the directory of {str(path)!r} does not exist")
-        other = taken.setdefault(path.resolve(), option)
+        other = taken.setdefault(resolved, option)
         if other != option:
             raise ValueError(f"{option}: {str(path)!r} is the file of {other} too")
-        for model in read:
+        for model in models:
             if checkpoint_holds(model, path):
                 raise ValueError(
                     f"{option}: {str(path)!r} would overwrite a file of the checkpoint "
                     f"{str(model)!r}, which is only read"
                 )
+        if option in written:
+            check_writable(option, path)
 
 
 @contextlib.contextmanager
@@ -87,8 +97,11 @@ def cli_errors(**names: str) -> Iterator[None]:
         line = " ".join(text.split()) or type(error).__name__
         argument, colon, rest = line.partition(": ")
         line = f"{names.get(argument, argument)}{colon}{rest}"
+        if len(line) > _LONGEST_LINE:
+            line = f"{line[: _LONGEST_LINE // 2]} ... {line[-_LONGEST_LINE // 2 :]}"
         typer.echo(f"error: {printable(line)}", err=True)
         raise typer.Exit(EXIT_BAD_INPUT) from None
-    except KeyboardInterrupt:
-        typer.echo("error: interrupted", err=True)
+    except KeyboardInterrupt as interruption:
+        what_is_saved = f": {printable(str(interruption))}" if interruption.args else ""
+        typer.echo(f"error: interrupted{what_is_saved}", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None

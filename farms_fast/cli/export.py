@@ -45,7 +45,7 @@ def export(
         given = {"csv": csv, "json": json, "parquet": parquet, **spectra}
         if not any(given.values()):
             raise ValueError(f"expected at least one of {', '.join(f'--{name}' for name in given)}")
-        check_outputs(store=store, **given)
+        check_outputs(read={"store": store}, **given)
         analysis, info = load_run(store, run)
         writers = (
             analysis.to_csv,
@@ -72,8 +72,8 @@ def runs(store: Store) -> None:
         rows = [
             (
                 str(info.id),
-                info.started,
-                info.finished or "-",
+                printable(info.started),
+                printable(info.finished or "-"),
                 layers_done(info),
                 printable(info.settings.source),
             )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -26,6 +26,7 @@ from farms_fast.cli.console import (
     terminal_width,
 )
 from farms_fast.cli.export import export, runs
+from farms_fast.cli.machine import info, tune
 from farms_fast.cli.plan import plan
 from farms_fast.cli.prune import prune
 from farms_fast.cli.report import report
@@ -99,14 +100,6 @@ def _common(
 
 
 @app.command()
-def info() -> None:
-    """Print how this installation was built and what it can use."""
-    with cli_errors():
-        for key, value in farms_fast.build_info().items():
-            echo(f"{key}: {value}")
-
-
-@app.command()
 def analyze(
     path: options.CheckpointPath,
     rows: options.Rows = None,
@@ -125,9 +118,12 @@ def analyze(
     memory: options.Memory = None,
     include: options.Include = None,
     exclude: options.Exclude = None,
+    layout: options.Layout = "auto",
     csv: options.MetricsCsv = None,
     json: options.AnalysisJson = None,
     base: options.Base = None,
+    download: options.Download = False,
+    key: options.Key = None,
     store: Annotated[
         Path | None,
         typer.Option(
@@ -154,7 +150,11 @@ def analyze(
     Exit codes: 0 every layer is ok, 1 some layers failed, 2 bad usage or bad input,
     130 interrupted, 141 the reader of the table has left.
     """
-    with cli_errors(model="path"), contextlib.ExitStack() as context:
+    with (
+        cli_errors(model="path"),
+        _interruption_told(store),
+        contextlib.ExitStack() as context,
+    ):
         sampling = options.sampling_of(rows, q, per_dim, full)
         check_outputs(path, base, store=store, csv=csv, json=json)
         group = context.enter_context(torchrun_group())
@@ -175,7 +175,10 @@ def analyze(
             memory=None if memory is None else parse_memory(memory),
             include=include or None,
             exclude=exclude or None,
+            layout=layout,
             base=base,
+            download=download,
+            key=key,
             store=store,
             force=force,
             process_group=group,
@@ -199,6 +202,17 @@ def analyze(
         raise typer.Exit(EXIT_LAYERS_FAILED)
 
 
+@contextlib.contextmanager
+def _interruption_told(store: Path | None) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt as interruption:
+        if store is None and not interruption.args:
+            reason = "nothing is saved; with --store FILE the finished layers would be"
+            raise KeyboardInterrupt(reason) from None
+        raise
+
+
 def _report(analysis: Analysis, seconds: float, show_skipped: bool) -> None:
     failed = analysis.failed
     if len(analysis):
@@ -215,7 +229,7 @@ def _report(analysis: Analysis, seconds: float, show_skipped: bool) -> None:
         echo(line)
 
 
-for _command in (plan, prune, export, runs, report, compare):
+for _command in (info, tune, plan, prune, export, runs, report, compare):
     app.command()(_command)
 
 

@@ -18,7 +18,7 @@ Command = TypeVar("Command", bound=Callable[..., None])
 CheckpointPath = Annotated[
     Path,
     typer.Argument(
-        help="A checkpoint: a folder, a .safetensors file, or a .pt, .pth, .bin or .ckpt file."
+        help="A checkpoint: a folder, a file of weights, or a name on the Hub such as org/model."
     ),
 ]
 Base = Annotated[
@@ -26,6 +26,17 @@ Base = Annotated[
     typer.Option(
         help="The model that a LoRA adapter changes, where PATH is the adapter's folder.",
         show_default="what its config names",
+    ),
+]
+Download = Annotated[
+    bool,
+    typer.Option("--download", help="Fetch a model by its name on the Hub into the local cache."),
+]
+Key = Annotated[
+    str | None,
+    typer.Option(
+        help="Dotted path of the mapping that holds the weights, where a checkpoint has several.",
+        show_default="the only one",
     ),
 ]
 Rows = Annotated[int | None, typer.Option(help="Rows of a window.", show_default="2000")]
@@ -73,6 +84,13 @@ Include = Annotated[
 Exclude = Annotated[
     list[str] | None,
     typer.Option(help="Not the layers whose whole name matches this glob; may be repeated."),
+]
+Layout = Annotated[
+    str,
+    typer.Option(
+        help="How kernels of convolutions are stored: torch (out, in, ...), channels_last (..., "
+        "in, out) as in Keras and Flax, or auto: as name and shape tell, else skipped."
+    ),
 ]
 ShowSkipped = Annotated[
     bool, typer.Option("--show-skipped", help="List the skipped tensors by name.")

@@ -48,8 +48,11 @@ def plan(
     solver: options.Solver = None,
     memory: options.Memory = None,
     base: options.Base = None,
+    download: options.Download = False,
+    key: options.Key = None,
     include: options.Include = None,
     exclude: options.Exclude = None,
+    layout: options.Layout = "auto",
     json: Annotated[
         Path | None, typer.Option(help="Write batches and layers with their costs to this file.")
     ] = None,
@@ -71,7 +74,8 @@ def plan(
         check_outputs(path, base, json=json)
         machine = _machine(device)
         _check_solver(solver, machine)
-        layers, skipped = open_source(path, base=base).layers(include or None, exclude or None)
+        source = open_source(path, base=base, key=key, download=download)
+        layers, skipped = source.layers(include or None, exclude or None, layout=layout)
         planned = plan_layers(
             layers,
             sampling,
@@ -89,6 +93,8 @@ def plan(
         if json is not None:
             settings = {
                 "source": str(path),
+                "key": key,
+                "layout": layout,
                 "sampling": str(sampling),
                 "xmin": xmin,
                 "bootstrap": bootstrap,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +19,8 @@ from farms_fast.cli.prune_options import LONGEST, PruningOptions
 from farms_fast.cli.prune_report import report_lines
 from farms_fast.core.arguments import default_device, resolve_device
 from farms_fast.core.optional import optional_import
+from farms_fast.core.progress import is_terminal
+from farms_fast.core.regular_files import expand_user
 from farms_fast.core.text import printable
 
 if TYPE_CHECKING:
@@ -63,13 +65,14 @@ def _run(options: PruningOptions) -> tuple[list[str], str | None]:
     from farms_fast.adapters.pruning.evaluation import check_causal, perplexity
     from farms_fast.adapters.pruning.modules import place_model
     from farms_fast.adapters.pruning.recipe import to_recipe
-    from farms_fast.adapters.pruning.saving import save_pruned
+    from farms_fast.adapters.pruning.saving import check_space, save_pruned
     from farms_fast.adapters.pruning.sequential import prune_model
     from farms_fast.adapters.pruning.tokens import calibration_tokens, longest_sequence, text_tokens
 
     times = _StageTimes()
     device = resolve_device(options.device, default_device())
     model, tokenizer, unknown = _load(options.model, options.model_dtype, not options.quiet)
+    check_space(options.out, model)
     blocks = find_blocks(model)
     _check_layers(blocks, options.pattern)
     seqlen = options.seqlen or min(LONGEST, longest_sequence(model) or LONGEST)
@@ -157,22 +160,27 @@ def _load(name: str, dtype: str, progress: bool) -> tuple[Any, Any, tuple[str, .
         raise ValueError(f"model-dtype: expected auto, float32, float16 or bfloat16, got {dtype!r}")
     with optional_import("transformers", extra="pruning", needed_for="prune"):
         import transformers
-    if not progress or not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()
+    logs = transformers.utils.logging
+    if not progress or not is_terminal(sys.stderr):
+        logs.disable_progress_bar()
     # transformers would take a missing path for a name on the hub.
-    folder = Path(name).expanduser()
+    folder = expand_user(name)
     if name.startswith((".", "/", "~")) or folder.exists():
         if not folder.is_dir():
             raise FileNotFoundError(f"model: expected a folder, got {name!r}, which is none")
         name = str(folder)
+    # What it logs has names of tensors in it, as they are; and it would ask whether to run code.
+    verbosity = logs.get_verbosity()
+    logs.set_verbosity(logs.CRITICAL)
     try:
         model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, output_loading_info=True
+            name, dtype=dtype, output_loading_info=True, trust_remote_code=False
         )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # of many types: pickle's, safetensors', torch's
-        what = str(error) or type(error).__name__
-        raise ValueError(f"model: {name!r} could not be loaded: {what}") from error
+        raise ValueError(f"model: {name!r} could not be loaded: {_reason(error)}") from error
+    finally:
+        logs.set_verbosity(verbosity)
     missing = sorted(loaded["missing_keys"])
     if missing:  # transformers initialises them at random
         raise ValueError(
@@ -180,6 +188,18 @@ def _load(name: str, dtype: str, progress: bool) -> tuple[Any, Any, tuple[str, .
             f"nothing for {missing[0]!r} of {type(model).__name__} ({len(missing)} missing)"
         )
     return model, tokenizer, tuple(sorted(loaded["unexpected_keys"]))
+
+
+def _reason(error: Exception) -> str:
+    """Why a model could not be loaded, without the advice to let its code run."""
+    text = str(error)
+    if refused := re.search(r"GLOBAL ([\w.]+)", text):
+        return f"its pickle holds {refused[1]}, and what is no plain tensor is not loaded"
+    if "weights_only" in text:
+        return "its pickle is damaged, or holds more than plain tensors"
+    if "trust_remote_code" in text:
+        return "it needs code that comes with it, and none of that is run"
+    return text or type(error).__name__
 
 
 def _check_layers(blocks: Blocks, pattern: tuple[int, int] | None) -> None:

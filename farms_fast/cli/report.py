@@ -41,7 +41,7 @@ def report(
     """
     with cli_errors():
         chosen = source.with_suffix(".html") if output is None else output
-        check_outputs(source=source, output=chosen)
+        check_outputs(read={"source": source}, output=chosen)
         analysis = load_saved(source, run)
         if not len(analysis):
             raise ValueError(f"source: {str(source)!r} holds no layer")

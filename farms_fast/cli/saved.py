@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from farms_fast.core.regular_files import open_regular
 from farms_fast.core.text import printable
 from farms_fast.results.analysis import Analysis
 from farms_fast.results.store import ResultsStore, RunInfo
@@ -25,9 +26,11 @@ def load_saved(path: Path, run: int | None = None, option: str = "run") -> Analy
     `run` is a run of a store by its number, by default the newest, and `option` its name in
     messages. FileNotFoundError and ValueError for what is missing, or is neither.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"no such file: {str(path)!r}")
-    with path.open("rb") as stream:
+    try:
+        stream = open_regular(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no such file: {str(path)!r}") from None
+    with stream:
         is_store = stream.read(len(_SQLITE)) == _SQLITE
     if not is_store:
         if run is not None:

@@ -1,12 +1,10 @@
 """Plain-text tables and lists.
 
-Names come from files that anyone may have written: callers pass them through `printable`, and rich
-reads no markup in them.
+Names come from files that anyone may have written: callers pass them through `printable`.
 """
 
 from __future__ import annotations
 
-import io
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 
@@ -34,25 +32,21 @@ def text_table(
         >>> text_table(["name", "n"], [["fc", "12"]], left=["name"])
         ['name   n', 'fc    12']
     """
+    # rich's own table takes milliseconds for a row, and models have tens of thousands.
     from rich.cells import cell_len
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0))
-    for heading in headings:
-        table.add_column(
-            Text(heading), justify="left" if heading in left else "right", no_wrap=True
-        )
-    table.columns[0].min_width = first_width
-    for row in rows:
-        table.add_row(*map(Text, row))
-    longest = max(sum(map(cell_len, row)) for row in (headings, *rows))
-    width = len(headings) * max(longest, first_width) + _GAP * len(headings)
-    console = Console(file=io.StringIO(), width=width, color_system=None, legacy_windows=False)
-    with console.capture() as captured:
-        console.print(table)
-    return [line.rstrip() for line in captured.get().splitlines()]
+    table = [headings, *rows]
+    widths = [[cell_len(cell) for cell in line] for line in table]
+    columns = [max(column) for column in zip(*widths, strict=True)]
+    columns[0] = max(columns[0], first_width)
+    lines = []
+    for cells, own in zip(table, widths, strict=True):
+        line = []
+        for heading, cell, width, column in zip(headings, cells, own, columns, strict=True):
+            space = " " * (column - width)
+            line.append(cell + space if heading in left else space + cell)
+        lines.append((" " * _GAP).join(line).rstrip())
+    return lines
 
 
 def fit_table(
@@ -103,7 +97,9 @@ def shorten(text: str, width: int) -> str:
 
     if cell_len(text) <= width:
         return text
-    left = text
+    # More than enough of both ends, also where characters take no column.
+    text = text if len(text) <= 16 * width else text[: 8 * width] + text[-8 * width :]
+    left = text[:width]
     while cell_len(left) > (width - 1) // 4:
         left = left[:-1]
     # Reversed, for `set_cell_size` cuts the end; a wide character that it halves becomes a space.

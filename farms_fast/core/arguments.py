@@ -28,6 +28,8 @@ MOST_RESAMPLES = 10**5
 
 # A size in bytes beyond this is no memory, and the ops take them as int64.
 _MOST_BYTES = 2**63 - 1
+_COMPARED_NAMES = 2000
+_COMPARED_LENGTH = 200
 _UNITS = {
     "": 1,
     **{unit: 1000**i for i, unit in enumerate(("b", "kb", "mb", "gb", "tb"))},
@@ -42,8 +44,14 @@ def check_type(argument: str, value: object, kinds: type | tuple[type, ...], exp
 
 
 def check_module(argument: str, value: object) -> None:
-    """Raises TypeError unless the value is a module."""
+    """Raises TypeError unless the value is a module of Python code, whose parts have types."""
     check_type(argument, value, torch.nn.Module, "a torch.nn.Module")
+    if isinstance(value, torch.jit.ScriptModule):
+        raise TypeError(
+            f"{argument}: expected a torch.nn.Module of Python code, got {type(value).__name__}, "
+            "whose submodules have lost their types: give the module that it was made of, or its "
+            "state_dict()"
+        )
 
 
 def list_of(argument: str, values: object, kind: type[T], expected: str) -> list[T]:
@@ -130,12 +138,29 @@ def memory_bytes(memory: object) -> int:
     return check_int("memory", memory, least=1, most=_MOST_BYTES)
 
 
+def first_repeated(names: Iterable[T]) -> T | None:
+    """The first of the names that has come before; None where all differ."""
+    seen: set[T] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
+
+
+def near_names(name: str, names: Sequence[str], most: int) -> list[str]:
+    """The names nearest to one, most similar first: of a large model's, those of its beginning."""
+    # Comparing takes as long as the product of the lengths.
+    short = [known for known in names[:_COMPARED_NAMES] if len(known) <= _COMPARED_LENGTH]
+    return difflib.get_close_matches(name[:_COMPARED_LENGTH], short, n=most, cutoff=0.5)
+
+
 def unmatched_pattern(argument: str, pattern: str, names: Sequence[str]) -> ValueError:
     """The error of a glob that matches no name; it suggests one that does, or a near name."""
     if any(pattern in name for name in names):
         hint = f": '*{pattern}*'?"
     else:
-        near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.5)
+        near = near_names(pattern, names, 1)
         hint = f": {near[0]!r}?" if near else ""
     first = ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
     return ValueError(

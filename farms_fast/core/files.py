@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from farms_fast.core.arguments import path_of
+from farms_fast.core.regular_files import resolve_links
 
 FilePath = str | os.PathLike[str]
 
@@ -33,13 +34,13 @@ def atomic_file(path: FilePath) -> Iterator[BinaryIO]:
     No reader ever sees half a file, and an error leaves the old one.
     """
     path = path_of("path", path)
+    target = resolve_links(path)
     if path.exists() and not stat.S_ISREG(path.stat().st_mode):
         # A directory is an error of open; a pipe or a device cannot be replaced by a file.
         with _errors_of(path, path), path.open("wb") as stream:
             yield stream
         return
     # Replacing a link would cut it off from the file that it stands for.
-    target = path.resolve()
     if not target.parent.is_dir():
         raise FileNotFoundError(f"path: the directory of {str(path)!r} does not exist")
     partial = target.with_name(f".{target.name[:100]}.{secrets.token_hex(6)}.tmp")
@@ -54,6 +55,26 @@ def atomic_file(path: FilePath) -> Iterator[BinaryIO]:
             with contextlib.suppress(OSError):
                 partial.unlink()
             raise
+
+
+def check_writable(argument: str, path: Path) -> None:
+    """Raises OSError, naming the argument, unless a file could be written there now.
+
+    A page is written beside it, as `atomic_file` does, and deleted: permissions do not tell of
+    read-only and full file systems. What is no regular file is not tried.
+    """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        return
+    target = path.resolve()
+    probe = target.with_name(f".{target.name[:100]}.{secrets.token_hex(6)}.tmp")
+    try:
+        try:
+            probe.write_bytes(bytes(4096))
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        reason = f"{argument}: cannot be written ({error.strerror})"
+        raise OSError(error.errno, reason, str(path)) from error
 
 
 @contextlib.contextmanager

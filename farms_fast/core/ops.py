@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from farms_fast.core import extension as _extension  # noqa: F401  (registers the ops)
+from farms_fast.core import extension, solver_choice
 
 _GRAM_DTYPES = {
     (torch.float64, False): torch.float64,
@@ -120,6 +120,7 @@ def eigvalsh(gram: Tensor, solver: str = "auto", memory_budget: int = 0) -> Tens
         >>> ops.eigvalsh(torch.diag(torch.tensor([3.0, 1.0, 2.0])).unsqueeze(0))
         tensor([[1., 2., 3.]])
     """
+    solver_choice.settle(gram)
     return cast(Tensor, _called(torch.ops.farms_fast.eigvalsh, gram, solver, memory_budget))
 
 
@@ -159,6 +160,8 @@ def window_eigvalsh(
         >>> ops.window_eigvalsh([weight], torch.tensor([[0, 0, 0, 0, 2, 2]]), order=2)
         tensor([[1., 4.]], dtype=torch.float64)
     """
+    for weight in weights[:1]:
+        solver_choice.settle(weight)
     call = torch.ops.farms_fast.window_eigvalsh
     return cast(Tensor, _called(call, weights, windows, order, dtype, solver, memory_budget))
 
@@ -259,6 +262,8 @@ def solver_facts(
             current one.
         solver: "auto", or the name of a solver of the device.
     """
+    if device == "cuda" and compute_capability == 0 and extension.has_cuda():
+        solver_choice.settle_on(torch.cuda.current_device())
     call = torch.ops.farms_fast.solver_facts
     inner = order if inner is None else inner
     return SolverFacts(*call(device, compute_capability, count, order, inner, dtype, solver))

@@ -6,12 +6,18 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import TextIO
 
 from farms_fast.core.text import printable
 
 Progress = Callable[[int, int, str], None]
 
 _clock = time.monotonic
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether a stream shows a bar; one that was closed before Python began is None."""
+    return stream is not None and stream.isatty()
 
 
 @contextlib.contextmanager
@@ -31,7 +37,7 @@ def reporter(
         if callable(progress):
             progress(done, layers, name)
 
-    if callable(progress) or not progress or not sys.stderr.isatty():
+    if callable(progress) or not progress or not is_terminal(sys.stderr):
         yield count_layer
         return
     from rich.console import Console
@@ -64,7 +70,7 @@ def reporter(
                 task,
                 completed=computed,
                 total=windows - known,
-                description=printable(name)[-40:],
+                description=printable(name[-40:])[-40:],
                 layers=f"{done}/{layers} layers",
                 rate=pace(computed, windows - known - computed, _clock() - start),
             )

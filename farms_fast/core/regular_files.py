@@ -41,11 +41,27 @@ def read_limited(path: Path, limit: int = JSON_BYTES) -> bytes:
     """The content of a regular file of at most `limit` bytes; ValueError for a longer one."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-        content = file.read(limit + 1) if size <= limit else b""
+        # As much as there is, and a byte to see it grow: room for as much is made before reading.
+        content = file.read(size + 1) if size <= limit else b""
     if size > limit or len(content) > limit:
         got = max(size, len(content))
         raise ValueError(f"{path}: expected at most {limit:,} bytes, got {got:,}")
     return content
+
+
+def expand_user(path: str | os.PathLike[str]) -> Path:
+    """The path with `~` as the home folder; as it is where there is no such user."""
+    return Path(os.path.expanduser(os.fspath(path)))
+
+
+def resolve_links(path: Path) -> Path:
+    """The path without links, also of a file that does not exist; ValueError for a loop."""
+    try:
+        os.stat(path)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise ValueError(f"{path}: expected a file, got links that loop") from None
+    return Path(os.path.realpath(path))
 
 
 def _kind(mode: int) -> str:

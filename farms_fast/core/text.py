@@ -23,6 +23,22 @@ def significant(value: float) -> str:
     return f"{value:.4g}" if math.isfinite(value) else "-"
 
 
+# What spreadsheets take for a formula, wide forms included, and the sign that stops them.
+_FORMULA_STARTS = frozenset("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20'")
+
+
+def csv_cell(value: object) -> object:
+    """The value for a CSV file: text that a spreadsheet would compute has a `'` in front.
+
+    Text that begins with a `'` gets one too, so that without one in front a cell is the text again.
+
+    Example:
+        >>> csv_cell("fc"), csv_cell("=1+1"), csv_cell("'a"), csv_cell(-1.5)
+        ('fc', "'=1+1", "''a", -1.5)
+    """
+    return f"'{value}" if isinstance(value, str) and value[:1] in _FORMULA_STARTS else value
+
+
 def printable(text: str) -> str:
     r"""Text of unknown origin with everything that a terminal would act on written as escapes.
 
@@ -30,6 +46,8 @@ def printable(text: str) -> str:
         >>> print(printable("a\x1b[31mb\u202e"))
         a\x1b[31mb\u202e
     """
+    if text.isprintable():
+        return text
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
     )

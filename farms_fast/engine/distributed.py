@@ -21,6 +21,9 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 
+# How long ranks wait for each other before they are connected. Nothing tells them that one has died
+# until then. torchrun starts them together; they differ by how long importing takes.
+_JOINING = timedelta(seconds=30)
 # How long ranks that are done wait for the slowest one.
 _PATIENCE = timedelta(days=2)
 
@@ -108,7 +111,16 @@ def torchrun_group() -> Iterator[dist.ProcessGroup | None]:
     if dist.is_initialized():
         yield dist.group.WORLD
         return
-    dist.init_process_group("gloo", timeout=_PATIENCE)
+    try:
+        dist.init_process_group("gloo", timeout=_JOINING)
+    except (dist.DistError, RuntimeError) as error:
+        seconds = _JOINING.total_seconds()
+        raise TimeoutError(
+            f"torchrun: expected all {os.environ.get('WORLD_SIZE')} processes to join within "
+            f"{seconds:.0f} s, and one has not: {str(error).partition(chr(10))[0]}"
+        ) from error
+    # Once they are connected, a process that dies ends the others' waiting at once.
+    dist.distributed_c10d._set_pg_timeout(_PATIENCE)
     try:
         yield dist.group.WORLD
     finally:

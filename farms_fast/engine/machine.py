@@ -68,8 +68,9 @@ class Machine:
     def window_bytes(self, order: int, inner: int, count: int, dtype: torch.dtype) -> int:
         """Bytes that one window takes while it is solved; 0 where none of it leaves the chip.
 
-        The choice of a solver may depend on the number of windows, and a batch may be halved: of
-        the solvers of `count` windows and of a full batch it is the one that takes more.
+        The choice of a solver may depend on the number of windows, and a batch may be halved or
+        joined: of the solvers of `count` windows, half of them and a full batch it is the one that
+        takes the most.
 
         Args:
             order: as for `solver_facts`.
@@ -79,7 +80,7 @@ class Machine:
         """
         solvers = {
             self.solver_facts(order, inner, windows, dtype).solver
-            for windows in (count, FULL_BATCH)
+            for windows in (count, -(-count // 2), FULL_BATCH)
         }
         return max(self.solver_facts(order, inner, 1, dtype, name).bytes for name in solvers)
 

@@ -7,10 +7,11 @@ plan is a pure function of shapes: it reads no weight and asks no device.
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
 
 import torch
 
@@ -31,6 +32,10 @@ from farms_fast.weights.stacks import LayerSpec, Skipped
 _H200 = Machine()
 # Batches that a run has on the device at a time.
 UNDER_WAY = 3
+# Predicted for a batch on a CPU, where more windows at a time gain nothing once all cores have had
+# a few each.
+MAX_SECONDS = 10.0
+_ROUNDS = 4
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,7 @@ class Batch:
         default=None, compare=False, repr=False
     )
 
-    @cached_property
+    @functools.cached_property
     def costs(self) -> tuple[Cost, ...]:
         """Of each layer, its part of the batch's; the memory is that of the layer alone."""
         return () if self.price is None else self.price(self.layers)
@@ -185,9 +190,9 @@ def plan(
 
     Three batches share the memory, one that is read, one that is solved and one that is finished;
     where a layer needs more than a third of it, each batch has all of it and runs alone. A batch is
-    closed where the next layer would take it beyond its shares (see `MemoryBudget`), or beyond 2^19
-    eigenvalues. A layer larger than that is a batch of its own, and what it leaves of the memory is
-    the solver's.
+    closed where the next layer would take it beyond its shares (see `MemoryBudget`), beyond 2^19
+    eigenvalues, or on a CPU beyond 10 seconds, because finished layers come batch by batch. A layer
+    larger than that is a batch of its own, and what it leaves of the memory is the solver's.
 
     Args:
         specs: the layers, in the model's order.
@@ -234,10 +239,11 @@ def plan(
         key = (grid.order, spec.dtype, _stores_two_reals(spec))
         buckets.setdefault(key, []).append(LayerWindows(index, spec, grid))
     layers = [layer for bucket in buckets.values() for layer in bucket]
-    overlapping = all(planner.need([x]).min_bytes <= total_memory // UNDER_WAY for x in layers)
+    needs = [planner.need(_Size.of(layer)) for layer in layers]
+    overlapping = all(need.min_bytes <= total_memory // UNDER_WAY for need in needs)
     budget = MemoryBudget.of(total_memory // UNDER_WAY if overlapping else total_memory)
-    for layer in layers:
-        _check_fits(layer, planner.need([layer]), budget, memory is None)
+    for layer, need in zip(layers, needs, strict=True):
+        _check_fits(layer, need, budget, memory is None)
     batches = [
         planner.batch(part, budget)
         for bucket in buckets.values()
@@ -270,6 +276,32 @@ def _check_fits(
 
 
 @dataclass(frozen=True)
+class _Size:
+    """What the needs of layers of one order and dtype depend on; that of more layers is a sum."""
+
+    order: int
+    inner: int  # the longest side of a window
+    windows: int
+    most_windows: int  # of one layer
+    weights: int  # bytes
+    is_complex: bool
+
+    @classmethod
+    def of(cls, layer: LayerWindows) -> _Size:
+        order, windows = layer.grid.order, layer.windows
+        return cls(order, layer.inner, windows, windows, layer.weight_bytes, layer.is_complex)
+
+    def __add__(self, other: _Size) -> _Size:
+        return replace(
+            self,
+            inner=max(self.inner, other.inner),
+            windows=self.windows + other.windows,
+            most_windows=max(self.most_windows, other.most_windows),
+            weights=self.weights + other.weights,
+        )
+
+
+@dataclass(frozen=True)
 class _Planner:
     """What the needs and costs of batches depend on besides their layers."""
 
@@ -278,53 +310,59 @@ class _Planner:
     rule: str
     bootstrap: int
 
-    def need(self, layers: Sequence[LayerWindows]) -> MemoryRequirement:
-        order, _, windows, _ = call = self.call(layers)
+    def need(self, size: _Size) -> MemoryRequirement:
         return MemoryRequirement(
-            weights=sum(layer.weight_bytes for layer in layers),
-            windows=windows,
-            order=order,
-            longest=order * max(layer.windows for layer in layers),
-            matrix=self.machine.window_bytes(*call),
+            weights=size.weights,
+            windows=size.windows,
+            order=size.order,
+            longest=size.order * size.most_windows,
+            matrix=self.machine.window_bytes(*self.call(size)),
             item=int(self.dtype.itemsize),
         )
 
-    def call(self, layers: Sequence[LayerWindows]) -> tuple[int, int, int, torch.dtype]:
+    def call(self, size: _Size) -> tuple[int, int, int, torch.dtype]:
         """What solvers go by: the windows' order, longer side and number, the Grams' dtype."""
-        inner = max(layer.inner for layer in layers)
-        windows = sum(layer.windows for layer in layers)
-        dtype = self.dtype.to_complex() if layers[0].is_complex else self.dtype
-        return layers[0].grid.order, inner, windows, dtype
+        dtype = self.dtype.to_complex() if size.is_complex else self.dtype
+        return size.order, size.inner, size.windows, dtype
 
     def split(
         self, layers: Sequence[LayerWindows], budget: MemoryBudget
     ) -> list[list[LayerWindows]]:
         parts: list[list[LayerWindows]] = []
-        weights = spectra = evals = 0
+        size: _Size | None = None
         for layer in layers:
-            own = self.need([layer])
-            weights += own.weights
-            spectra += own.spectra
-            evals += own.eigenvalues
-            if (
-                not parts
-                or weights > budget.weights
-                or spectra > budget.spectra
-                or evals > MAX_EIGENVALUES
-                or self.need([*parts[-1], layer]).min_bytes > budget.total
-            ):
+            own = _Size.of(layer)
+            size = own if size is None else size + own
+            if not parts or not self._fits(size, budget):
                 parts.append([])
-                weights, spectra, evals = own.weights, own.spectra, own.eigenvalues
+                size = own
             parts[-1].append(layer)
         return parts
 
-    def limits(self, layers: Sequence[LayerWindows], budget: MemoryBudget) -> Limits:
-        at_a_time = self.machine.solver_facts(*self.call(layers)).max_batch
-        return limits(self.need(layers), budget, self.bootstrap, at_a_time)
+    def _fits(self, size: _Size, budget: MemoryBudget) -> bool:
+        need = self.need(size)
+        return not self._is_long(size) and (
+            need.weights <= budget.weights
+            and need.spectra <= budget.spectra
+            and need.eigenvalues <= MAX_EIGENVALUES
+            and need.min_bytes <= budget.total
+        )
+
+    def _is_long(self, size: _Size) -> bool:
+        """Whether too much is lost when a run is killed; GPUs are never as long at a batch."""
+        if self.machine.kind != "cpu" or size.windows <= _ROUNDS * self.machine.cores:
+            return False
+        one_by_one = eigenvalues_cost(self.machine, size.order, size.inner, size.windows)
+        return one_by_one.seconds > MAX_SECONDS
+
+    def limits(self, size: _Size, budget: MemoryBudget) -> Limits:
+        at_a_time = self.machine.solver_facts(*self.call(size)).max_batch
+        return limits(self.need(size), budget, self.bootstrap, at_a_time)
 
     def batch(self, layers: Sequence[LayerWindows], budget: MemoryBudget) -> Batch:
-        bounds, order = self.limits(layers, budget), layers[0].grid.order
-        price = partial(self.costs, bounds=bounds, budget=budget)
+        size = functools.reduce(operator.add, map(_Size.of, layers))
+        bounds, order = self.limits(size, budget), size.order
+        price = functools.partial(self.costs, bounds=bounds, budget=budget)
         return Batch(order, tuple(layers), bounds.workspace, bounds.fit_values, bounds.peak, price)
 
     def costs(
@@ -348,6 +386,6 @@ class _Planner:
                 machine, order, layer.windows, self.rule, self.bootstrap, bounds.fit_values
             )
             loaded = weights_cost(machine, layer.weight_bytes)
-            memory = Cost(memory=self.limits([layer], budget).peak)
+            memory = Cost(memory=self.limits(_Size.of(layer), budget).peak)
             costs.append(total([loaded, solved, fitted, memory]))
         return tuple(costs)

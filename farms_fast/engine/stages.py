@@ -122,6 +122,12 @@ class BatchStages:
             return None
         try:
             stack = spec.to_stack(*tensors).detach().resolve_conj().resolve_neg()
+            # The batch is planned for it: another would cost the batch.
+            if stack.shape != spec.shape or stack.is_complex() != state.layer.is_complex:
+                raise ValueError(
+                    f"to_stack: expected a {'complex' if state.layer.is_complex else 'real'} stack "
+                    f"of shape {spec.shape}, got {stack.dtype} of shape {tuple(stack.shape)}"
+                )
             return stack.to(self._settings.device, non_blocking=True)
         except torch.OutOfMemoryError:
             raise

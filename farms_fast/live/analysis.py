@@ -56,6 +56,7 @@ class LiveAnalysis:
             None is half of the device's.
         include: glob or globs of the layers to analyse; None is all but embeddings.
         exclude: glob or globs of the layers to leave out.
+        layout: how kernels are stored that no module of torch's owns, as for `farms_fast.analyze`.
         min_evals: layers with fewer eigenvalues get the status "too_few".
         evals_threshold: eigenvalues below it are dropped: they neither count nor enter the fit.
         change: what stands for the model's weights, as in `layers_from_module`.
@@ -98,6 +99,7 @@ class LiveAnalysis:
         memory: int | None = None,
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
+        layout: str = "auto",
         min_evals: int = 0,
         evals_threshold: float = 0.0,
         change: WeightTransform | None = None,
@@ -110,7 +112,9 @@ class LiveAnalysis:
         least = check_int("min_evals", min_evals)
         self._evals = EvalFilter(least, not_negative("evals_threshold", evals_threshold), rule.xmin)
         with _no_autocast_no_grad():
-            specs, skipped = layers_from_module(model, include, exclude, change=change)
+            specs, skipped = layers_from_module(
+                model, include, exclude, change=change, layout=layout
+            )
             devices = _devices(model, specs)
         plans: dict[torch.device, Plan] = {}
         for device in dict.fromkeys(devices):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from farms_fast.weights.module_tensors import module_tensor, tensor_identity
+from farms_fast.weights.module_tensors import module_tensor, shape_of, tensor_identity
 from farms_fast.weights.stacks import LayerSpec
 
 # A tensor, or why it cannot be had.
@@ -20,7 +20,7 @@ class _ParameterHeader(NamedTuple):
     """A parameter as it was when it was looked at; its shape is None before it is initialised."""
 
     name: str
-    shape: torch.Size | None
+    shape: tuple[int, ...] | None
     dtype: torch.dtype
     device: torch.device
 
@@ -57,7 +57,7 @@ class LiveWeights:
 
     def _look(self) -> Iterator[_ParameterHeader]:
         for name, parameter in self._model.named_parameters(remove_duplicate=False):
-            shape = None if is_lazy(parameter) else parameter.shape
+            shape = None if is_lazy(parameter) else shape_of(parameter)
             yield _ParameterHeader(name, shape, parameter.dtype, parameter.device)
 
 

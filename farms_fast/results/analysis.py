@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
-from farms_fast.core.arguments import check_type, list_of
+from farms_fast.core.arguments import check_type, list_of, near_names
 from farms_fast.core.progress import Progress
 from farms_fast.core.text import printable
 from farms_fast.results.files import (
@@ -46,6 +46,8 @@ class NamedLayers(Generic[_Layer]):
     """Layers in order, which are also had by their names."""
 
     layers: list[_Layer]
+    # Where the layers were when their names were last read: the list may have changed since.
+    _positions: Mapping[str, int] = MappingProxyType({})
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -55,16 +57,20 @@ class NamedLayers(Generic[_Layer]):
 
     def __getitem__(self, name: str) -> _Layer:
         """The layer of that name; a KeyError that suggests near names if there is none."""
-        for layer in self.layers:
-            if layer.name == name:
-                return layer
-        names = [layer.name for layer in self.layers]
         if not isinstance(name, str):
-            known = f" ({names[0]!r})" if names else ""
+            known = f" ({self.layers[0].name!r})" if self.layers else ""
             raise KeyError(
                 f"no layer named {name!r}: names are text{known}; .layers[0] is the first layer"
             )
-        near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+        position = self._positions.get(name, -1)
+        if 0 <= position < len(self.layers) and self.layers[position].name == name:
+            return self.layers[position]
+        names = [layer.name for layer in self.layers]
+        # Reversed, so that the first of several layers of one name counts.
+        self._positions = {names[i]: i for i in reversed(range(len(names)))}
+        if name in self._positions:
+            return self.layers[self._positions[name]]
+        near = near_names(name, names, 3)
         hint = f"did you mean {', '.join(map(repr, near))}?" if near else f"{len(names)} layers"
         raise KeyError(f"no layer named {name!r} ({hint})")
 
@@ -188,8 +194,9 @@ class Analysis(NamedLayers[LayerRecord]):
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Writes one line per layer, UTF-8, with the columns of `to_pandas`.
 
-        Floats are written so that reading them gives the same bits, NaN as `nan`. The file
-        appears whole or not at all.
+        Floats are written so that reading them gives the same bits, NaN as `nan`. A name of a
+        layer may come from anyone: text that begins as a formula of a spreadsheet does (`=`, `+`,
+        `-`, `@`), or with a `'`, has a `'` in front. The file appears whole or not at all.
 
         Args:
             path: the file, replaced if it exists.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from farms_fast.core.arguments import check_type, resolve_device
+from farms_fast.core.arguments import check_type, first_repeated, resolve_device
 from farms_fast.core.files import write_text
 from farms_fast.core.jsonable import plain
 from farms_fast.core.progress import Progress, reporter
@@ -242,7 +242,7 @@ class Comparison(NamedLayers[LayerDifference]):
         return data_frame(COMPARISON_COLUMNS, [layer.scalars() for layer in self.layers])
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Writes one line per layer with the columns of `to_pandas`; NaN as `nan`.
+        """Writes one line per layer with the columns of `to_pandas`, as `Analysis.to_csv` does.
 
         Args:
             path: the file, replaced if it exists; it appears whole or not at all.
@@ -376,8 +376,7 @@ def _difference(
 def _by_name(argument: str, analysis: Analysis) -> dict[str, LayerRecord]:
     records = {record.name: record for record in analysis}
     if len(records) != len(analysis):
-        names = [record.name for record in analysis]
-        twice = next(name for i, name in enumerate(names) if name in names[:i])
+        twice = first_repeated(record.name for record in analysis)
         raise ValueError(f"{argument}: expected layers of different names, got {twice!r} twice")
     return records
 

@@ -10,6 +10,7 @@ import math
 import os
 import zipfile
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -18,8 +19,11 @@ import numpy.typing as npt
 
 from farms_fast.core.arguments import path_of
 from farms_fast.core.files import FilePath, atomic_file, utf8, write_text
+from farms_fast.core.json_files import array_value, decode_json
 from farms_fast.core.jsonable import plain
 from farms_fast.core.optional import optional_import
+from farms_fast.core.regular_files import read_limited
+from farms_fast.core.text import csv_cell
 from farms_fast.results.record import (
     CSV_COLUMNS,
     INT_COLUMNS,
@@ -27,6 +31,7 @@ from farms_fast.results.record import (
     TEXT_FIELDS,
     LayerRecord,
     field_value,
+    skipped_from,
 )
 from farms_fast.results.settings import AnalysisSettings
 from farms_fast.weights.stacks import Skipped
@@ -38,6 +43,9 @@ _FORMAT = "farms_fast.analysis"
 _FORMAT_VERSION = 2
 _INSTEAD = "use to_csv or to_json"
 
+# An analysis with its spectra may be larger than other JSON files.
+_MOST_BYTES = 2**32
+
 Array = npt.NDArray[np.float64]
 
 
@@ -47,12 +55,13 @@ Array = npt.NDArray[np.float64]
 def write_rows(
     path: FilePath, columns: Sequence[str], rows: Sequence[Mapping[str, object]]
 ) -> None:
-    """Writes a heading and one line per row as CSV, UTF-8, floats to the bit."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
+    """Writes a heading and a line per row as CSV, UTF-8; floats to the bit, text as `csv_cell`."""
+    lines: list[str] = []
+    # With its own ends of lines the writer quotes both of their characters; the file has one.
+    writer = csv.writer(SimpleNamespace(write=lines.append))
     writer.writerow(columns)
-    writer.writerows([row[name] for name in columns] for row in rows)
-    write_text(path, text.getvalue())
+    writer.writerows([csv_cell(row[name]) for name in columns] for row in rows)
+    write_text(path, "".join(line.removesuffix("\r\n") + "\n" for line in lines))
 
 
 def data_frame(
@@ -120,8 +129,9 @@ def read_json(path: FilePath) -> tuple[list[LayerRecord], list[Skipped], Analysi
     """The layers, skipped tensors and settings of a file of `write_json`; ValueError of another."""
     file = path_of("path", path)
     named = f"path: {os.fspath(path)!r}"
+    content = read_limited(file, _MOST_BYTES)
     try:
-        document = json.loads(file.read_text(encoding="utf-8"))
+        document = decode_json(content.decode())
     except ValueError as error:
         raise ValueError(f"{named} is not a JSON file ({error})") from error
     if not isinstance(document, dict) or document.get("format") != _FORMAT:
@@ -134,7 +144,7 @@ def read_json(path: FilePath) -> tuple[list[LayerRecord], list[Skipped], Analysi
         )
     try:
         layers = [_layer_from_plain(layer) for layer in document["layers"]]
-        skipped = [Skipped(s["name"], tuple(s["shape"]), s["reason"]) for s in document["skipped"]]
+        skipped = [skipped_from(s["name"], s["shape"], s["reason"]) for s in document["skipped"]]
         settings = document["settings"]
         return layers, skipped, None if settings is None else AnalysisSettings.from_plain(settings)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -155,14 +165,10 @@ def _layer_to_plain(layer: LayerRecord, spectra: bool) -> dict[str, Any]:
 
 def _layer_from_plain(given: Mapping[str, Any]) -> LayerRecord:
     values = {name: field_value(name, given[name]) for name in SCALAR_FIELDS}
-    # NumPy reads null as NaN, and the infinities from their texts.
-    values["window_alphas"] = np.array(list(given["window_alphas"]), np.float64)
+    values["window_alphas"] = array_value("window_alphas", given["window_alphas"], 1)
     if "evals" in given:
-        per_window = given["window_evals"]
-        # The shape is given because an empty list says nothing of its second dimension.
-        shape = (len(per_window), len(per_window[0]) if per_window else 0)
-        values["window_evals"] = np.array(per_window, np.float64).reshape(shape)
-        pooled = np.array(given["evals"], np.float64)
+        values["window_evals"] = array_value("window_evals", given["window_evals"], 2)
+        pooled = array_value("evals", given["evals"], 1)
         if not np.array_equal(pooled, np.sort(values["window_evals"], axis=None), equal_nan=True):
             raise ValueError(f"evals of {values['name']!r} are not its window_evals in order")
     return LayerRecord(**values)

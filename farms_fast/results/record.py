@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from farms_fast.core.json_files import count_value, float_value, shape_value, text_value
 from farms_fast.engine.stages import LayerState
 from farms_fast.spectra.metrics import spectrum_metrics
 from farms_fast.spectra.power_law import PowerLawFit, fit_message
 from farms_fast.views.notebook import record_html
 from farms_fast.views.plots import plot_esd
+from farms_fast.weights.stacks import Skipped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -284,14 +286,23 @@ CSV_COLUMNS = tuple(LayerRecord("", "", (0, 0, 0), "", "").scalars())
 INT_COLUMNS = INT_FIELDS | {"stack", "rows", "cols"}
 
 
-def field_value(name: str, value: Any) -> Any:
-    """What a field holds, from a file's value for it; TypeError or ValueError for one of no use."""
+def field_value(name: str, value: object) -> Any:
+    """What a field holds, from a file's value for it; ValueError for one that it cannot have."""
     if name == "shape":
-        stack, rows, cols = value
-        return int(stack), int(rows), int(cols)
+        stack, rows, cols = shape_value(name, value)
+        return stack, rows, cols
     if name in TEXT_FIELDS:
-        return str(value)
+        return text_value(name, value)
     # The rank is an integer wherever it is known.
     if name in INT_FIELDS or (name == "matrix_rank" and isinstance(value, int)):
-        return int(value)
-    return _NAN if value is None else float(value)
+        return count_value(name, value)
+    return float_value(name, value)
+
+
+def skipped_from(name: object, shape: object, reason: object) -> Skipped:
+    """A tensor that is no layer, from a file's values; ValueError for one that it cannot have."""
+    return Skipped(
+        text_value("skipped name", name),
+        shape_value("skipped shape", shape),
+        text_value("skipped reason", reason),
+    )

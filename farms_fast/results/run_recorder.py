@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import glob
+import math
 import os
 import secrets
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,6 +22,10 @@ from farms_fast.results.store import ResultsStore, StoredRun, merge
 from farms_fast.weights.stacks import Skipped
 
 _LOCK = ".lock"
+# Layers are saved together for so long: a transaction waits for the disk.
+_SECONDS_TO_SAVE = 0.25
+
+_clock = time.monotonic
 
 
 class RunRecorder:
@@ -37,10 +43,16 @@ class RunRecorder:
         """Whether a layer need not be computed again."""
         return False
 
-    def take(self, states: Sequence[LayerState], positions: Sequence[int], eps: float) -> None:
-        """Takes layers finished together; `positions` in the model, by index in the plan."""
+    def take(
+        self, states: Sequence[LayerState], positions: Sequence[int], eps: float
+    ) -> Iterator[LayerState]:
+        """Takes layers finished together and gives back each when it is safe.
+
+        `positions` are those in the model, by index in the plan.
+        """
         for state in states:
             self._records[positions[state.layer.index]] = LayerRecord.of(state, eps)
+            yield state
 
     def analysis(self, names: Sequence[str], skipped: Sequence[Skipped]) -> Analysis:
         """The whole model's analysis on the main rank, that of a rank's own layers on the others.
@@ -79,17 +91,48 @@ class _StoreRecorder(RunRecorder):
         self._mine = mine
         self._part = part
         self._names: set[str] = set()
+        self._saved_at = _clock()
 
     def is_known(self, name: str, digest: str) -> bool:
         return self._main.finished(name, digest) is not None
 
-    def take(self, states: Sequence[LayerState], positions: Sequence[int], eps: float) -> None:
-        self._mine.put_many(
-            (positions[state.layer.index], LayerRecord.of(state, eps), state.digest)
-            for state in states
-            if not state.known
+    def take(
+        self, states: Sequence[LayerState], positions: Sequence[int], eps: float
+    ) -> Iterator[LayerState]:
+        rest = list(states)
+
+        def save(until: float) -> list[LayerState]:
+            """Saves layers from the front, at least one, until that time has come."""
+            saved: list[LayerState] = []
+            records = []
+            for state in rest:
+                saved.append(state)
+                if not state.known:
+                    record = LayerRecord.of(state, eps)
+                    records.append((positions[state.layer.index], record, state.digest))
+                if _clock() >= until:
+                    break
+            self._mine.put_many(records)
+            del rest[: len(saved)]
+            self._names |= {state.layer.spec.name for state in saved}
+            self._saved_at = _clock()
+            return saved
+
+        # What interrupts, be it the caller's own progress function, costs none of the others.
+        try:
+            while rest:
+                yield from save(self._saved_at + _SECONDS_TO_SAVE)
+        finally:
+            save(math.inf)
+
+    def what_is_saved(self) -> str:
+        """What an interruption leaves, and how to go on."""
+        (info,) = (info for info in self._store.runs() if info.id == self._main.id)
+        total = "" if info.total is None else f" of {info.total}"
+        return (
+            f"{info.layers}{total} layers are in {self._store.path!r}, and the same call goes on "
+            "from there (without force, which begins anew)"
         )
-        self._names |= {state.layer.spec.name for state in states}
 
     def analysis(self, names: Sequence[str], skipped: Sequence[Skipped]) -> Analysis:
         self._part.close()
@@ -136,7 +179,13 @@ def recording(
         if not ranks.on_main_machine():
             own = part.enter_context(_own_part(path, ranks.rank))
             mine = part.enter_context(ResultsStore(own)).run(settings)
-        yield _StoreRecorder(ranks, settings, target, main, mine, part)
+        recorder = _StoreRecorder(ranks, settings, target, main, mine, part)
+        try:
+            yield recorder
+        except KeyboardInterrupt as interruption:
+            with contextlib.suppress(OSError, ValueError):
+                raise KeyboardInterrupt(recorder.what_is_saved()) from interruption
+            raise
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,14 +11,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from farms_fast.core.arguments import MOST_BINS, MOST_RESAMPLES
 from farms_fast.core.extension import __version__
+from farms_fast.core.json_files import decode_json, shown
 from farms_fast.core.jsonable import canonical_json
 from farms_fast.spectra.bootstrap import FitRule
 from farms_fast.spectra.power_law import XMIN_RULES
 from farms_fast.spectra.windows import FixedAspectSampling, FullMatrix, Sampling
+from farms_fast.weights.stacks import LAYOUTS
 
 RUN_KEY_FIELDS = (
-    *("source", "base", "include", "exclude", "sampling"),
+    *("source", "base", "key", "include", "exclude", "layout", "sampling"),
     *("xmin", "xmin_pos", "bins", "bootstrap", "dtype", "solver", "farms_fast"),
 )
 """What makes two runs the same: the settings that decide the layers and their numbers.
@@ -70,8 +72,10 @@ class AnalysisSettings:
     Attributes:
         source: the model, by its path or a description.
         base: the model that an adapter changes; None where there is no adapter.
+        key: path of the mapping that holds the weights in a checkpoint; None where it was found.
         include: globs of the layers to analyse; empty for all but embeddings.
         exclude: globs of the layers to leave out.
+        layout: how kernels are stored: "auto", "torch" or "channels_last".
         sampling: the windows, as of `declared_sampling`.
         xmin: the rule for the start of the tail: "median", "ks" or "peak".
         xmin_pos: for the median rule.
@@ -97,8 +101,10 @@ class AnalysisSettings:
 
     source: str
     base: str | None = None
+    key: str | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    layout: str = "auto"
     sampling: _DeclaredSampling = _FARMS
     xmin: str = "median"
     xmin_pos: float = 2.0
@@ -115,7 +121,7 @@ class AnalysisSettings:
         for name, value in self.values().items():
             expected, is_right = _EXPECTED.get(name, _TEXT)
             if not is_right(value):
-                raise ValueError(f"settings: {name}: expected {expected}, got {value!r}")
+                raise ValueError(f"settings: {name}: expected {expected}, got {shown(value)}")
 
     def values(self) -> dict[str, object]:
         """The fields by name."""
@@ -154,6 +160,9 @@ class AnalysisSettings:
     @classmethod
     def from_plain(cls, plain: object) -> AnalysisSettings:
         """Undoes `to_plain`; ValueError for a field that is missing, unknown or wrong."""
+        if isinstance(plain, Mapping):
+            # Settings that were written before these were any.
+            plain = {"key": None, "layout": "auto", **plain}
         values = _fields_of(cls, "settings", plain)
         for name in ("include", "exclude"):
             if isinstance(values[name], list):
@@ -164,7 +173,7 @@ class AnalysisSettings:
     def from_json(cls, text: str) -> AnalysisSettings:
         """Undoes `to_json`; errors as of `from_plain`."""
         try:
-            plain = json.loads(text)
+            plain = decode_json(text)
         except (TypeError, ValueError) as error:
             raise ValueError(f"settings: expected JSON ({error})") from error
         return cls.from_plain(plain)
@@ -176,19 +185,30 @@ _TEXTS: _Expected = (
     "a list of texts",
     lambda value: isinstance(value, tuple) and all(isinstance(text, str) for text in value),
 )
-_COUNT: _Expected = "an integer that is not negative", lambda n: type(n) is int and n >= 0
+_OPTIONAL_TEXT: _Expected = (
+    "text or nothing",
+    lambda value: value is None or isinstance(value, str),
+)
+
+
+def _count(most: int) -> _Expected:
+    return f"an integer of 0 to {most}", lambda n: type(n) is int and 0 <= n <= most
+
+
 _EXPECTED: Mapping[str, _Expected] = {
-    "base": ("text or nothing", lambda value: value is None or isinstance(value, str)),
+    "base": _OPTIONAL_TEXT,
+    "key": _OPTIONAL_TEXT,
     "include": _TEXTS,
     "exclude": _TEXTS,
+    "layout": (", ".join(LAYOUTS), lambda value: value in LAYOUTS),
     "sampling": (
         "FixedAspectSampling, FullMatrix or OtherSampling",
         lambda value: isinstance(value, _DeclaredSampling),
     ),
     "xmin": ("median, ks or peak", lambda value: value in list(XMIN_RULES.values())),
     "xmin_pos": ("a finite float", lambda x: isinstance(x, float) and math.isfinite(x)),
-    "bins": _COUNT,
-    "bootstrap": _COUNT,
+    "bins": _count(MOST_BINS),
+    "bootstrap": _count(MOST_RESAMPLES),
     "dtype": ("float64 or float32", lambda value: value in ("float64", "float32")),
 }
 
@@ -197,11 +217,11 @@ def _fields_of(made: type[Any], what: str, plain: object) -> dict[str, Any]:
     """The values of an object that has exactly the fields of a dataclass."""
     names = [field.name for field in dataclasses.fields(made)]
     if not isinstance(plain, Mapping):
-        raise ValueError(f"{what}: expected an object, got {plain!r}")
+        raise ValueError(f"{what}: expected an object, got {shown(plain)}")
     if wrong := [name for name in (*names, *plain) if name not in names or name not in plain]:
         kind = "no" if wrong[0] in names else "unknown"
         raise ValueError(
-            f"{what}: {kind} field {wrong[0]!r}, expected {', '.join(names) or 'none'}"
+            f"{what}: {kind} field {shown(wrong[0])}, expected {', '.join(names) or 'none'}"
         )
     return dict(plain)
 
@@ -222,11 +242,12 @@ def _sampling_from_plain(plain: object) -> _DeclaredSampling:
     if kind not in list(_SAMPLINGS):
         kinds = ", ".join(_SAMPLINGS)
         raise ValueError(
-            f"settings: sampling: expected an object with a kind of {kinds}, got {plain!r}"
+            f"settings: sampling: expected an object with a kind of {kinds}, got {shown(plain)}"
         )
     made = _SAMPLINGS[kind]
     values = _fields_of(made, "settings: sampling", values)
     try:
         return made(**values)
-    except (TypeError, ValueError) as error:
+    # Numbers beyond float64 and deeply nested lists have errors of their own.
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"settings: sampling: {error}") from error

@@ -237,7 +237,7 @@ class _Group:
     ) -> NDArray[np.float64]:
         """Alphas (layers, resamples); repeating sorted values keeps them sorted."""
         layers, values = self._values.shape
-        alphas = torch.empty(0, layers, dtype=torch.float64)
+        alphas = torch.empty(0, layers, dtype=torch.float64, device="cpu")
         per_call = max(1, values_per_call // (layers * values))
         for begin in range(0, len(counts), per_call):
             part = torch.from_numpy(counts[begin : begin + per_call])

@@ -5,6 +5,7 @@ Every tensor ends either in a layer or in the list of skipped ones, with its rea
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -12,14 +13,20 @@ from fnmatch import fnmatchcase
 from torch import nn
 from torch.nn.utils import parametrize
 
-from farms_fast.core.arguments import check_module, unmatched_pattern
+from farms_fast.core.arguments import check_module, first_repeated, unmatched_pattern
 from farms_fast.weights.formats.lora_modules import Wrapper, module_wrappers, visible_name
 from farms_fast.weights.formats.quantised import dequantised_headers
+from farms_fast.weights.formats.reparametrised import reparametrised_headers
 from farms_fast.weights.model_config import ModelConfig
-from farms_fast.weights.module_tensors import own_tensors, sparse_layout, tensor_identity
+from farms_fast.weights.module_tensors import (
+    own_tensors,
+    shape_of,
+    sparse_layout,
+    tensor_identity,
+)
 from farms_fast.weights.recipes import Computed
 from farms_fast.weights.rules.header_index import HeaderIndex, Weight
-from farms_fast.weights.rules.layer_rules import layers_of
+from farms_fast.weights.rules.layer_rules import layers_of, unusable
 from farms_fast.weights.rules.operator_layers import merge_complex_parts, module_notes
 from farms_fast.weights.stacks import (
     Globs,
@@ -30,7 +37,10 @@ from farms_fast.weights.stacks import (
     TensorHeader,
     WeightCandidate,
     WeightTransform,
+    check_layout,
 )
+
+_WILDCARD = re.compile(r"[*?[]")
 
 
 def layers_from_headers(
@@ -40,21 +50,28 @@ def layers_from_headers(
     *,
     config: ModelConfig | None = None,
     change: WeightTransform | None = None,
+    layout: str = "auto",
 ) -> Layers:
     """Layers of a checkpoint and what is skipped, from names, shapes and dtypes; reads no weight.
 
     `include` and `exclude` are globs of layer names; `include` brings in what is left out by
     default, and `exclude` has the last word. `change` gets the weights once quantised ones have
     their headers. A header does not say whether a convolution is grouped or, without a bias,
-    transposed: all are read as `(out, in, *kernel)`.
+    transposed: all are read as `(out, in, *kernel)`, or where their name and shape tell so, or
+    `layout="channels_last"` does, as `(*kernel, in, out)`.
     """
+    check_layout(layout)
     names = [header.name for header in headers]
     if len(set(names)) != len(names):
-        twice = next(name for name in names if names.count(name) > 1)
+        twice = first_repeated(names)
         raise ValueError(f"headers: expected each name once, got {twice!r} more than once")
-    weights = _changed(merge_complex_parts(dequantised_headers(headers, config)), change)
-    index = HeaderIndex((header for header, _ in weights), config, {})
-    answers = [(header, reason or layers_of(Weight(header, index))) for header, reason in weights]
+    weights = reparametrised_headers(dequantised_headers(headers, config))
+    weights = _changed(merge_complex_parts(weights), change)
+    index = HeaderIndex((header for header, _ in weights), config, {}, layout)
+    answers = [
+        (header, reason or unusable(header) or layers_of(Weight(header, index)))
+        for header, reason in weights
+    ]
     return _select(answers, index, include, exclude)
 
 
@@ -64,6 +81,7 @@ def layers_from_module(
     exclude: Globs = None,
     *,
     change: WeightTransform | None = None,
+    layout: str = "auto",
 ) -> Layers:
     """As `layers_from_headers`, from the types of a module's submodules too; the module is not run.
 
@@ -72,6 +90,7 @@ def layers_from_module(
     weights is analysed.
     """
     check_module("module", module)
+    check_layout(layout)
     wrappers = module_wrappers(module)
     owners: list[nn.Module] = []
     # A weight that is made of several tensors takes the position of the first.
@@ -85,7 +104,7 @@ def layers_from_module(
             lazy = isinstance(tensor, nn.parameter.UninitializedParameter)
             header = TensorHeader(
                 visible,
-                () if lazy else tuple(tensor.shape),
+                shape_of(tensor),
                 tensor.dtype,
                 None if lazy else tensor_identity(tensor),
                 () if visible == name else (name,),
@@ -100,9 +119,10 @@ def layers_from_module(
             positions.update(dict.fromkeys(header.stored, len(owners)))
             owners.append(owner)
     config, notes = _config_of(module), module_notes(module)
-    weights = [_as_wrapped(weight, wrappers) for weight in dequantised_headers(stored, config)]
+    weights = reparametrised_headers(dequantised_headers(stored, config))
+    weights = [_as_wrapped(weight, wrappers) for weight in weights]
     weights = _changed(merge_complex_parts(weights, notes), change)
-    index = HeaderIndex((header for header, _ in weights), config, notes)
+    index = HeaderIndex((header for header, _ in weights), config, notes, layout)
     for header, reason in weights:
         position = min((positions[n] for n in header.stored if n in positions), default=len(owners))
         owned_by = owners[position] if position < len(owners) else None
@@ -145,7 +165,10 @@ def _select(
     exclude: Globs,
 ) -> Layers:
     """Applies the patterns, and takes tied weights once."""
-    included, excluded = _patterns("include", include), _patterns("exclude", exclude)
+    included = None if include is None else _Patterns("include", include)
+    if included is not None and not len(included):
+        raise ValueError("include: expected None or at least one glob, got an empty sequence")
+    excluded = _Patterns("exclude", () if exclude is None else exclude)
     layers: list[LayerSpec] = []
     skipped: list[Skipped] = []
     names: list[str] = []
@@ -172,29 +195,48 @@ def _select(
             recipe = stack if combine is None else Computed(combine, stack)
             dtype, tensors = header.dtype, header.stored
             layers.append(LayerSpec(part.name, part.kind, tensors, part.shape, dtype, recipe))
-    for argument, patterns in (("include", included), ("exclude", excluded)):
-        for pattern in patterns or ():
-            if not any(fnmatchcase(name, pattern) for name in names):
-                raise unmatched_pattern(argument, pattern, names)
+    for patterns in filter(None, (included, excluded)):
+        patterns.check(names)
     return layers, skipped
 
 
-def _left_out(part: Part, included: list[str] | None, excluded: list[str] | None) -> str:
-    for pattern in excluded or ():
-        if fnmatchcase(part.name, pattern):
-            return f"excluded by {pattern!r}"
+def _left_out(part: Part, included: _Patterns | None, excluded: _Patterns) -> str:
+    if (pattern := excluded.match(part.name)) is not None:
+        return f"excluded by {pattern!r}"
     if included is None:
         return part.left_out
-    matched = any(fnmatchcase(part.name, pattern) for pattern in included)
-    return "" if matched else "not matched by include"
+    return "not matched by include" if included.match(part.name) is None else ""
 
 
-def _patterns(argument: str, value: Globs) -> list[str] | None:
-    if value is None:
-        return None
-    patterns = [value] if isinstance(value, str) else value
-    if not isinstance(patterns, Sequence) or not all(isinstance(p, str) for p in patterns):
-        raise TypeError(f"{argument}: expected None, a glob or a sequence of globs, got {value!r}")
-    if argument == "include" and not patterns:
-        raise ValueError("include: expected None or at least one glob, got an empty sequence")
-    return list(patterns)
+class _Patterns:
+    """Globs of names; those without a wildcard are looked up, so that there may be many."""
+
+    def __init__(self, argument: str, value: Globs) -> None:
+        patterns = [value] if isinstance(value, str) else value
+        if not isinstance(patterns, Sequence) or not all(isinstance(p, str) for p in patterns):
+            expected = "None, a glob or a sequence of globs"
+            raise TypeError(f"{argument}: expected {expected}, got {value!r}")
+        self.argument = argument
+        self._names = {pattern for pattern in patterns if not _WILDCARD.search(pattern)}
+        self._globs = [pattern for pattern in patterns if pattern not in self._names]
+
+    def __len__(self) -> int:
+        return len(self._names) + len(self._globs)
+
+    def match(self, name: str) -> str | None:
+        """The pattern that matches a whole name."""
+        if name in self._names:
+            return name
+        return next((pattern for pattern in self._globs if fnmatchcase(name, pattern)), None)
+
+    def check(self, names: Sequence[str]) -> None:
+        """Raises ValueError unless each pattern matches one of the names."""
+        known = set(names) if self._names else set()
+        unmatched = sorted(self._names - known)
+        unmatched += [
+            pattern
+            for pattern in self._globs
+            if not any(fnmatchcase(name, pattern) for name in names)
+        ]
+        if unmatched:
+            raise unmatched_pattern(self.argument, unmatched[0], names)

@@ -16,13 +16,15 @@ _HEAD_BY_HEAD = frozenset({"gpt_neox", "gpt_neox_japanese", "bloom", "persimmon"
 class ModelConfig:
     """The entries of a config that matter here; zero or empty where it has none.
 
-    `heads` counts query heads, `key_heads` key heads, each with one value head.
+    `heads` counts query heads, `key_heads` key heads, each with one value head; `position_groups`
+    those of the convolution that makes positions (wav2vec 2.0).
     """
 
     model_type: str = ""
     heads: int = 0
     key_heads: int = 0
     head_dim: int = 0
+    position_groups: int = 0
     quantization: Mapping[str, Any] = field(default_factory=dict)
     _new_falcon: bool = False
     _multi_query: bool = False
@@ -48,6 +50,7 @@ class ModelConfig:
             heads=heads,
             key_heads=key_heads,
             head_dim=_count(entries, ("head_dim",)) or (width // heads if heads else 0),
+            position_groups=_count(entries, ("num_conv_pos_embedding_groups",)),
             quantization=quantization if isinstance(quantization, Mapping) else {},
             _new_falcon=entries.get("new_decoder_architecture") is True,
             _multi_query=multi_query,

@@ -112,6 +112,26 @@ class TrailingPositions(Recipe, name="trailing-positions/1"):
 
 
 @dataclass(frozen=True)
+class LeadingPositions(Recipe, name="leading-positions/1"):
+    """`(*positions, a, b)` to one a x b matrix for each position."""
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        """`(positions, a, b)`, a view of contiguous weights."""
+        return weight.flatten(0, -3)
+
+
+@dataclass(frozen=True)
+class MergedDims(Recipe, name="merged-dims/1"):
+    """One matrix: the first `rows` dimensions together are its rows, the others its columns."""
+
+    rows: int
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        """`(1, R, C)`, a view of contiguous weights."""
+        return weight.flatten(self.rows).flatten(0, self.rows - 1).unsqueeze(0)
+
+
+@dataclass(frozen=True)
 class AsStored(Recipe, name="as-stored/1"):
     """`(S, R, C)` as it is, `(R, C)` as a stack of one."""
 

@@ -4,14 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 Globs = str | Sequence[str] | None
+# How a kernel's dimensions go: told by the tensor itself, (out, in, *positions), or
+# (*positions, in, out).
+LAYOUTS = ("auto", "torch", "channels_last")
+# Keras and TensorFlow append the number of a variable's output to its name.
+_OUTPUT = ":0"
 # A recipe of `farms_fast.weights.recipes`, or a caller's own function.
 ToTensor = Callable[..., Tensor]
+
+
+def check_layout(layout: object) -> None:
+    """Raises ValueError unless it is one of `LAYOUTS`."""
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
+
+
+def leaf_name(name: str) -> str:
+    """What stands after the last dot or slash, without the `:0` of a TensorFlow variable.
+
+    Example:
+        >>> leaf_name("encoder.fc.weight"), leaf_name("conv2d/kernel:0")
+        ('weight', 'kernel')
+    """
+    stem = name.removesuffix(_OUTPUT)
+    return stem[_leaf_start(stem) :]
+
+
+def _leaf_start(name: str) -> int:
+    return max(name.rfind("."), name.rfind("/")) + 1
 
 
 @dataclass(frozen=True)
@@ -79,14 +106,24 @@ class TensorHeader:
         """Names of the tensors to load."""
         return self.tensors or (self.name,)
 
-    @property
+    @cached_property
     def leaf(self) -> str:
         """The name within the module."""
-        return self.name.rpartition(".")[2]
+        return leaf_name(self.name)
+
+    @cached_property
+    def _before_leaf(self) -> str:
+        return self.name[: self.name.rindex(self.leaf)] if self.leaf else self.name
+
+    @property
+    def module(self) -> str:
+        """The name of the module that has it."""
+        return self._before_leaf[:-1]
 
     def neighbour(self, leaf: str) -> str:
         """The name of the tensor `leaf` of the same module."""
-        return self.name.removesuffix(self.leaf) + leaf
+        before = self._before_leaf
+        return before + leaf + self.name[len(before) + len(self.leaf) :]
 
 
 class WeightCandidate(NamedTuple):

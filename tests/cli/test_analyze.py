@@ -9,12 +9,14 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from rich.cells import cell_len
 from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
@@ -184,6 +186,7 @@ def assert_one_error_line(result: Result, *parts: str) -> None:
         (["--full", "--rows", "9", "--q", "2"], ["full", "--rows, --q"]),
         (["--include", "nothing*"], ["include", "nothing*"]),
         (["--exclude", "nothing*"], ["exclude", "nothing*"]),
+        (["--layout", "last"], ["layout", "auto, torch, channels_last", "'last'"]),
     ],
     ids=" ".join,
 )
@@ -219,7 +222,7 @@ def test_nothing_to_analyse(tmp_path: Path) -> None:
     assert re.fullmatch(r"error: [^\n]+\n", result.stderr)
 
 
-@pytest.mark.parametrize("option", ["--csv", "--json"])
+@pytest.mark.parametrize("option", ["--csv", "--json", "--store"])
 def test_unwritable_output_is_found_before_the_work(
     analysed: dict[str, Any], option: str, tmp_path: Path
 ) -> None:
@@ -227,9 +230,12 @@ def test_unwritable_output_is_found_before_the_work(
     assert_one_error_line(run("m", option, tmp_path), f"{name}: ", "is a directory")
     assert_one_error_line(run("m", option, tmp_path / "no" / "x"), f"{name}: ", "does not exist")
     other = "--json" if option != "--json" else "--csv"
+    error = run("m", option, "/proc/x")
+    assert_one_error_line(error, f" {name}: cannot be written (", "): '/proc/x'")
     twice = run("m", option, tmp_path / "x", other, tmp_path / "x")
     assert_one_error_line(twice, "is the file of ", " too")
     assert "model" not in analysed
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("arguments", [[], ["m", "--rows", "many"], ["m", "--what"]])
@@ -266,7 +272,14 @@ def test_a_bug_is_not_hidden(analysed: dict[str, Any]) -> None:
 def test_interruption(analysed: dict[str, Any]) -> None:
     analysed["result"] = KeyboardInterrupt()
     result = run("m")
-    assert (result.exit_code, result.stderr) == (130, "error: interrupted\n")
+    saved = "nothing is saved; with --store FILE the finished layers would be"
+    assert (result.exit_code, result.stderr) == (130, f"error: interrupted: {saved}\n")
+    analysed["result"] = KeyboardInterrupt("3 of 7 layers are in 'a\x1b'")
+    result = run("m", "--store", "run.sqlite")
+    assert (result.exit_code, result.stderr) == (
+        130,
+        "error: interrupted: 3 of 7 layers are in 'a\\x1b'\n",
+    )
 
 
 # ---------------------------------------------------------------------------------------- options
@@ -276,7 +289,7 @@ def test_options_reach_the_analysis(analysed: dict[str, Any]) -> None:
     options = (
         "--rows 64 --q 0.5 --per-dim 4 --xmin peak --xmin-pos 3 --bins 50 --bootstrap 7 "
         "--device cpu --dtype float32 --solver lapack --memory 2KiB --include a* --include b "
-        "--exclude c --base d --store e.sqlite --force"
+        "--exclude c --layout channels_last --base d --key e --store e.sqlite --force"
     )
     result = run("m.pt", *options.split())
     assert result.exit_code == 0, result.output
@@ -294,7 +307,9 @@ def test_options_reach_the_analysis(analysed: dict[str, Any]) -> None:
         "memory": 2048,
         "include": ["a*", "b"],
         "exclude": ["c"],
+        "layout": "channels_last",
         "base": Path("d"),
+        "key": "e",
         "store": Path("e.sqlite"),
         "force": True,
         "process_group": None,
@@ -307,6 +322,7 @@ def test_defaults(analysed: dict[str, Any]) -> None:
     assert analysed["sampling"] == FixedAspectSampling()
     assert analysed["xmin"] == "median"
     assert analysed["dtype"] is torch.float64
+    assert analysed["layout"] == "auto"
     for name in ("device", "solver", "memory", "include", "exclude", "base", "store"):
         assert analysed[name] is None, name
     run("m", "--full")
@@ -426,6 +442,21 @@ def test_names_are_shortened_in_the_middle(width: int, shown: str) -> None:
     assert shorten("encoder.layer.0.mlp", width) == shown
 
 
+@pytest.mark.parametrize("name", ["a" * 10**6, "層" * 10**6, "e\u0301" * 10**6])
+def test_a_name_of_any_length(name: str) -> None:
+    table = cli.format_table([a_record(name), a_record("fc")], 80).splitlines()
+    assert all(cell_len(line) <= 80 for line in table)
+    assert "…" in table[1]
+
+
+def test_a_table_of_many_layers() -> None:
+    """In proportion to the layers: as many took minutes when each row was laid out by rich."""
+    start = time.perf_counter()
+    table = cli.format_table([a_record(f"layers.{i}.fc") for i in range(18_000)], 140)
+    assert len(table.splitlines()) == 18_001
+    assert time.perf_counter() - start < 10
+
+
 def test_wide_characters_line_up() -> None:
     table = cli.format_table([a_record("層" * 4), a_record("abcdefgh")], 100).splitlines()
     assert table[1].index("384x1536") == 4 + table[1].count("層") - 4 + 2
@@ -532,13 +563,6 @@ def test_version() -> None:
     assert (result.exit_code, result.stdout) == (0, f"farms-fast {farms_fast.__version__}\n")
 
 
-def test_info() -> None:
-    result = CliRunner().invoke(cli.app, ["info"])
-    assert result.exit_code == 0
-    for key, value in farms_fast.build_info().items():
-        assert f"{key}: {value}" in result.stdout
-
-
 @pytest.mark.slow
 def test_module_and_help() -> None:
     done = subprocess.run(
@@ -549,7 +573,7 @@ def test_module_and_help() -> None:
     )
     options = (
         "--rows --q --per-dim --xmin --xmin-pos --bins --bootstrap --full --device --dtype "
-        "--solver --memory --include --exclude --csv --json --quiet --show-skipped"
+        "--solver --memory --include --exclude --layout --csv --json --quiet --show-skipped"
     )
     for option in options.split():
         assert f"  {option} " in done.stdout or f" {option}\n" in done.stdout, option

@@ -178,6 +178,8 @@ def test_json(small: Path, tmp_path: Path) -> None:
     found = planned(small, *options, "--xmin", "ks", file=tmp_path / "plan.json")
     assert found["settings"] == {
         "source": str(small),
+        "key": None,
+        "layout": "auto",
         "sampling": "FixedAspectSampling(rows=32, q=1.0, per_dim=2, compat=None)",
         "xmin": "ks",
         "bootstrap": 100,
@@ -268,3 +270,29 @@ def test_bad_paths(tmp_path: Path) -> None:
     empty = run(tmp_path)
     assert empty.exit_code == 2
     assert "has no layer to analyse, its only tensor was skipped" in empty.stderr
+
+
+def test_key_chooses_between_two_state_dicts(tmp_path: Path) -> None:
+    path = tmp_path / "gan.pt"
+    networks = {
+        "generator": {"0.weight": torch.ones(8, 6)},
+        "critic": {"1.weight": torch.ones(9, 7)},
+    }
+    torch.save(networks, path)
+    several = run(path)
+    assert several.exit_code == 2
+    assert several.output.count("\n") == 1
+    assert "'generator', 'critic'" in several.output
+    assert "--key generator" in several.output
+    found = planned(path, "--key", "critic", "--full", file=tmp_path / "plan.json")
+    assert found["settings"]["key"] == "critic"
+    assert [layer["name"] for layer in found["batches"][0]["layers"]] == ["1"]
+
+
+def test_layout_of_kernels(tmp_path: Path) -> None:
+    save_file({"conv.kernel": torch.ones(3, 3, 3, 3)}, tmp_path / "model.safetensors")
+    assert "its only tensor was skipped" in run(tmp_path).stderr
+    written = tmp_path.parent / "plan.json"
+    result = run(tmp_path, "--layout", "channels_last", "--json", written)
+    assert result.exit_code == 0, result.output
+    assert json.loads(written.read_text())["settings"]["layout"] == "channels_last"

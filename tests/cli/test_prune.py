@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from safetensors import SafetensorError
 
 from farms_fast.adapters.pruning.evaluation import perplexity
 from farms_fast.adapters.pruning.tokens import text_tokens
@@ -300,6 +302,44 @@ def test_never_writes_over_something(model: Path, tmp_path: Path) -> None:
         assert result.exit_code == 2
         assert message in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_what_cannot_be_written_is_found_before_the_model_is_read(tmp_path: Path) -> None:
+    options = ("--sparsity", "0.5", "--method", "magnitude", "--allocation", "uniform")
+    result = run(tmp_path / "no", *options, "--out", "/proc/out")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert re.fullmatch(
+        r"error: \[Errno \d+\] out: cannot be written \(.+\): '/proc/out'\n", result.stderr
+    )
+
+
+def test_a_full_disk_is_one_line(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Known before the work, and found while the model is saved."""
+    options = ("--sparsity", "0.5", "--method", "magnitude", "--allocation", "uniform", "--quiet")
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+        patched.setattr("farms_fast.adapters.pruning.sequential.prune_model", None)
+        result = run(model, *options, "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert re.search(
+        r"out: the model's weights take [\d,]+ bytes, and 1,000 are free", result.stderr
+    )
+
+    def fail(saved: object, folder: Path) -> None:
+        (folder / "model.safetensors").write_bytes(b"half of it")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", fail)
+    result = run(model, *options, "--out", tmp_path / "out")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.endswith(
+        "could not be written: I/O error: No space left on device (os error 28)\n"
+    )
+    assert len(result.stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,6 +82,69 @@ def test_a_damaged_checkpoint_is_one_line(
     assert result.stderr.startswith(f"error: model: '{folder}' could not be loaded: ")
     assert len(result.stderr.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+class _Code:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("taken",)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({}, "its pickle holds posix.mkdir, and what is no plain tensor is not loaded"),
+        (
+            {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}},
+            "it needs code that comes with it, and none of that is run",
+        ),
+    ],
+)  # fmt: skip
+def test_no_code_is_run_and_none_advised(
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    config: dict[str, Any],
+    reason: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(model, "hostile")
+    Path("hostile/model.safetensors").unlink()
+    torch.save({"x": _Code()}, "hostile/pytorch_model.bin")
+    values = json.loads(Path("hostile/config.json").read_text())
+    Path("hostile/config.json").write_text(json.dumps(values | config))
+    Path("hostile/own.py").write_text("import os; os.mkdir('taken')")
+    result = run("./hostile", *UNIFORM, "--out", "out")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == f"error: model: 'hostile' could not be loaded: {reason}\n"
+    assert not Path("taken").exists()
+
+
+def test_names_of_tensors_do_not_reach_the_terminal_as_they_are(
+    model: Path, tmp_path: Path
+) -> None:
+    """In a process of its own: what transformers logs goes to that one's stderr."""
+    shutil.copytree(model, tmp_path / "more")
+    tensors = load_file(tmp_path / "more" / "model.safetensors")
+    hostile = "x\x1b]0;taken\x07\nerror: no such error"
+    save_file(
+        tensors | {hostile: torch.ones(3)},
+        tmp_path / "more" / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    for quiet in ((), ("--quiet",)):
+        out = str(tmp_path / f"out{len(quiet)}")
+        command = (sys.executable, "-m", "farms_fast", "prune", str(tmp_path / "more"))
+        done = subprocess.run(
+            [*command, *UNIFORM, "--out", out, *quiet],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "\x1b" not in done.stdout + done.stderr
+        assert "\nerror" not in done.stdout + done.stderr
+        assert ("x\\x1b]0;taken\\x07\\nerror: no such error the first" in done.stdout) != bool(
+            quiet
+        )
 
 
 def test_tensors_without_a_place_are_told(model: Path, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import os
+import sqlite3
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -138,3 +140,38 @@ def test_runs_of_a_store_without_any(tmp_path: Path) -> None:
     result = run("runs", tmp_path / "run.sqlite")
     assert result.exit_code == 0
     assert len(result.stdout.splitlines()) == 1
+
+
+def test_nothing_of_a_store_acts_on_the_terminal(store: Path) -> None:
+    with sqlite3.connect(store) as connection:
+        connection.execute("UPDATE runs SET started = ?", (HOSTILE,))
+    listed = run("runs", store)
+    assert listed.exit_code == 0
+    assert "\x1b" not in listed.output
+    assert "a\\x1b[31mred" in listed.stdout
+    for column in ("total", "finished"):
+        with sqlite3.connect(store) as connection:
+            connection.execute(f"UPDATE runs SET {column} = x'1b5d'")
+        for arguments in (("runs", store), ("export", store, "--csv", store.parent / "a.csv")):
+            result = run(*arguments)
+            assert result.exit_code == 2
+            assert "is damaged" in result.stderr
+            assert "\x1b" not in result.output
+
+
+@pytest.mark.parametrize("command", ["report", "compare"])
+def test_a_saved_analysis_from_anyone_is_one_line(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.json").write_text("[" * 100_000)
+    os.mkfifo("pipe")
+    for path, message in (
+        ("a.json", "is not a JSON file (nested too deeply)"),
+        ("pipe", "pipe: expected a regular file, got a FIFO"),
+        ("/dev/zero", "/dev/zero: expected a regular file, got a character device"),
+    ):
+        result = run(command, *[path] * (1 + (command == "compare")), "-o", "page.html")
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert message in result.stderr
+        assert result.stderr.count("\n") == 1

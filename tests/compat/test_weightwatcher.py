@@ -390,6 +390,19 @@ def test_on_the_gpu_as_on_the_cpu() -> None:
     np.testing.assert_allclose(shuffled, elsewhere, rtol=0.1)
 
 
+def test_weights_that_are_not_initialised_are_left_out() -> None:
+    net = nn.Sequential(nn.Linear(30, 30), nn.LazyLinear(8))
+    assert list(weightwatcher(net).longname) == ["0"]
+
+
+def test_script_module_is_refused() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated
+        scripted = torch.jit.script(nn.Linear(30, 30))
+    with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module of Python code"):
+        weightwatcher(scripted)
+
+
 def test_weights_on_the_meta_device_are_told_of() -> None:
     on_meta = nn.Sequential(nn.Linear(30, 30, device="meta"), nn.Linear(30, 30, device="meta"))
     with pytest.raises(ValueError, match=r"model: .*'0', '1'.*meta device"):

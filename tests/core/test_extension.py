@@ -35,6 +35,10 @@ OPS = {
     "fit_power_law",
     "solver_names",
     "solver_facts",
+    "compute_capability",
+    "cuda_versions",
+    "set_solver_choices",
+    "shipped_choices",
 }
 
 
@@ -76,6 +80,22 @@ def test_solver_names() -> None:
         assert torch.ops.farms_fast.solver_names(device) == names
     with pytest.raises(RuntimeError, match=r"expected cpu or cuda, got tpu"):
         torch.ops.farms_fast.solver_names("tpu")
+
+
+@pytest.mark.parametrize(
+    ("version", "is_zeroed"),
+    [(11400, True), (11701, True), (11702, True), (11703, False), (11705, False), (12004, False)],
+)
+def test_workspace_of_an_older_cusolver_is_zeroed(version: int, is_zeroed: bool) -> None:
+    # 11.7.1.2 was seen to return wrong results otherwise, 11.7.3.90 right ones.
+    assert _host.needs_zeroed_workspace(version) is is_zeroed
+
+
+@pytest.mark.gpu
+def test_versions_of_this_machine() -> None:
+    driver, runtime, cusolver = torch.ops.farms_fast.cuda_versions()
+    assert driver >= runtime // 1000 * 1000 >= 11000
+    assert cusolver >= 11000
 
 
 def test_each_call_is_a_new_dict() -> None:

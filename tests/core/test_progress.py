@@ -44,3 +44,10 @@ def test_rate_is_of_all_computed_windows_since_the_start(
     # The bar is drawn anew when it ends.
     found = re.findall(r"([\d,.]+/s), (\d+:\d\d:\d\d) left", terminal.getvalue())
     assert (found[-1] if found else None) == shown
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_no_bar_where_stderr_was_closed(monkeypatch: pytest.MonkeyPatch, wanted: bool) -> None:
+    monkeypatch.setattr(sys, "stderr", None)
+    with progress.reporter(wanted, layers=1, windows=1) as report:
+        report("layer", 1, True)

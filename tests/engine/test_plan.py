@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from farms_fast import FixedAspectSampling, FullMatrix
 from farms_fast.engine import plan as planning
-from farms_fast.engine.cost import Cost
+from farms_fast.engine.cost import Cost, eigenvalues_cost
 from farms_fast.engine.machine import Machine
 from farms_fast.engine.plan import UNDER_WAY, Batch, LayerWindows, Plan, plan
 from farms_fast.weights.layers import layers_from_headers
@@ -246,6 +247,36 @@ def test_equal_orders_meet_across_layers() -> None:
     assert names(planned) == [["a", "c", "e"], ["b", "d"]]
 
 
+def test_planning_takes_time_in_proportion_to_the_layers() -> None:
+    """Were each layer added by a sum over its batch, these would take minutes."""
+    specs = [spec(str(i), 2, 2) for i in range(20_000)]
+    start = time.perf_counter()
+    planned = plan(specs, FullMatrix())
+    assert len(planned.layers) == planned.windows == 20_000
+    assert planned.cost.memory <= planned.memory
+    assert time.perf_counter() - start < 30
+
+
+def test_batches_of_a_cpu_are_short_but_keep_all_cores_busy() -> None:
+    specs = [spec(str(i), 1000, 1000) for i in range(600)]
+    by_cores = {}
+    for cores in (2, 64):
+        cpu = Machine("cpu", cores=cores)
+        planned = plan(specs, FullMatrix(), 2**40, machine=cpu)
+        by_cores[cores] = [batch.windows for batch in planned.batches]
+        # The time of a batch is that of its windows, solved as many at a time as there are cores.
+        each = eigenvalues_cost(cpu, 1000, 1000, cores).seconds
+        assert all(windows / cores * each <= planning.MAX_SECONDS for windows in by_cores[cores])
+    assert by_cores[2][0] == 2 * int(planning.MAX_SECONDS / eigenvalues_cost(
+        Machine("cpu", cores=2), 1000, 1000, 2).seconds)  # fmt: skip
+    # 64 cores have 2^19 eigenvalues sooner.
+    assert by_cores[64][0] == 524 > by_cores[2][0]
+    # However long windows take, every core gets a few of a batch.
+    longest = plan([spec(str(i), 8192, 8192) for i in range(40)], FullMatrix(), 2**42,
+                   machine=Machine("cpu", cores=8))  # fmt: skip
+    assert [batch.windows for batch in longest.batches] == [32, 8]
+
+
 def test_dtypes_do_not_meet() -> None:
     specs = [spec(str(i), 4, 4, 1, DTYPES[i % 2]) for i in range(4)]
     assert names(plan(specs, FullMatrix())) == [["0", "2"], ["1", "3"]]
@@ -290,7 +321,7 @@ def test_a_layer_above_its_share_is_alone() -> None:
     assert names(planned) == [["a"], ["big"], ["b", "c"]]
     # What it leaves is the solver's; others get half.
     assert planned.batches[0].workspace == 550_000
-    assert planned.batches[1].workspace == 1_100_000 - 1_000_000 - 50 * 8 - 40
+    assert planned.batches[1].workspace == 1_100_000 - 1_000_000 - 50 * 8 - 48
     # Spectra have a share too: 225 windows of 8, 128 times.
     sampling = FixedAspectSampling(rows=8, per_dim=15)
     many = [spec("a", 22, 22), spec("experts", 22, 22, 128), spec("b", 22, 22)]

@@ -392,6 +392,7 @@ def test_a_model_that_has_changed_is_refused(change: Any, said: str) -> None:
         ({"memory": 1000}, ValueError, "memory: expected at least"),
         ({"include": "x"}, ValueError, "include: expected"),
         ({"exclude": 3}, TypeError, "exclude: expected"),
+        ({"layout": "last"}, ValueError, "layout: expected"),
         ({"min_evals": -1}, ValueError, "min_evals: expected"),
         ({"min_evals": 2.0}, TypeError, "min_evals: expected"),
         ({"evals_threshold": -1.0}, ValueError, "evals_threshold: expected"),

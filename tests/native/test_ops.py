@@ -396,7 +396,7 @@ def test_largest_orders_of_other_architectures(
                 ops.solver_facts(order + 1, **settings, solver=solver)
 
 
-@pytest.mark.parametrize("count", [1, 1000])
+@pytest.mark.parametrize("count", [3, 1000])
 @pytest.mark.parametrize("capability", [80, 86, 89, 120])
 def test_an_ampere_or_later_without_measurements_gets_the_packages_solvers(
     capability: int, count: int
@@ -412,6 +412,15 @@ def test_an_ampere_or_later_without_measurements_gets_the_packages_solvers(
     assert solver(in_a_block // 2 + 1, torch.complex64) == "two_stage"
     assert solver(16384) == "two_stage"
     assert solver(16385) == "cusolver"
+
+
+@pytest.mark.parametrize("capability", [80, 86, 89, 120])
+def test_one_or_two_complex_matrices_get_cusolver(capability: int) -> None:
+    told = {"device": "cuda", "compute_capability": capability}
+    for count in (1, 2, 3):
+        facts = ops.solver_facts(500, dtype=torch.complex128, count=count, **told)
+        assert facts.solver == ("cusolver" if count < 3 else "two_stage")
+        assert ops.solver_facts(1000, count=count, **told).solver == "two_stage"
 
 
 @pytest.mark.parametrize("capability", [50, 61, 70, 75])

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from farms_fast.core.text import printable
 from farms_fast.results.analysis import Analysis
+from farms_fast.results.comparison import compare
 from farms_fast.results.record import LayerRecord, Uncertainty
 from farms_fast.results.settings import AnalysisSettings
 from farms_fast.spectra.metrics import spectrum_metrics
@@ -271,6 +272,25 @@ def test_container() -> None:
     assert math.isnan(Analysis([]).mean_alpha)
 
 
+def test_layers_are_had_by_name_however_many() -> None:
+    """Were the list searched each time, this would take minutes."""
+    analysis = Analysis([LayerRecord(f"l.{i}", "linear", (1, 2, 2), "ok") for i in range(30_000)])
+    assert all(analysis[f"l.{i}"] is analysis.layers[i] for i in range(30_000))
+    analysis.layers.reverse()
+    assert analysis["l.0"] is analysis.layers[-1]
+    analysis.layers[3].name = "renamed"
+    assert analysis["renamed"] is analysis.layers[3]
+    del analysis.layers[10:]
+    with pytest.raises(KeyError, match=r"no layer named 'l\.0'"):
+        analysis["l.0"]
+    assert pickle.loads(pickle.dumps(analysis))["renamed"].name == "renamed"
+
+
+def test_the_first_of_several_layers_of_one_name() -> None:
+    analysis = Analysis([LayerRecord("a", "linear", (1, n, n), "ok") for n in (1, 2)])
+    assert analysis["a"].shape == (1, 1, 1)
+
+
 def test_unknown_name_suggests_near_ones() -> None:
     with pytest.raises(KeyError, match=r"no layer named 'encoder\.2\.fc'.*'encoder\.[01]\.fc'"):
         an_analysis()["encoder.2.fc"]
@@ -279,6 +299,12 @@ def test_unknown_name_suggests_near_ones() -> None:
     said = r"no layer named 0: .*'encoder\.0\.fc'.*\.layers\[0\]"
     with pytest.raises(KeyError, match=said):
         an_analysis()[0]  # type: ignore[index]
+    with pytest.raises(KeyError, match=r"no layer named \[\]: names are text"):
+        an_analysis()[[]]  # type: ignore[index]
+    # However long names are.
+    analysis = Analysis([LayerRecord("a" * 10**6, "linear", (1, 2, 2), "ok")] * 3)
+    with pytest.raises(KeyError, match="no layer named 'aa"):
+        analysis["a" * 999_999 + "b"]
 
 
 def test_repr_and_str() -> None:
@@ -395,6 +421,49 @@ def test_from_json_refuses_other_files(tmp_path: Path, text: str, message: str) 
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"windows": 2', '"windows": 1e400', "windows: expected an integer of 0 to .*, got inf"),
+        ('"windows": 2', '"windows": 1.5', "windows: expected an integer of 0 to .*, got 1.5"),
+        ('"windows": 2', '"windows": -1', "windows: expected an integer of 0 to .*, got -1"),
+        ('"windows": 2', f'"windows": {2**63}', "windows: expected an integer of 0 to 2.63 - 1"),
+        ('"alpha": 2.5', '"alpha": ' + "9" * 400, r"alpha: expected a number of float64, got 9+"),
+        ('"alpha": 2.5', '"alpha": ' + "9" * 5000, "not a JSON file"),
+        ('"alpha": 2.5', '"alpha": "2.5"', "alpha: expected a number, got '2.5'"),
+        ('"alpha": 2.5', '"alpha": true', "alpha: expected a number, got True"),
+        ('"status": "ok"', '"status": ["ok"]', "status: expected text, got "),
+        ('"shape": [1, 2, 2]', '"shape": 4', "shape: expected a list of integers, got 4"),
+        ('"shape": [1, 2, 2]', '"shape": [2, 2]', "damaged record"),
+        ('"window_alphas": [2.0, null]', '"window_alphas": "12"', "window_alphas: expected a list"),
+        ('"window_alphas": [2.0, null]', '"window_alphas": [[1]]', "expected 1 dimensions, got 2"),
+        ('[[0.5, 3.0], [1.0, 2.0]]', '[[0.5, 3.0], [1.0]]', "window_evals: expected numbers"),
+        ('[[0.5, 3.0], [1.0, 2.0]]', '[1' + "0" * 400 + "]", "window_evals: expected numbers"),
+        ('"settings": {', '"settings": {"x": ' + "[" * 100_000, "not a JSON file .nested too deep"),
+        ('"per_dim": 3', '"per_dim": [3]', "settings: sampling: per_dim: expected a positive int"),
+        ('"q": 1.0', '"q": 1' + "0" * 400, "settings: sampling: "),
+        ('"bootstrap": 100', '"bootstrap": 1000000000', "bootstrap: expected an integer of 0 to"),
+    ],
+)  # fmt: skip
+def test_values_that_no_analysis_has(tmp_path: Path, old: str, new: str, message: str) -> None:
+    path = tmp_path / "a.json"
+    assert old in VERSION_2
+    path.write_text(VERSION_2.replace(old, new, 1))
+    with pytest.raises(ValueError, match=message) as caught:
+        Analysis.from_json(path)
+    assert str(path) in str(caught.value)
+    # However long what came was.
+    assert len(str(caught.value)) < 400 + len(str(path))
+
+
+def test_a_reason_is_text(tmp_path: Path) -> None:
+    Analysis([], [Skipped("b", (3,), "vector")]).to_json(tmp_path / "a.json")
+    text = (tmp_path / "a.json").read_text()
+    (tmp_path / "a.json").write_text(text.replace('"vector"', '["vector"]'))
+    with pytest.raises(ValueError, match="skipped reason: expected text, got "):
+        Analysis.from_json(tmp_path / "a.json")
+
+
 def test_an_older_file_is_refused(tmp_path: Path) -> None:
     older = VERSION_2.replace('"version": 2', '"version": 1')
     (tmp_path / "a.json").write_text(older)
@@ -445,6 +514,36 @@ def test_csv_round_trips_numbers(tmp_path: Path) -> None:
                 assert type(value)(row[name]) == value, name
     assert (rows[2]["stack"], rows[2]["rows"], rows[2]["cols"]) == ("9", "4", "4")
     assert rows[2]["alpha"] == "nan"
+
+
+def test_no_text_of_a_csv_is_a_formula(tmp_path: Path) -> None:
+    names = [
+        "=1+1",
+        "+1",
+        "-1",
+        "@SUM(A1)",
+        "\t=1",
+        "\r=1",
+        "\n=1",
+        "\uff1d1",
+        "'a",
+        "''",
+        "fc",
+        "",
+        "a=b",
+    ]
+    records = [LayerRecord(name, "linear", (1, 2, 2), "error", name, alpha=-0.5) for name in names]
+    Analysis(records).to_csv(tmp_path / "a.csv")
+    compare(Analysis(records), Analysis(records)).to_csv(tmp_path / "b.csv")
+    for file, columns in (("a.csv", ("name", "message")), ("b.csv", ("name",))):
+        with (tmp_path / file).open(newline="", encoding="utf-8") as stream:
+            rows = list(csv.DictReader(stream))
+        for column in columns:
+            cells = [row[column] for row in rows]
+            assert not any(cell.startswith(tuple("=+-@\t\r\n\uff1d")) for cell in cells)
+            # One in front taken away, every name is what it was.
+            assert [cell[cell[:1] == "'" :] for cell in cells] == names
+    assert float(rows[0]["alpha_a"]) == -0.5
 
 
 def test_csv_of_nothing_has_the_heading(tmp_path: Path) -> None:

@@ -36,22 +36,23 @@ EXAMPLE = replace(
 )
 TEXT = (
     '{"base":"gr\\u00f6\\u00dfe","bins":50,"bootstrap":100,"device":"cpu","dtype":"float64",'
-    '"exclude":[],"farms_fast":"0.1","include":["a","b*"],"numpy":"2.4","sampling":{"compat":'
-    '"farms","kind":"fixed_aspect","per_dim":9,"q":0.1,"rows":100},"solver":"auto",'
+    '"exclude":[],"farms_fast":"0.1","include":["a","b*"],"key":null,"layout":"auto",'
+    '"numpy":"2.4","sampling":'
+    '{"compat":"farms","kind":"fixed_aspect","per_dim":9,"q":0.1,"rows":100},"solver":"auto",'
     '"source":"model.safetensors","torch":"2.13","xmin":"peak","xmin_pos":2.0}'
 )
 KEY = (
     '{"base":"gr\\u00f6\\u00dfe","bins":50,"bootstrap":100,"dtype":"float64","exclude":[],'
-    '"farms_fast":"0.1","include":["a","b*"],"sampling":{"compat":"farms","kind":"fixed_aspect",'
-    '"per_dim":9,"q":0.1,"rows":100},"solver":"auto","source":"model.safetensors","xmin":"peak",'
-    '"xmin_pos":2.0}'
+    '"farms_fast":"0.1","include":["a","b*"],"key":null,"layout":"auto",'
+    '"sampling":{"compat":"farms","kind":'
+    '"fixed_aspect","per_dim":9,"q":0.1,"rows":100},"solver":"auto","source":"model.safetensors",'
+    '"xmin":"peak","xmin_pos":2.0}'
 )
 
 
 def any_settings() -> st.SearchStrategy[AnalysisSettings]:
     text = st.text(st.characters())
     texts = st.lists(text, max_size=3).map(tuple)
-    count = st.integers(0, 2**63 - 1)
     samplings = (
         st.builds(
             FixedAspectSampling,
@@ -67,13 +68,15 @@ def any_settings() -> st.SearchStrategy[AnalysisSettings]:
         AnalysisSettings,
         source=text,
         base=st.none() | text,
+        key=st.none() | text,
+        layout=st.sampled_from(["auto", "torch", "channels_last"]),
         include=texts,
         exclude=texts,
         sampling=samplings,
         xmin=st.sampled_from(["median", "ks", "peak"]),
         xmin_pos=st.floats(allow_nan=False, allow_infinity=False),
-        bins=count,
-        bootstrap=count,
+        bins=st.integers(0, 2**20),
+        bootstrap=st.integers(0, 10**5),
         dtype=st.sampled_from(["float64", "float32"]),
         **{name: text for name in ("device", "solver", "farms_fast", "torch", "numpy")},
     )
@@ -118,8 +121,10 @@ def test_what_makes_runs_the_same_and_alphas_comparable() -> None:
     others = {
         "source": "other",
         "base": None,
+        "key": "model",
         "include": (),
         "exclude": ("c",),
+        "layout": "torch",
         "sampling": FullMatrix(),
         "xmin": "ks",
         "xmin_pos": 3.0,
@@ -163,6 +168,10 @@ def changed_json(change: Callable[[dict[str, Any]], object]) -> str:
             lambda s: s.update(xmin_pos=math.nan),
             r"^settings: xmin_pos: .* finite float, got nan$",
         ),
+        (
+            lambda s: s.update(layout="last"),
+            r"^settings: layout: expected auto, torch, channels_last",
+        ),
         (lambda s: s.update(dtype="float16"), r"^settings: dtype: expected float64 or float32, "),
         (lambda s: s.update(sampling=3), r"^settings: sampling: expected an object .*, got 3$"),
         (
@@ -182,6 +191,11 @@ def changed_json(change: Callable[[dict[str, Any]], object]) -> str:
 def test_other_values_are_refused(change: Callable[[dict[str, Any]], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         AnalysisSettings.from_json(changed_json(change))
+
+
+def test_settings_of_before_there_was_a_layout_are_read() -> None:
+    settings = AnalysisSettings.from_json(changed_json(lambda s: s.pop("layout")))
+    assert settings == replace(EXAMPLE, layout="auto")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ import torch
 
 from farms_fast import Analysis, FixedAspectSampling, FullMatrix, analyze
 from farms_fast.engine.stages import BatchStages, LoadedBatch, SolvedBatch
+from farms_fast.results import run_recorder
 from farms_fast.results.store import ResultsStore
 
 SAMPLING = FixedAspectSampling(rows=8, per_dim=3)
@@ -81,6 +83,16 @@ def test_what_is_there_is_not_computed_again(tmp_path: Path, computed: list[str]
     computed.clear()
 
 
+def test_another_layout_of_kernels_is_another_run(tmp_path: Path) -> None:
+    weights, path = {"c.kernel": torch.randn(4, 4, 4, 4)}, tmp_path / "run.sqlite"
+    for layout in ("torch", "channels_last") * 2:
+        (layer,) = analyze(weights, FullMatrix(), store=path, layout=layout)
+        (expected,) = analyze(weights, FullMatrix(), layout=layout)
+        assert np.array_equal(layer.window_evals, expected.window_evals)
+    with ResultsStore(path) as store:
+        assert [run.settings.layout for run in store.runs()] == ["torch", "channels_last"]
+
+
 def test_a_selection_of_layers_is_another_run(tmp_path: Path, computed: list[str]) -> None:
     weights, path = weights_of(), tmp_path / "run.sqlite"
     whole = analyze(weights, SAMPLING, store=path)
@@ -90,6 +102,17 @@ def test_a_selection_of_layers_is_another_run(tmp_path: Path, computed: list[str
     assert computed[6:] == ["layer0", "layer2", "layer3"]
     # The run of all layers is what it was.
     assert_equal(Analysis.from_store(path, 1), whole)
+
+
+def test_another_key_is_another_run(tmp_path: Path) -> None:
+    networks = {"generator": weights_of(), "critic": weights_of()}
+    path = tmp_path / "run.sqlite"
+    for number, key in enumerate(("generator", "critic", "critic"), start=1):
+        analysis = analyze(networks, SAMPLING, store=path, key=key)
+        assert analysis.settings is not None
+        assert analysis.settings.key == key
+        run = min(number, 2)
+        assert_equal(Analysis.from_store(path, run), analysis)
 
 
 def test_other_settings_are_another_run(tmp_path: Path, computed: list[str]) -> None:
@@ -151,16 +174,39 @@ def test_an_interrupted_run_goes_on(
     # Three orders, so three batches.
     weights, path = weights_of(), tmp_path / "run.sqlite"
     expected = analyze(weights, FullMatrix())
-    with pytest.raises(error):
+    with pytest.raises(error) as caught:
         analyze(weights, FullMatrix(), store=path, progress=stop_after(1, error))
     with ResultsStore(path) as store:
         (run,) = store.runs()
         stored = [layer.name for layer in store.read()[0]]
     assert run.finished is None
-    assert 0 < len(stored) < 6
+    # The first batch has two layers; neither is lost, whatever the caller's function does.
+    assert len(stored) == 2
+    if error is KeyboardInterrupt:
+        assert str(caught.value).startswith(f"2 of 6 layers are in {str(path)!r}, and the same")
     computed.clear()
     assert_equal(analyze(weights, FullMatrix(), store=path), expected)
     assert sorted(computed + stored) == [layer.name for layer in expected]
+
+
+def test_layers_are_saved_as_they_are_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A transaction for each layer where they come slowly, and for many where they come fast."""
+    weights = {f"layer{i}.weight": torch.randn(8, 8) for i in range(6)}
+    for seconds, expected in ((1.0, [1, 2, 3, 4, 5, 6]), (0.0, [6] * 6), (0.1, [3] * 3 + [6] * 3)):
+        now = itertools.count()
+        monkeypatch.setattr(run_recorder, "_clock", lambda s=seconds, now=now: next(now) * s)
+        path, saved = tmp_path / f"{seconds}.sqlite", []
+
+        def progress(
+            done: int, total: int, name: str, path: Path = path, saved: list[int] = saved
+        ) -> None:
+            with ResultsStore(path, create=False) as store:
+                saved.append(store.runs()[0].layers)
+
+        analyze(weights, FullMatrix(), store=path, progress=progress, bootstrap=0)
+        assert saved == expected
 
 
 def test_a_layer_that_failed_is_tried_again(tmp_path: Path, computed: list[str]) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import struct
+import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
@@ -49,3 +51,10 @@ def write_shards(folder: Path) -> None:
 def write_raw_safetensors(path: Path, header: object, data: bytes) -> None:
     text = json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+def unimportable(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    """Makes importing a package fail as if it were not installed."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)

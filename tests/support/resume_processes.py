@@ -8,7 +8,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +39,10 @@ def logging_to(path: Path) -> None:
 
         def logged(
             self: Any, states: Sequence[LayerState], *rest: Any, take: Any = kind.take
-        ) -> None:
+        ) -> Iterator[LayerState]:
             with path.open("a") as log:
                 log.writelines(f"{state.layer.spec.name}\n" for state in states if not state.known)
-            take(self, states, *rest)
+            return take(self, states, *rest)  # type: ignore[no-any-return]
 
         kind.take = logged  # type: ignore[method-assign]
 

@@ -25,10 +25,13 @@ from farms_fast.weights.formats.complex import (
     TensorTrainCore,
 )
 from farms_fast.weights.formats.lora import ApplyLoraUpdates, LoraUpdate
+from farms_fast.weights.formats.reparametrised import Masked, SpectralNorm, WeightNorm
 from farms_fast.weights.recipes import (
     AsStored,
     Computed,
     HeadRows,
+    LeadingPositions,
+    MergedDims,
     Recipe,
     Rows,
     TrailingPositions,
@@ -226,6 +229,11 @@ IDS = {
     HeadRows("k", 2, 4): '{"groups":2,"queries":4,"recipe":"head-rows/1","role":"k"}',
     TrailingPositions(): '{"groups":1,"recipe":"trailing-positions/1","transposed":false}',
     AsStored(): '{"recipe":"as-stored/1"}',
+    LeadingPositions(): '{"recipe":"leading-positions/1"}',
+    MergedDims(2): '{"recipe":"merged-dims/1","rows":2}',
+    WeightNorm(None): '{"dim":null,"recipe":"weight-norm/1"}',
+    SpectralNorm((0, 1)): '{"dims":[0,1],"recipe":"spectral-norm/1"}',
+    Masked(): '{"recipe":"masked/1"}',
     RealAndImaginary(): '{"recipe":"real-and-imaginary/1"}',
     ComplexPairs(joint=True): '{"joint":true,"recipe":"complex-pairs/1"}',
     FactorisedTensor("cp", ((1,), (3, 1), (4, 1))): (

@@ -6,6 +6,7 @@
 
 #include "csrc/cuda/check.h"
 #include "csrc/cuda/eigvalsh/solver.h"
+#include "csrc/host/cusolver_workspace.h"
 
 namespace farms_fast {
 namespace {
@@ -82,6 +83,7 @@ void solve(void* gram, int64_t batch, int64_t order, DType dtype, void* workspac
   // The routine has returned from the host's part of its work when the call does.
   std::unique_ptr<char[]> host(bytes.host > 0 ? new char[bytes.host] : nullptr);
   FARMS_CUDA_CHECK(cudaStreamWaitEvent(stream, lib.end));
+  if (needs_zeroed_workspace(cusolver_version())) FARMS_CUDA_CHECK(cudaMemsetAsync(workspace, 0, bytes.device, stream));
   FARMS_CUSOLVER_CHECK(cusolverDnSetStream(lib.handle, stream));
   FARMS_CUSOLVER_CHECK(cusolverDnXsyevBatched(
       lib.handle, lib.params, CUSOLVER_EIG_MODE_NOVECTOR, CUBLAS_FILL_MODE_LOWER, order, types.matrix, gram, order,
@@ -90,6 +92,15 @@ void solve(void* gram, int64_t batch, int64_t order, DType dtype, void* workspac
 }
 
 }  // namespace
+
+int cusolver_version() {
+  static const int version = [] {
+    int found = 0;
+    FARMS_CUSOLVER_CHECK(cusolverGetVersion(&found));
+    return found;
+  }();
+  return version;
+}
 
 const CudaSolver& cusolver() {
   static const InPlaceSolver in_place{workspace_bytes, solve};

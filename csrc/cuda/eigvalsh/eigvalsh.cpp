@@ -38,7 +38,15 @@ int64_t workspace_bytes(const CudaSolverTraits& traits, int64_t batch, int64_t o
   return in_place == nullptr ? 0 : in_place->workspace_bytes(batch, order, gram);
 }
 
-const CudaMachine kMachine{current_device, workspace_bytes};
+CudaVersions versions() {
+  CudaVersions found{};
+  FARMS_CUDA_CHECK(cudaDriverGetVersion(&found.driver));
+  FARMS_CUDA_CHECK(cudaRuntimeGetVersion(&found.runtime));
+  found.cusolver = cusolver_version();
+  return found;
+}
+
+const CudaMachine kMachine{current_device, workspace_bytes, versions};
 [[maybe_unused]] const CudaMachine* const told = cuda_machine = &kMachine;
 
 const CudaSolver& find_solver(const char* op, const std::string& name, int64_t count, int64_t order, DType gram) {

@@ -47,6 +47,7 @@ struct CudaSolver {
 };
 
 const CudaSolver& cusolver();
+int cusolver_version();  // 1000 * major + 100 * minor + patch of the library that is loaded
 const CudaSolver& two_stage();
 
 }  // namespace farms_fast

@@ -12,6 +12,7 @@ from typing import Any
 from farms_fast.adapters.layer_rates.rate_table import COLUMNS, RateTable
 from farms_fast.core.arguments import check_type, path_of
 from farms_fast.core.optional import optional_import
+from farms_fast.core.text import csv_cell
 
 # A function that gets every new table of rates.
 Log = Callable[[RateTable], object]
@@ -47,7 +48,7 @@ class CsvLog:
             if file.tell() == 0:
                 writer.writerow(COLUMNS)
             for row in table:
-                writer.writerow([table.call, table.base_lr, *astuple(row)])
+                writer.writerow([table.call, table.base_lr, *map(csv_cell, astuple(row))])
 
 
 class TensorBoardLog:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -17,7 +18,9 @@ from torch import nn
 from farms_fast.adapters.pruning.sequential import PruningReport
 from farms_fast.core.arguments import check_type
 from farms_fast.core.extension import __version__
+from farms_fast.core.files import check_writable
 from farms_fast.core.jsonable import plain
+from farms_fast.core.regular_files import expand_user
 
 #: The report's file name in the folder of the model.
 SETTINGS_FILE = "farms_fast_pruning.json"
@@ -26,7 +29,7 @@ SETTINGS_FILE = "farms_fast_pruning.json"
 def check_output(path: str | os.PathLike[str]) -> Path:
     """The absolute path of a folder to create; raises where something is in its place."""
     check_type("out", path, (str, os.PathLike), "the path of a folder")
-    target = Path(os.path.abspath(Path(path).expanduser()))
+    target = Path(os.path.abspath(expand_user(path)))
     if target.is_dir():
         if any(target.iterdir()):
             raise FileExistsError(f"out: expected a new or empty folder, got {str(path)!r}")
@@ -34,7 +37,17 @@ def check_output(path: str | os.PathLike[str]) -> Path:
         raise FileExistsError(f"out: expected a folder, got {str(path)!r}, which is none")
     if not target.parent.is_dir():
         raise FileNotFoundError(f"out: the folder that {str(path)!r} is in does not exist")
+    check_writable("out", target)
     return target
+
+
+def check_space(path: str | os.PathLike[str], model: nn.Module) -> None:
+    """Raises OSError where the disk of a folder to create is too full for the model's weights."""
+    folder = check_output(path).parent
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    if (free := shutil.disk_usage(folder).free) < size:
+        reason = f"out: the model's weights take {size:,} bytes, and {free:,} are free"
+        raise OSError(errno.ENOSPC, reason, str(path))
 
 
 @contextlib.contextmanager
@@ -82,6 +95,15 @@ def report_as_dict(
     return values
 
 
+def _save_pretrained(saver: Any, folder: Path, out: str | os.PathLike[str]) -> None:
+    try:
+        saver.save_pretrained(folder)
+    except OSError:
+        raise
+    except Exception as error:  # of many types: safetensors has one of its own for a full disk
+        raise OSError(f"out: {str(out)!r} could not be written: {error}") from error
+
+
 def save_pruned(
     model: nn.Module,
     out: str | os.PathLike[str],
@@ -120,10 +142,9 @@ def save_pruned(
     check_type("recipe", recipe, (str, NoneType), "a text")
     document = json.dumps(report_as_dict(report, settings), indent=1, allow_nan=False)
     with new_folder(out) as folder:
-        saver: Any = model
-        saver.save_pretrained(folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+        for saver in (model, tokenizer):
+            if saver is not None:
+                _save_pretrained(saver, folder, out)
         (folder / SETTINGS_FILE).write_text(document + "\n", encoding="utf-8")
         if recipe is not None:
             (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from farms_fast.adapters.pruning.modules import input_embeddings
 from farms_fast.core.arguments import check_int, check_type
 from farms_fast.core.optional import optional_import
+from farms_fast.core.regular_files import expand_user
 
 # One file of 1024 is for calibration and one of 8 for evaluation, as in the literature.
 _C4_FILES = {
@@ -121,7 +122,7 @@ def check_source(source: str | os.PathLike[str], argument: str = "source") -> Pa
     """Raises unless a source names a data set or a file; returns it as a path."""
     expected = f"{', '.join(map(repr, _DATASETS))} or the path of a text file"
     check_type(argument, source, (str, os.PathLike), expected)
-    path = Path(source).expanduser()
+    path = expand_user(source)
     if not (path.is_file() or source in _DATASETS):
         raise FileNotFoundError(
             f"{argument}: expected {expected}, got {str(path)!r}, which is no file"

@@ -15,7 +15,8 @@ from farms_fast.compat.weightwatcher.spectra import FloatArray, LayerSpectra
 
 _EPS = float(np.finfo(np.float64).eps)
 # Stands for a spectrum that is not known, to have the names of its columns.
-_STAND_IN = LayerSpectra(np.ones(1), torch.ones(1), np.ones((1, 1)), np.ones(1), np.ones(1))
+_ONE = np.ones(1)
+_STAND_IN = LayerSpectra(_ONE, torch.from_numpy(_ONE), np.ones((1, 1)), _ONE, _ONE)
 # Added to probabilities and to the rank, against logarithms of zero.
 _ENTROPY_EPSILON = 1e-10
 

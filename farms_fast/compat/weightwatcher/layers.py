@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from farms_fast.compat.weightwatcher.options import LAYER_TYPES, Options
-from farms_fast.core.arguments import check_type
-from farms_fast.weights.module_tensors import ON_META
+from farms_fast.core.arguments import check_module, check_type
+from farms_fast.weights.module_tensors import NOT_INITIALISED, ON_META
 from farms_fast.weights.sources import MappingSource, PickleSource, SafetensorsSource, open_source
 
 # A class counts by the first of these words in its name, the name of its module included, or by
@@ -96,6 +96,7 @@ def layers_of(model: object, options: Options, argument: str = "model") -> Layer
 
 def _weights(model: object, options: Options, argument: str) -> _Weights:
     if isinstance(model, nn.Module):
+        check_module(argument, model)
         return _module_weights(model, options)
     if isinstance(model, Mapping):
         inner = model.get("state_dict", model)
@@ -163,6 +164,8 @@ def _module_type(module: nn.Module) -> str:
 def _unusable(layer_type: str, weight: Tensor) -> str:
     if not layer_type:
         return "not a linear, convolution or embedding class"
+    if nn.parameter.is_lazy(weight):
+        return NOT_INITIALISED
     if weight.is_meta:
         return ON_META
     if weight.layout != torch.strided:

@@ -33,8 +33,8 @@ def _layer_column(name: str) -> str:
 
 
 # AUTOINCREMENT: the number of a row that is gone never comes back for another.
-_TABLES = (
-    """CREATE TABLE runs (
+_TABLES = {
+    "runs": """CREATE TABLE runs (
         id INTEGER PRIMARY KEY AUTOINCREMENT,
         key TEXT NOT NULL,
         settings TEXT NOT NULL,
@@ -44,7 +44,7 @@ _TABLES = (
         total INTEGER,
         skipped TEXT NOT NULL DEFAULT '[]'
     )""",
-    f"""CREATE TABLE layers (
+    "layers": f"""CREATE TABLE layers (
         id INTEGER PRIMARY KEY AUTOINCREMENT,
         run INTEGER NOT NULL REFERENCES runs (id) ON DELETE CASCADE,
         position INTEGER,
@@ -53,7 +53,7 @@ _TABLES = (
         window_alphas BLOB NOT NULL,
         UNIQUE (run, name)
     )""",
-    """CREATE TABLE spectra (
+    "spectra": """CREATE TABLE spectra (
         layer INTEGER NOT NULL REFERENCES layers (id) ON DELETE CASCADE,
         part INTEGER NOT NULL,
         windows INTEGER NOT NULL,
@@ -61,7 +61,7 @@ _TABLES = (
         evals BLOB NOT NULL,
         PRIMARY KEY (layer, part)
     )""",
-)
+}
 
 
 class StoreFile:
@@ -84,6 +84,9 @@ class StoreFile:
             raise FileNotFoundError(f"store: no such results store: {self.path!r}")
         if not os.path.isdir(os.path.dirname(self.path)):
             raise FileNotFoundError(f"store: the directory of {self.path!r} does not exist")
+        # A pipe would be waited for, and a device has no end.
+        if os.path.exists(self.path) and not os.path.isfile(self.path):
+            raise ValueError(f"store: expected a regular file, got {self.path!r}")
         # SQLite takes a file of one byte for an empty one. It is not read here: to close a file
         # drops all locks of the process on it, those of another connection's transaction too.
         if os.path.exists(self.path) and os.path.getsize(self.path) == 1:
@@ -120,7 +123,7 @@ class StoreFile:
         with self.writing() as connection:
             # Another process may have made the tables since.
             if not self._is_ready(connection):
-                for table in _TABLES:
+                for table in _TABLES.values():
                     connection.execute(table)
                 connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
                 connection.execute(f"PRAGMA user_version = {FORMAT_VERSION}")
@@ -136,10 +139,31 @@ class StoreFile:
                     f"store: {self.path!r} has format version {version}, this release reads "
                     f"version {FORMAT_VERSION}: name a new file, or use the release that wrote it"
                 )
+            self._check_schema(connection)
             return True
         if owner or version or tables:
             raise ValueError(f"store: {self.path!r} is a database of another program")
         return False
+
+    def _check_schema(self, connection: sqlite3.Connection) -> None:
+        """Raises ValueError unless the tables are those of this package and nothing acts on them.
+
+        The file may come from anyone: a view computes what it gives, and a trigger changes more
+        than what is written.
+        """
+        rows = connection.execute("SELECT type, name, sql FROM sqlite_master").fetchall()
+        made_by = {name: " ".join(str(sql).split()) for _, name, sql in rows}
+        for kind, name, _ in rows:
+            if kind == "trigger":
+                raise ValueError(
+                    f"store: {self.path!r} is no results store: expected no trigger, got {name!r}"
+                )
+        for name, sql in _TABLES.items():
+            if made_by.get(name) != " ".join(sql.split()):
+                raise ValueError(
+                    f"store: {self.path!r} is damaged: expected the table {name!r} as format "
+                    f"version {FORMAT_VERSION} has it"
+                )
 
     def _open(self) -> sqlite3.Connection:
         if self._connection is None:

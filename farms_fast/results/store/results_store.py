@@ -16,9 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from farms_fast.core.arguments import check_type, path_of
+from farms_fast.core.arguments import check_type, first_repeated, path_of
 from farms_fast.core.extension import __version__
-from farms_fast.results.record import LayerRecord
+from farms_fast.core.json_files import (
+    count_value,
+    decode_json,
+    text_value,
+)
+from farms_fast.core.solver_choice import decided_by
+from farms_fast.results.record import LayerRecord, skipped_from
 from farms_fast.results.settings import AnalysisSettings
 from farms_fast.results.store.file import StoreFile
 from farms_fast.results.store.rows import (
@@ -48,7 +54,8 @@ class RunInfo:
         started: when, UTC, ISO 8601.
         finished: when all of its layers were there; None until then.
         settings: how the layers are computed.
-        versions: of farms_fast, Python, NumPy, torch and SQLite when it started.
+        versions: of farms_fast, Python, NumPy, torch and SQLite when it started; of a run on a GPU
+            `solvers` as well, what chose them there.
         layers: layers that are stored.
         total: layers that the model has; None if nobody has said.
     """
@@ -127,7 +134,13 @@ class ResultsStore:
         with self._file.writing() as connection:
             number = None if force else newest_run(connection, key)
             if number is None:
-                values = (key, settings.to_json(), json.dumps(_versions()), _now(), total)
+                values = (
+                    key,
+                    settings.to_json(),
+                    json.dumps(_versions(settings.device)),
+                    _now(),
+                    total,
+                )
                 number = insert_run(connection, values)
             elif total is not None:
                 connection.execute("UPDATE runs SET total = ? WHERE id = ?", (total, number))
@@ -140,17 +153,7 @@ class ResultsStore:
                 "SELECT id, started, finished, settings, versions, (SELECT count(*) FROM layers "
                 "WHERE run = runs.id AND position IS NOT NULL), total FROM runs ORDER BY id"
             ).fetchall()
-        return [
-            RunInfo(
-                number,
-                started,
-                finished,
-                self._file.parsed(AnalysisSettings.from_json, settings),
-                self._file.parsed(json.loads, versions),
-                *counts,
-            )
-            for number, started, finished, settings, versions, *counts in rows
-        ]
+        return [self._file.parsed(_run_info, row) for row in rows]
 
     def read(
         self, run: int | None = None
@@ -233,8 +236,7 @@ class StoredRun:
         Stored layers that are not among them stay in the file, in case the model has them again,
         but are no part of the run's analysis.
         """
-        if len(set(names)) != len(names):
-            twice = next(name for i, name in enumerate(names) if name in names[:i])
+        if (twice := first_repeated(names)) is not None:
             raise ValueError(f"names: expected each layer once, got {twice!r} more than once")
         with self._file.writing() as connection:
             connection.execute("UPDATE layers SET position = NULL WHERE run = ?", (self.id,))
@@ -274,7 +276,7 @@ def write_skipped(connection: sqlite3.Connection, run: int, skipped: Sequence[Sk
 
 def read_skipped(text: str) -> list[Skipped]:
     """What `write_skipped` was given, from the column of a run."""
-    return [Skipped(name, tuple(shape), reason) for name, shape, reason in json.loads(text)]
+    return [skipped_from(*values) for values in decode_json(text)]
 
 
 def write_layer(
@@ -313,15 +315,34 @@ def read_record(file: StoreFile, row: Sequence[Any]) -> LayerRecord:
     return record
 
 
+def _run_info(row: Sequence[Any]) -> RunInfo:
+    """A row of the table of runs; ValueError or TypeError for a value of another kind."""
+    number, started, finished, settings, versions, layers, total = row
+    known = decode_json(versions)
+    if not isinstance(known, dict):
+        raise ValueError(f"versions: expected an object, got {type(known).__name__}")
+    return RunInfo(
+        number,
+        text_value("started", started),
+        None if finished is None else text_value("finished", finished),
+        AnalysisSettings.from_json(settings),
+        {name: text_value(f"versions: {name}", version) for name, version in known.items()},
+        layers,
+        None if total is None else count_value("total", total),
+    )
+
+
 def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def _versions() -> dict[str, str]:
+def _versions(device: str) -> dict[str, str]:
+    solvers = decided_by(device)
     return {
         "farms_fast": __version__,
         "python": platform.python_version(),
         "numpy": np.__version__,
         "torch": str(torch.__version__),
         "sqlite": sqlite3.sqlite_version,
+        **({"solvers": solvers} if solvers else {}),
     }

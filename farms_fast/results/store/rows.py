@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from farms_fast.core.json_files import count_value, shown
 from farms_fast.results.record import CSV_COLUMNS, SCALAR_FIELDS, LayerRecord, field_value
 from farms_fast.results.store.file import StoreFile
 
@@ -87,7 +88,7 @@ def unpack(row: Sequence[Any], path: str) -> LayerRecord:
         values["window_alphas"] = decode(alphas)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"store: {path!r} has a damaged record of layer {columns['name']!r} ({error})"
+            f"store: {path!r} has a damaged record of layer {shown(columns['name'])} ({error})"
         ) from error
     return LayerRecord(**values)
 
@@ -105,14 +106,17 @@ def read_stored_evals(path: str, timeout: float, layer: int, name: str) -> Array
             "SELECT windows, k, evals FROM spectra WHERE layer = ? ORDER BY part", (layer,)
         )
         try:
-            arrays = [decode(packed).reshape(windows, k) for windows, k, packed in parts]
+            arrays = [
+                decode(packed).reshape(count_value("windows", windows), count_value("k", k))
+                for windows, k, packed in parts
+            ]
+            if len(arrays) == 1:
+                return arrays[0]
+            return np.concatenate(arrays) if arrays else np.empty((0, 0), dtype=np.float64)
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"store: {path!r} has a damaged spectrum of layer {name!r} ({error})"
             ) from error
-    if len(arrays) == 1:
-        return arrays[0]
-    return np.concatenate(arrays) if arrays else np.empty((0, 0), dtype=np.float64)
 
 
 def _sql(value: str | int | float) -> object:

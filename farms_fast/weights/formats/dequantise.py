@@ -79,7 +79,7 @@ def scale_layout(
             blocks.append(size if count == 1 else 1)
         elif -(-size // usual) == count:
             blocks.append(usual)
-        elif not configured and size % count == 0:
+        elif not configured and count and size % count == 0:
             blocks.append(size // count)
         else:
             return None

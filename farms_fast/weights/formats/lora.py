@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,6 +95,11 @@ def is_transposed(
     if not straight and not exchanged:
         return f"A {tuple(a)} and B {tuple(b)} do not make a {tuple(shape)}"
     return exchanged and (fan_in_fan_out or not straight)
+
+
+def not_real(dtypes: Iterable[torch.dtype]) -> str:
+    """Why weight and factors of these dtypes are not added; updates are computed in float64."""
+    return "complex numbers" if any(dtype.is_complex for dtype in dtypes) else ""
 
 
 def not_applied(base: TensorHeader, problem: str) -> WeightCandidate:
@@ -211,8 +216,10 @@ class Adapter:
             return not_applied(base, "DoRA of an embedding")
         if length is not None and math.prod(length.shape) != b.shape[0]:
             return not_applied(base, f"a magnitude of shape {length.shape} for {b.shape[0]} rows")
-        update = LoraUpdate(self._scaling(target, a), transposed, length is not None)
         parts = [a, b] if length is None else [a, b, length]
+        if problem := not_real([base.dtype, *(part.dtype for part in parts)]):
+            return not_applied(base, problem)
+        update = LoraUpdate(self._scaling(target, a), transposed, length is not None)
         return with_updates(base, [update], [ADAPTER_PREFIX + part.name for part in parts])
 
     def _scaling(self, target: str, a: TensorHeader) -> float:

@@ -17,6 +17,7 @@ from farms_fast.weights.formats.lora import (
     LoraUpdate,
     is_transposed,
     not_applied,
+    not_real,
     with_updates,
 )
 from farms_fast.weights.stacks import TensorHeader, WeightCandidate
@@ -55,6 +56,8 @@ class Wrapper:
             transposed = is_transposed(base.shape, a.shape, b.shape, fan_in_fan_out)
             if isinstance(transposed, str):
                 problem = transposed
+            elif not_reals := not_real([base.dtype, a.dtype, b.dtype]):
+                problem = not_reals
             elif dora and embedding:
                 problem = "DoRA of an embedding"
             elif not dora and adapter in getattr(owner, "lora_variant", {}):

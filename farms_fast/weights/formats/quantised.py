@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from farms_fast.core.arrays import FLOATING
 from farms_fast.weights.formats.dequantise import (
     BitsAndBytesInt8,
     GroupQuantised,
@@ -20,6 +21,7 @@ from farms_fast.weights.recipes import Recipe
 from farms_fast.weights.stacks import TensorHeader, WeightCandidate
 
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz)
+_PACKED_NAMES = ("qdata", "weight_packed")
 _PACKED = (torch.uint8, torch.int8, torch.int32)
 # Under these names modules hold parts of quantised weights as buffers.
 QUANTISED_BUFFERS = {"qweight", "qzeros", "scales", "g_idx", "weight", "weight_packed"}
@@ -35,7 +37,10 @@ def dequantised_headers(
     """
     by_name = {header.name: header for header in headers}
     config = config or ModelConfig()
-    weights = [_weight_of(_Stored(header, by_name, config)) for header in headers]
+    weights = [
+        _weight_of(_Stored(header, by_name, config)) if _may_be_quantised(header) else None
+        for header in headers
+    ]
     used = {
         name for weight in weights if weight and not weight.reason for name in weight.header.stored
     }
@@ -44,6 +49,11 @@ def dequantised_headers(
         for header, weight in zip(headers, weights, strict=True)
         if weight or header.stored[0] not in used
     ]
+
+
+def _may_be_quantised(header: TensorHeader) -> bool:
+    """Whether its dtype or name can be that of a quantised weight; most tensors' cannot."""
+    return header.dtype not in FLOATING or header.name.endswith(_PACKED_NAMES)
 
 
 class _Stored:
@@ -73,6 +83,9 @@ class _Stored:
     def computed(
         self, shape: tuple[int, ...], parts: Sequence[TensorHeader], recipe: Recipe
     ) -> WeightCandidate:
+        # A recipe computes with real numbers and would drop the imaginary parts.
+        if complex_part := next((part for part in parts if part.dtype.is_complex), None):
+            return self.refused(f"whose {complex_part.leaf} holds complex numbers")
         return WeightCandidate.computed(self.name, shape, torch.float32, parts, recipe)
 
 

@@ -6,23 +6,30 @@ from collections.abc import Iterable, Mapping
 from functools import cached_property
 
 from farms_fast.weights.model_config import ModelConfig
-from farms_fast.weights.stacks import TensorHeader
+from farms_fast.weights.stacks import TensorHeader, leaf_name
 
+# Of a module's main weight, so that only the module's name says what it is for.
+_MAIN_LEAVES = frozenset({"weight", "kernel", "w", "weights", "table"})
 # Names of layers that GPT-2 stores (in, out).
 _GPT2_LEAVES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
-
-
-def leaf_name(name: str) -> str:
-    """What stands after the last dot."""
-    return name.rpartition(".")[2]
+# No usual convolution has more positions along a dimension.
+MOST_POSITIONS = 31
 
 
 class HeaderIndex:
-    """The weights of a model by name, its config, and `operator_layers.module_notes` of it."""
+    """The weights of a model by name, its config, and `operator_layers.module_notes` of it.
+
+    `layout` is one of `LAYOUTS`.
+    """
 
     def __init__(
-        self, headers: Iterable[TensorHeader], config: ModelConfig | None, notes: Mapping[str, str]
+        self,
+        headers: Iterable[TensorHeader],
+        config: ModelConfig | None,
+        notes: Mapping[str, str],
+        layout: str = "auto",
     ) -> None:
+        self.layout = layout
         self.by_name = {header.name: header for header in headers}
         self.config = config or ModelConfig()
         self.notes = notes
@@ -39,6 +46,13 @@ class HeaderIndex:
         return self.by_name.get(f"{parent}{dot}{leaf}{suffix}")
 
     @cached_property
+    def kernel_layout(self) -> str:
+        """The layout of the kernels that prove theirs, empty where they prove none or several."""
+        weights = (Weight(header, self) for header in self.by_name.values())
+        proven = {weight.proven_layout for weight in weights if weight.is_kernel} - {""}
+        return proven.pop() if len(proven) == 1 else ""
+
+    @cached_property
     def has_transposed_gpt2_layers(self) -> bool:
         """Whether some `c_*` weight is proven to be stored (in, out), so that all of them are."""
         weights = (Weight(header, self) for header in self.by_name.values())
@@ -52,23 +66,62 @@ class HeaderIndex:
 class Weight:
     """A tensor that the rules make layers of, in its model.
 
-    `name` is the layer's, `leaf` the tensor's within its module; `bias` is beside a `weight`.
+    `name` is the layer's, `leaf` the tensor's within its module.
     """
 
     def __init__(self, header: TensorHeader, index: HeaderIndex) -> None:
         self.header, self.index = header, index
         self.shape, self.rank = header.shape, len(header.shape)
         self.name, self.leaf = index.layer_name(header.name), header.leaf
-        self.bias = self.same_module("bias") if self.leaf == "weight" else None
+
+    @cached_property
+    def bias(self) -> TensorHeader | None:
+        """The bias beside a main weight."""
+        return self.same_module("bias") if self.leaf in _MAIN_LEAVES else None
+
+    @cached_property
+    def role(self) -> str:
+        """What the model calls it: the name of its module, or its own if that says more."""
+        if self.leaf not in _MAIN_LEAVES:
+            return self.leaf
+        return leaf_name(self.header.module) or self.leaf
 
     def same_module(self, leaf: str) -> TensorHeader | None:
         """The tensor `leaf` of the same module, if there is one."""
         return self.index.by_name.get(self.header.neighbour(leaf))
 
     @property
+    def is_kernel(self) -> bool:
+        """Whether its name is that of a convolution's weight outside of torch."""
+        by_name = self.leaf.endswith("kernel") or (self.leaf in ("w", "weights") and self.rank > 3)
+        return by_name and 2 < self.rank < 6 and not self.header.dtype.is_complex
+
+    @property
+    def proven_layout(self) -> str:
+        """The one layout that its shape and bias allow, empty where that is none or both.
+
+        Channels are at least as many as positions along a dimension. Projections to several heads
+        have shapes like kernels too, so for torch's layout it takes more: the bias, or positions
+        as many along each dimension.
+        """
+        count = self.rank - 2
+        by_shape = max(self.shape[:count]) <= max(self.shape[count:])
+        positions = self.shape[2:]
+        torch_by_shape = max(positions) <= max(self.shape[:2])
+        equal = count > 1 and len(set(positions)) == 1 and positions[0] <= MOST_POSITIONS
+        bias = self.bias.shape if self.bias is not None else ()
+        if len(bias) == 1 and (bias[0] in self.shape[:2]) != (bias[0] in self.shape[count:]):
+            by_shape &= bias[0] in self.shape[count:]
+            torch_by_shape &= bias[0] in self.shape[:2]
+            equal = True
+        if by_shape == torch_by_shape:
+            return ""
+        return "channels_last" if by_shape else "torch" if equal else ""
+
+    @property
     def bias_proves_transposed(self) -> bool:
         """Whether it is stored (in, out, ...): its bias has the length of the second dimension."""
-        if self.bias is None or self.rank < 2:
+        if self.leaf != "weight" or self.bias is None or self.rank < 2:
             return False
         out, inputs = self.shape[:2]
         return self.bias.shape == (inputs,) and inputs != out

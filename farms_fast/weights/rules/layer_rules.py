@@ -10,35 +10,27 @@ import math
 import re
 from collections.abc import Mapping
 
+import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from farms_fast.core.arrays import FLOATING
+from farms_fast.core.arrays import COMPLEX, FLOATING
 from farms_fast.weights.recipes import AsStored, HeadRows, Rows, TrailingPositions
-from farms_fast.weights.rules.header_index import Weight, leaf_name
+from farms_fast.weights.rules.header_index import Weight
+from farms_fast.weights.rules.kernels import kernel_layers
 from farms_fast.weights.rules.operator_layers import spectral_layers
-from farms_fast.weights.stacks import Part
+from farms_fast.weights.rules.tables import names_embedding, names_positions, not_a_weight
+from farms_fast.weights.stacks import Part, TensorHeader, leaf_name
 
 Answer = list[Part] | str | None
 
 # Families that store q, k and v one after the other. `query_key_value` (GPT-NeoX, BLOOM) is not
 # among them: its rows go head by head, q, k and v of one head together, so a third of the rows is
 # a mixture of all three, and the head count that would sort them is in no header but in the config.
-_FUSED_QKV_LEAVES = frozenset({"qkv", "c_attn", "Wqkv", "qkv_proj", "to_qkv"})
+_FUSED_QKV_LEAVES = frozenset({"qkv", "c_attn", "Wqkv", "qkv_proj", "to_qkv", "attn_qkv"})
 _SEPARATE_QKV = {"q_proj_weight": "q", "k_proj_weight": "k", "v_proj_weight": "v"}
 _RECURRENT = re.compile(r"weight_(ih|hh|hr)(_l\d+(?:_reverse)?)?")
 _GATES = {4: ("lstm", "ifgo"), 3: ("gru", "rzn"), 1: ("rnn", "")}
-_EMBEDDINGS = ("wte", "wpe", "relative_attention_bias")
-_NOT_WEIGHTS = (
-    (re.compile(r"(^|_)bias(_|$)"), "a bias"),
-    (re.compile(r"(^|_)mask$"), "a mask"),
-    (re.compile(r"^(cos|sin)_cached$|^freqs_cis$|^inv_freq$"), "a table of rotary positions"),
-    (re.compile(r"^(input|output|k|v)_scale$"), "a scale of activations"),
-    (
-        re.compile(r"(^|weight_|proj_)scales?(_inv|_2)?$|^q?zeros$|^weight_zero_point$|^SCB$"),
-        "the scale of a quantised weight",
-    ),
-)
 
 
 def _cut_rows(
@@ -157,10 +149,10 @@ def _experts_transposed(weight: Weight) -> bool | None:
 
 def layers_of(weight: Weight, owner: nn.Module | None = None) -> list[Part] | str:
     """What the first rule with an answer makes of a weight, or why there are no layers."""
-    answer = _unusable(weight)
+    answer: Answer = unusable(weight.header)
     if not answer and owner is not None:
         answer = _by_owner(weight, owner)
-    for rule in (_not_a_weight, spectral_layers, _attention, _recurrent, _experts, _embedding):
+    for rule in _RULES:
         answer = answer or rule(weight)
     answer = answer or _by_rank(weight)
     if isinstance(answer, str):
@@ -172,22 +164,24 @@ def layers_of(weight: Weight, owner: nn.Module | None = None) -> list[Part] | st
     return f"{what}a {rows} x {cols} matrix has one singular value, no spectrum"
 
 
-def _unusable(weight: Weight) -> Answer:
+def unusable(header: TensorHeader) -> str | None:
     """Why no rule can take a spectrum of the tensor; None when one may."""
-    dtype = str(weight.header.dtype).removeprefix("torch.")
-    if dtype.startswith(("float8", "float4")):
-        return f"dtype {dtype} is quantised, in a format that is not read"
-    if weight.header.dtype not in FLOATING and not weight.header.dtype.is_complex:
+    rank = len(header.shape)
+    if header.dtype not in FLOATING + COMPLEX:
+        dtype = str(header.dtype).removeprefix("torch.")
+        if dtype.startswith(("float8", "float4")):
+            return f"dtype {dtype} is quantised, in a format that is not read"
+        if header.dtype == torch.complex32:
+            return "dtype complex32 has no arithmetic: convert it to complex64"
         return f"dtype {dtype} is not floating point: indices, flags or quantised weights"
-    if math.prod(weight.shape) == 0:
+    if 0 in header.shape:
         return "empty tensor"
-    return {0: "scalar", 1: "vector, not a matrix"}.get(weight.rank)
+    return ("scalar", "vector, not a matrix")[rank] if rank < 2 else None
 
 
 def _not_a_weight(weight: Weight) -> Answer:
-    for pattern, what in _NOT_WEIGHTS:
-        if pattern.search(weight.leaf):
-            return f"{what}, not a weight"
+    if reason := not_a_weight(weight.leaf):
+        return reason
     if weight.bias is not None and weight.bias.shape == weight.shape:
         return "elementwise scale (its bias has the same shape), not a matrix"
     return None
@@ -233,7 +227,8 @@ def _experts(weight: Weight) -> Answer:
     parts = weight.name.lower().split(".")
     # Granite's and JetMoe's experts say so in the name of their block only.
     if (parts[-1] in ("input_linear", "output_linear") and any("moe" in p for p in parts)) or any(
-        "expert" in part and not (following.isdigit() or part[-1].isdigit())
+        ("expert" in part or "exps" in part.split("_"))
+        and not (following.isdigit() or part[-1].isdigit())
         for part, following in zip(parts, [*parts[1:], ""], strict=True)
     ):
         return expert_stack(weight)
@@ -243,11 +238,11 @@ def _experts(weight: Weight) -> Answer:
 def _embedding(weight: Weight) -> Answer:
     # A table of embeddings has no bias; a projection whose name says "embed" usually has one.
     flat_table = weight.rank == 2 and weight.bias is None
-    is_table = flat_table or (weight.rank == 3 and weight.shape[0] == 1)
-    leaf = leaf_name(weight.name).lower()
-    named = "embed" in leaf or "emb" in leaf.split("_") or leaf in _EMBEDDINGS
-    named = weight.name == "shared" or (named and leaf != "embed_out")  # GPT-NeoX's output layer
-    return embedding(weight) if is_table and named else None
+    if flat_table or (weight.rank == 3 and weight.shape[0] == 1):
+        is_shared = weight.role == "shared" and not re.search("mlp|moe|expert", weight.name.lower())
+        return embedding(weight) if is_shared or names_embedding(weight.role) else None
+    positions = weight.leaf == weight.role and names_positions(weight.role)
+    return "a table of positions, not a matrix" if positions else None
 
 
 def _by_rank(weight: Weight) -> list[Part] | str:
@@ -256,7 +251,9 @@ def _by_rank(weight: Weight) -> list[Part] | str:
     if is_stack(weight) and not weight.leaf.startswith("weight"):
         return stack(weight, kind="stacked")
     if weight.rank <= 5:
-        return convolution(weight, transposed=weight.bias_proves_transposed)
+        groups = weight.index.config.position_groups if ".pos_conv" in weight.name else 0
+        groups = groups if groups and weight.shape[0] % groups == 0 else 1
+        return convolution(weight, groups, transposed=weight.bias_proves_transposed)
     return f"{weight.rank}-D tensor: no rule makes matrices of it"
 
 
@@ -282,3 +279,9 @@ def _by_owner(weight: Weight, owner: nn.Module) -> Answer:
     if leaf.startswith("weight") and is_stack(weight) and "conv" not in kind:
         return stack(weight, kind="stacked")
     return None
+
+
+_RULES = (
+    *(_not_a_weight, spectral_layers, _attention, _recurrent, _experts, _embedding),
+    kernel_layers,
+)

@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import reduce
 
 import torch
 from torch import nn
@@ -24,6 +25,7 @@ from farms_fast.weights.recipes import AsStored, TrailingPositions
 from farms_fast.weights.rules.header_index import Weight
 from farms_fast.weights.stacks import Part, TensorHeader, WeightCandidate
 
+_FACTORS = ".factors.factor_"
 _FACTOR = re.compile(r"(.+)\.factors\.factor_(\d+)")
 _FILTER = "complex_weight"  # of GFNet, (height, width, channels, 2)
 # How plain models call a complex weight that they store as pairs of real numbers.
@@ -51,8 +53,10 @@ def merge_complex_parts(
     merged: set[str] = set()
     for weight in weights:
         group = None if weight.reason else groups.get(weight.header.name)
-        if group is None:
-            results.append(weight if weight.reason else _single(weight.header, by_name, notes))
+        if weight.reason or (group is None and notes is None and len(weight.header.shape) < 3):
+            results.append(weight)
+        elif group is None:
+            results.append(_single(weight.header, by_name, notes))
         elif group[0] not in merged:
             merged.add(group[0])
             results.extend(_merged(*group, (notes or {}).get(group[0], "")))
@@ -63,7 +67,7 @@ def _groups(by_name: Mapping[str, TensorHeader]) -> dict[str, tuple[str, list[Te
     """Name and parts of the factorised weight that each tensor belongs to."""
     factors: dict[str, dict[int, TensorHeader]] = {}
     for name, header in by_name.items():
-        if match := _FACTOR.fullmatch(name):
+        if _FACTORS in name and (match := _FACTOR.fullmatch(name)):
             factors.setdefault(match[1], {})[int(match[2])] = header
     groups: dict[str, tuple[str, list[TensorHeader]]] = {}
     for merged, numbered in factors.items():
@@ -109,7 +113,8 @@ def _merged(name: str, parts: Sequence[TensorHeader], note: str) -> list[WeightC
         reason = f"part of {name}, whose factors do not fit together: {shapes}"
     else:
         combine = replace(combine, joint=note.startswith("joint"))
-        dtype = _complex_of(parts[0].dtype) if combine.pairs else parts[0].dtype
+        dtype = reduce(torch.promote_types, (part.dtype for part in parts))
+        dtype = _complex_of(dtype) if combine.pairs else dtype
         return [WeightCandidate.computed(name, combine.shape, dtype, parts, combine)]
     return [WeightCandidate(part, reason) for part in parts]
 
@@ -162,6 +167,8 @@ def module_notes(module: nn.Module) -> dict[str, str]:
     notes: dict[str, str] = {}
     for path, owner in module.named_modules(remove_duplicate=False):
         dot = f"{path}." if path else ""
+        if isinstance(owner, torch.jit.ScriptModule):
+            continue
         if hasattr(owner, "tensorized_shape"):
             notes[path] = "tensorised"
         elif type(owner).__name__.startswith("Complex") and hasattr(owner, "to_tensor"):
@@ -285,8 +292,10 @@ def _chained(layout: str, first: Shape, second: Shape) -> bool:
 
 def _is_afno_bias(header: TensorHeader, by_name: Mapping[str, TensorHeader], says_so: bool) -> bool:
     """Whether it is `b1` or `b2` beside a weight of an AFNO block, of whatever shape."""
+    if header.leaf not in ("b1", "b2"):
+        return False
     weight = by_name.get(header.neighbour(header.leaf.replace("b", "w")))
-    if weight is None or header.leaf not in ("b1", "b2"):
+    if weight is None:
         return False
     # What is stored as pairs has been made complex by now.
     made = isinstance(weight.combine, ComplexPairs) and weight.combine.joint

@@ -1,98 +1,66 @@
-"""Folders of checkpoints as Hugging Face and PEFT write them."""
+"""Folders of checkpoints: which of their files are the model."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from torch import Tensor
-
-from farms_fast.core.json_files import parse_json
-from farms_fast.weights.formats.lora import ADAPTER_PREFIX, Adapter
+from farms_fast.core.regular_files import resolve_links
 from farms_fast.weights.model_config import ModelConfig
-from farms_fast.weights.sources.memory import HeaderSource, ModuleSource
-from farms_fast.weights.sources.pickles import PICKLE_SUFFIXES, PickleSource
-from farms_fast.weights.sources.safetensors import SafetensorsSource
-from farms_fast.weights.stacks import Globs, Layers
+from farms_fast.weights.sources.components import (
+    PIPELINE_INDEX,
+    ComponentsSource,
+    component_folders,
+)
+from farms_fast.weights.sources.file_formats import is_read, open_files
+from farms_fast.weights.sources.file_source import Files, no_keys
+from farms_fast.weights.sources.hub import CACHE_PREFIX, snapshot_of
+from farms_fast.weights.sources.indexes import numbered_shards, read_index, read_json_object
+from farms_fast.weights.sources.memory import HeaderSource
+from farms_fast.weights.sources.recognise import WEIGHT_SUFFIXES
 
-_ADAPTER_CONFIG = "adapter_config.json"
+_INDEX = ".index.json"
 # How the names of a checkpoint's files end; analyses that lie beside them have other names.
 _PARTS = (
-    *(".safetensors", *PICKLE_SUFFIXES, ".index.json", "config.json"),
+    *(*WEIGHT_SUFFIXES, _INDEX, "config.json", PIPELINE_INDEX),
     *("tokenizer.json", "vocab.json", "tokens.json", "tokens_map.json"),
 )
+# What goes before other files of its folder, in this order.
+_FIRST = ("model.safetensors", "diffusion_pytorch_model.safetensors")
+_SECOND = ("pytorch_model.bin", "diffusion_pytorch_model.bin", "tf_model.h5", "flax_model.msgpack")
+# What training saves beside the weights.
+_STATE = re.compile(
+    r"(training_args|optimizer|scheduler|scaler|sampler|rng_state|random_states)\b.*|.*\.metadata"
+    r"|rng_state_\d+\.pth|optimizer_\d+\.bin"
+)
+_MOST_LISTED = 5
+_MOST_RECOGNISED = 100
 
 
-class AdapterSource:
-    """The weights of a base model as an adapter changes them; `config` is `adapter_config.json`."""
-
-    def __init__(
-        self, base: HeaderSource | ModuleSource, adapter: HeaderSource, config: Mapping[str, Any]
-    ) -> None:
-        self.description = f"{base.description} with {adapter.description}"
-        self.base = base
-        self._adapter = adapter
-        self._apply = Adapter(config, adapter.headers, adapter.description)
-
-    def layers(self, include: Globs = None, exclude: Globs = None) -> Layers:
-        """The base's layers, in effect; ValueError when the adapter has none of its weights."""
-        layers, skipped = self.base.layers(include, exclude, change=self._apply)
-        return layers, skipped + self._adapter.skipped
-
-    def load(self, name: str) -> Tensor:
-        """One tensor of the base, or of the adapter where the name begins with `adapter:`."""
-        if name.startswith(ADAPTER_PREFIX):
-            return self._adapter.load(name.removeprefix(ADAPTER_PREFIX))
-        return self.base.load(name)
+def open_folder(folder: Path, key: str | None = None) -> HeaderSource:
+    """The weights of a model's folder; see `open_source` for the order and for `key`."""
+    if folder.name.startswith(CACHE_PREFIX) and (folder / "snapshots").is_dir():
+        return open_folder(snapshot_of(folder), key)
+    if os.path.lexists(folder / PIPELINE_INDEX):
+        if key is not None:
+            raise no_keys(folder, key)
+        return _open_pipeline(folder)
+    return open_files(_files_of(folder), str(folder), model_config(folder), key)
 
 
-def open_folder(folder: Path) -> PickleSource | SafetensorsSource:
-    """The weights of a model's folder; see `open_source` for the order."""
-    config = _model_config(folder)
-    single = folder / "model.safetensors"
-    if single.exists():
-        return SafetensorsSource({single: None}, str(folder), config)
-    visible = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
-    # Hugging Face writes "model", diffusers "diffusion_pytorch_model": any one index will do.
-    indexes = [p for p in visible if p.name.endswith(".safetensors.index.json")]
-    main_index = folder / "model.safetensors.index.json"
-    if main_index in indexes or len(indexes) == 1:
-        shards = _read_index(main_index if main_index in indexes else indexes[0])
-        return SafetensorsSource(shards, str(folder), config)
-    files = [p for p in visible if p.suffix == ".safetensors"]
-    if len(files) == 1:
-        return SafetensorsSource({files[0]: None}, str(folder), config)
-    pickled, pickled_index = folder / "pytorch_model.bin", folder / "pytorch_model.bin.index.json"
-    if pickled.exists():
-        return PickleSource({pickled: None}, str(folder), config)
-    if pickled_index.exists():
-        return PickleSource(_read_index(pickled_index), str(folder), config)
-    if files:
-        names = ", ".join(p.name for p in files[:5])
-        raise ValueError(
-            f"{folder}: expected one safetensors file or an index, got {len(files)} files without"
-            f" an index ({names}): give the path of one"
-        )
-    raise ValueError(
-        f"{folder}: expected model.safetensors, pytorch_model.bin or an index of shards,"
-        " got a folder without weights"
-    )
-
-
-def adapter_config(folder: Path) -> dict[str, Any] | None:
-    """The entries of a PEFT adapter's config; None for a folder of another kind."""
-    path = folder / _ADAPTER_CONFIG
-    return _json_object(path) if path.exists() else None
-
-
-def named_base(config: Mapping[str, Any]) -> Path | None:
-    """The base that an adapter's config names, if that is a path that exists."""
-    named = config.get("base_model_name_or_path")
-    local = Path(named).expanduser() if isinstance(named, str) and named else None
-    return local if local is not None and local.exists() else None
+def model_config(folder: Path) -> ModelConfig | None:
+    """What a folder's config.json says of its model."""
+    path = folder / "config.json"
+    entries = read_json_object(path) if os.path.lexists(path) else {}
+    # GPTQ's own file, from before config.json had an entry for it.
+    own = folder / "quantize_config.json"
+    if os.path.lexists(own) and not entries.get("quantization_config"):
+        quantization = {"quant_method": "gptq", **read_json_object(own)}
+        entries = {**entries, "quantization_config": quantization}
+    return ModelConfig.of(entries) if entries else None
 
 
 def checkpoint_holds(checkpoint: Path, file: Path) -> bool:
@@ -101,67 +69,115 @@ def checkpoint_holds(checkpoint: Path, file: Path) -> bool:
     Links are followed, because caches of downloads store files as links.
     """
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    target = file.resolve()
+    target = resolve_links(file)
     parts = [checkpoint]
     with contextlib.suppress(OSError):
         parts += [part for part in folder.iterdir() if part.name.endswith(_PARTS)]
-    if any(part.resolve() == target for part in parts):
+    if any(os.path.realpath(part) == str(target) for part in parts):
         return True
     # A new file of such a name would count as a part of the model from then on.
-    new = checkpoint.is_dir() and target.parent == folder.resolve()
+    new = checkpoint.is_dir() and str(target.parent) == os.path.realpath(folder)
     return new and target.name.endswith(_PARTS)
 
 
-def open_adapter(folder: Path) -> PickleSource | SafetensorsSource:
-    """The tensors of a PEFT adapter."""
-    stored = folder / "adapter_model.safetensors"
-    if stored.exists():
-        return SafetensorsSource({stored: None}, str(folder))
-    pickled = folder / "adapter_model.bin"
-    if pickled.exists():
-        return PickleSource({pickled: None}, str(folder))
-    raise FileNotFoundError(
-        f"{folder}: expected adapter_model.safetensors or adapter_model.bin beside"
-        f" {_ADAPTER_CONFIG}, got neither"
-    )
+def _open_pipeline(folder: Path) -> ComponentsSource:
+    components = {
+        name: open_folder(path)
+        for name, path in component_folders(folder).items()
+        if _has_weights(path)
+    }
+    if not components:
+        raise ValueError(f"{folder}: expected weights of some component of {PIPELINE_INDEX}")
+    return ComponentsSource(components, str(folder))
 
 
-def _model_config(folder: Path) -> ModelConfig | None:
-    path = folder / "config.json"
-    entries = _json_object(path) if path.exists() else {}
-    # GPTQ's own file, from before config.json had an entry for it.
-    own = folder / "quantize_config.json"
-    if own.exists() and not entries.get("quantization_config"):
-        entries = {**entries, "quantization_config": {"quant_method": "gptq", **_json_object(own)}}
-    return ModelConfig.of(entries) if entries else None
+def _files_of(folder: Path) -> Files:
+    """The files of the model, each with the names that an index gives it."""
+    if first := _by_name(folder, _FIRST):
+        return first
+    visible = _visible(folder)
+    indexes = [path for path in visible if path.name.endswith(f".safetensors{_INDEX}")]
+    if len(indexes) == 1:
+        return read_index(indexes[0])
+    files = [path for path in visible if path.suffix == ".safetensors"]
+    if len(files) == 1:
+        return {files[0]: None}
+    if second := _by_name(folder, _SECOND):
+        return second
+    candidates = _candidates(visible)
+    if len(candidates) == 1:
+        return dict.fromkeys(numbered_shards(candidates[0]))
+    if candidates:
+        raise ValueError(
+            f"{folder}: expected one file of weights or an index of shards, got {len(candidates)}"
+            f" files without an index ({_listed(candidates)}): give the path of one"
+        )
+    raise ValueError(f"{folder}: expected weights, got {_without_weights(folder, visible)}")
 
 
-def _json_object(path: Path, what: str = "a JSON object") -> dict[str, Any]:
-    entries = parse_json(path, path.read_bytes())
-    if not isinstance(entries, dict):
-        raise ValueError(f"{path}: expected {what}")
-    return entries
+def _by_name(folder: Path, names: Iterable[str]) -> Files:
+    """The first file of these names that is there, or its shards; empty for none.
+
+    A link to nothing counts, so that opening it says what is missing.
+    """
+    for name in names:
+        if os.path.lexists(folder / name):
+            return {folder / name: None}
+        if os.path.lexists(folder / f"{name}{_INDEX}"):
+            return read_index(folder / f"{name}{_INDEX}")
+    return {}
 
 
-def _read_index(path: Path) -> dict[Path, list[str]]:
-    """Shards of an index and the tensors of each, all beside the index."""
-    what = 'JSON with a "weight_map" of tensor names to file names'
-    weight_map = _json_object(path, what).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise ValueError(f"{path}: expected {what}")
-    shards: dict[Path, list[str]] = {}
-    for name, shard in weight_map.items():
-        # A plain name, so that a downloaded index cannot point elsewhere. The name itself may be a
-        # symbolic link: caches of downloads store files so. Backslash and colon are for Windows.
-        if not isinstance(shard, str) or shard in ("", ".", "..") or re.search(r"[/\\:\0]", shard):
-            raise ValueError(
-                f"{path}: expected the plain name of a file in the same folder for {name!r}, "
-                f"got {shard!r}"
-            )
-        shards.setdefault(path.parent / shard, []).append(name)
-    for shard_path in shards:
-        if not shard_path.is_file():
-            raise FileNotFoundError(f"{path}: names the file {shard_path.name!r}, which is missing")
-    if not shards:
-        raise ValueError(f"{path}: expected at least one tensor in weight_map, got none")
-    return shards
+def _visible(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def _candidates(visible: Iterable[Path]) -> list[Path]:
+    """Files that hold weights by their names, else by their content; one for each set of shards."""
+    files = [path for path in visible if path.is_file() and not _STATE.fullmatch(path.name)]
+    named = [path for path in files if path.name.lower().endswith(WEIGHT_SUFFIXES)]
+    if not named:
+        unnamed = [path for path in files if not re.fullmatch(r"\.\D\w*", path.suffix)]
+        with contextlib.suppress(OSError):
+            named = [path for path in unnamed[:_MOST_RECOGNISED] if is_read(path)]
+    numbers = re.compile(r"-\d{5}-of-(\d{5}\.gguf)$")
+    return list({numbers.sub(r"-\1", path.name): path for path in reversed(named)}.values())[::-1]
+
+
+def _has_weights(folder: Path) -> bool:
+    visible = _visible(folder)
+    return bool(_candidates(visible)) or any(path.name.endswith(_INDEX) for path in visible)
+
+
+def _without_weights(folder: Path, visible: list[Path]) -> str:
+    """What a folder is that has no file of weights, and the way out."""
+    names = {path.name for path in visible}
+    if (folder / ".metadata").exists() and any(name.endswith(".distcp") for name in names):
+        return (
+            "a torch.distributed.checkpoint, whose .metadata is a pickle that may run code: make a"
+            " file of it with `python -m torch.distributed.checkpoint.format_utils dcp_to_torch"
+            f" {folder} model.pt`"
+        )
+    if "saved_model.pb" in names or any(re.search(r"\.data-\d{5}-of-\d{5}$", n) for n in names):
+        return "a model of TensorFlow: load it in TensorFlow and save its weights as .weights.h5"
+    if "manifest.ocdbt" in names or "_CHECKPOINT_METADATA" in names or "_METADATA" in names:
+        return "a checkpoint of Orbax: restore it and pass the tree of arrays to analyze"
+    if "Manifest.json" in names and "Data" in names:
+        return "a Core ML package: give the model that it was converted from"
+    below = [path for path in visible if path.is_dir() and _has_weights_or_none(path)]
+    if below:
+        return f"a folder whose weights are in {_listed(below)}: give the path of one"
+    if any("tokenizer" in name or name.startswith("vocab") for name in names):
+        return "a folder with a tokenizer but without weights"
+    return "a folder without weights"
+
+
+def _has_weights_or_none(folder: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return _has_weights(folder)
+    return False
+
+
+def _listed(paths: list[Path]) -> str:
+    more = ", ..." if len(paths) > _MOST_LISTED else ""
+    return ", ".join(path.name for path in paths[:_MOST_LISTED]) + more

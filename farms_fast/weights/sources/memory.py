@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from farms_fast.core.arrays import from_numpy
 from farms_fast.weights.layers import layers_from_headers, layers_from_module
 from farms_fast.weights.model_config import ModelConfig
-from farms_fast.weights.module_tensors import data_of, module_tensor, sparse_layout, tensor_identity
+from farms_fast.weights.module_tensors import (
+    data_of,
+    module_tensor,
+    shape_of,
+    sparse_layout,
+    tensor_identity,
+)
+from farms_fast.weights.sources.containers import TreeView, find_weights
 from farms_fast.weights.stacks import (
     Globs,
     Layers,
@@ -21,9 +28,6 @@ from farms_fast.weights.stacks import (
     TensorHeader,
     WeightTransform,
 )
-
-# Names under which training scripts put the weights, beside an optimiser's state and the like.
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 
 
 class Source(Protocol):
@@ -33,7 +37,9 @@ class Source(Protocol):
     def description(self) -> str:
         """A path or a class name, for titles."""
 
-    def layers(self, include: Globs = None, exclude: Globs = None) -> Layers:
+    def layers(
+        self, include: Globs = None, exclude: Globs = None, *, layout: str = "auto"
+    ) -> Layers:
         """Layers to analyse, and what is not analysed with the reason; reads no weight."""
 
     def load(self, name: str) -> Tensor:
@@ -51,11 +57,16 @@ class HeaderSource(ABC):
         self._stored: dict[str, Any] = {}
 
     def layers(
-        self, include: Globs = None, exclude: Globs = None, *, change: WeightTransform | None = None
+        self,
+        include: Globs = None,
+        exclude: Globs = None,
+        *,
+        change: WeightTransform | None = None,
+        layout: str = "auto",
     ) -> Layers:
         """As `layers_from_headers`; what is no tensor to load is listed as skipped too."""
         layers, skipped = layers_from_headers(
-            self.headers, include, exclude, config=self._config, change=change
+            self.headers, include, exclude, config=self._config, change=change, layout=layout
         )
         return layers, skipped + self.skipped
 
@@ -78,10 +89,15 @@ class ModuleSource:
         self.description = type(module).__name__
 
     def layers(
-        self, include: Globs = None, exclude: Globs = None, *, change: WeightTransform | None = None
+        self,
+        include: Globs = None,
+        exclude: Globs = None,
+        *,
+        change: WeightTransform | None = None,
+        layout: str = "auto",
     ) -> Layers:
         """As `layers_from_module`."""
-        return layers_from_module(self.module, include, exclude, change=change)
+        return layers_from_module(self.module, include, exclude, change=change, layout=layout)
 
     def load(self, name: str) -> Tensor:
         """As `module_tensor`."""
@@ -89,53 +105,63 @@ class ModuleSource:
 
 
 class MappingSource(HeaderSource):
-    """Tensors or NumPy arrays by name, such as a state dict, also one wrapped in a checkpoint."""
+    """Tensors or arrays by name, also wrapped in a checkpoint's mapping or nested as Flax's are.
 
-    def __init__(self, tensors: Mapping[str, Any], description: str = "state dict") -> None:
+    `key` is the dotted path of the mapping to take where there are several.
+    """
+
+    def __init__(
+        self, tensors: Mapping[str, Any], description: str = "state dict", key: str | None = None
+    ) -> None:
         super().__init__(description)
-        for name, value in self._unwrapped(tensors).items():
-            if not isinstance(name, str):
-                raise TypeError(f"{description}: expected names as keys, got {name!r}")
+        weights = find_weights(tensors, _VIEW, description, key)
+        self.skipped += weights.skipped
+        for name, value in weights.tensors.items():
+            if isinstance(value, Tensor) and (reason := sparse_layout(value)):
+                self.skipped.append(Skipped(name, shape_of(value), reason))
+                continue
             if not isinstance(value, (Tensor, np.ndarray)):
-                self.skipped.append(Skipped(name, (), f"not a tensor: {type(value).__name__}"))
-            elif isinstance(value, Tensor) and (reason := sparse_layout(value)):
-                self.skipped.append(Skipped(name, tuple(value.shape), reason))
-            else:
-                self._stored[name] = value
-                self.headers.append(_header(name, value))
-        if not self._stored:
-            keys = ", ".join(repr(key) for key in list(tensors)[:5])
-            raise ValueError(
-                f"{description}: expected tensors by name, got a mapping without any tensor"
-                f" (keys: {keys or 'none'})"
-            )
+                try:
+                    value = torch.utils.dlpack.from_dlpack(value)
+                except (BufferError, RuntimeError, TypeError) as error:
+                    self.skipped.append(Skipped(name, tuple(value.shape), f"not read: {error}"))
+                    continue
+            header = _header(name, value)
+            if isinstance(header, Skipped):
+                self.skipped.append(header)
+                continue
+            self._stored[name] = value
+            self.headers.append(header)
 
     def _load(self, name: str, stored: Tensor | np.ndarray[Any, Any]) -> Tensor:
         return data_of(name, stored) if isinstance(stored, Tensor) else from_numpy(stored)
 
-    def _unwrapped(self, tensors: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The innermost state dict; its neighbours on the way are noted as skipped."""
-        while not any(isinstance(v, (Tensor, np.ndarray)) for v in tensors.values()):
-            wrapper = next((w for w in _WRAPPERS if isinstance(tensors.get(w), Mapping)), None)
-            if wrapper is None:
-                break
-            self.skipped.extend(
-                Skipped(str(key), (), f"beside {wrapper!r}, which holds the weights")
-                for key in tensors
-                if key != wrapper
-            )
-            tensors = tensors[wrapper]
-        return tensors
+
+def _children(value: Any) -> Mapping[Any, Any] | None:
+    if isinstance(value, nn.Module):
+        return dict(value.state_dict())
+    if isinstance(value, (list, tuple)):
+        return {str(position): entry for position, entry in enumerate(value)}
+    return value if isinstance(value, Mapping) else None
 
 
-def _header(name: str, value: Tensor | np.ndarray[Any, Any]) -> TensorHeader:
+def _shape(value: Any) -> tuple[int, ...] | None:
+    if not isinstance(value, (Tensor, np.ndarray)) and not hasattr(value, "__dlpack__"):
+        return None
+    return shape_of(value) if isinstance(value, Tensor) else tuple(value.shape)
+
+
+_VIEW = TreeView(_children, _shape, is_module=lambda value: isinstance(value, nn.Module))
+
+
+def _header(name: str, value: Tensor | np.ndarray[Any, Any]) -> TensorHeader | Skipped:
     if isinstance(value, Tensor):
         return TensorHeader(name, tuple(value.shape), value.dtype, tensor_identity(value))
+    if isinstance(value, np.ma.MaskedArray):
+        return Skipped(name, value.shape, "an array with a mask: fill it first")
     try:
         dtype = torch.from_numpy(np.empty(0, value.dtype.newbyteorder("="))).dtype
     except TypeError:
-        raise TypeError(
-            f"{name}: expected an array of numbers that torch can hold, got dtype {value.dtype}"
-        ) from None
+        return Skipped(name, value.shape, f"dtype {value.dtype} is none that torch can hold")
     memory = (value.ctypes.data, value.shape, value.strides, dtype) if value.size else None
     return TensorHeader(name, value.shape, dtype, memory)

@@ -1,31 +1,27 @@
 """Tensors of safetensors files, read one at a time.
 
-A memory map counts as the process's memory once it has been touched, for as long as it exists. So
-no file stays mapped: a large tensor has a map of its own bytes, which goes with the tensor.
+The header is read and checked here rather than by `safe_open`, which maps the whole file: that
+fails for a file larger than the memory.
 """
 
 from __future__ import annotations
 
-import contextlib
-import mmap
-import os
-import re
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from farms_fast.core.json_files import parse_json
+from farms_fast.core.regular_files import open_regular
 from farms_fast.weights.model_config import ModelConfig
-from farms_fast.weights.sources.file_source import Files, FileSource, file_changed, file_state
+from farms_fast.weights.sources.file_source import Extent, Files, FileSource, natural_order
 from farms_fast.weights.stacks import Skipped, TensorHeader
 
-# Smaller tensors are read into memory: each map costs an open file.
-_MAPPED_FROM = 16 * 2**20
+# The format's own limit.
+HEADER_BYTES = 100_000_000
 _DTYPES = {
     f"{letter}{bits}": getattr(torch, f"{kind}{bits}")
     for letter, kind in (("U", "uint"), ("I", "int"), ("F", "float"))
@@ -36,87 +32,95 @@ _DTYPES |= {"BOOL": torch.bool, "BF16": torch.bfloat16, "C64": torch.complex64}
 _DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E4M3FNUZ": torch.float8_e4m3fnuz}
 _DTYPES |= {"F8_E5M2": torch.float8_e5m2, "F8_E5M2FNUZ": torch.float8_e5m2fnuz}
 _DTYPES |= {"F8_E8M0": torch.float8_e8m0fnu}
-
-
-@dataclass(frozen=True)
-class _Extent:
-    """The bytes of a tensor in a file."""
-
-    offset: int
-    bytes: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+_BITS = {name: 8 * dtype.itemsize for name, dtype in _DTYPES.items()}
+_BITS |= {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 
 
 class SafetensorsSource(FileSource):
     """Tensors of safetensors files, which keep no order: sorted by name, numbers as numbers."""
 
-    def __init__(self, files: Files, description: str, config: ModelConfig | None = None) -> None:
-        self._extents: dict[Path, dict[str, _Extent]] = {}
-        super().__init__(files, description, config)
-        self.headers.sort(key=lambda header: _natural_order(header.name))
+    def __init__(
+        self,
+        files: Files,
+        description: str,
+        config: ModelConfig | None = None,
+        key: str | None = None,
+    ) -> None:
+        self._extents: dict[tuple[Path, str], Extent] = {}
+        super().__init__(files, description, config, key)
+        self.headers.sort(key=lambda header: natural_order(header.name))
 
     def _load(self, name: str, stored: Path) -> Tensor:
-        extent = self._extents[stored][name]
-        if extent.bytes == 0:
-            return torch.empty(extent.shape, dtype=extent.dtype)
-        with stored.open("rb") as file:
-            same = file_state(file.fileno()) == self._states[stored]
-            content = _bytes_of(file.fileno(), extent) if same else None
-        if content is None:
-            raise file_changed(stored)
-        return content.view(extent.dtype).view(extent.shape)
+        return self._read_tensor(stored, self._extents[stored, name])
 
     def _read_headers(self, path: Path) -> Mapping[str, TensorHeader | Skipped]:
-        entries, start = _safetensors_header(path)
-        self._states[path] = file_state(path)
-        extents = self._extents[path] = {}
+        try:
+            entries, start = _header(path)
+            _check_extents(entries, self._size(path) - start)
+        except _Unsound as error:
+            expected = "expected a sound safetensors file, got a broken one"
+            raise ValueError(f"{path}: {expected}: {error}") from None
         stored: dict[str, TensorHeader | Skipped] = {}
         for name, entry in entries.items():
             shape, dtype = tuple(entry["shape"]), entry["dtype"]
             begin, end = entry["data_offsets"]
-            if dtype in _DTYPES:
-                extents[name] = _Extent(start + begin, end - begin, shape, _DTYPES[dtype])
-                stored[name] = TensorHeader(name, shape, _DTYPES[dtype])
+            if known := _DTYPES.get(dtype):
+                self._extents[path, name] = Extent(start + begin, end - begin, shape, known)
+                stored[name] = TensorHeader(name, shape, known)
             else:
                 reason = f"dtype {dtype} is quantised, in a format that is not read"
                 stored[name] = Skipped(name.removesuffix(".weight"), shape, reason)
         return stored
 
 
-def _safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The entries of a sound file, and where its data begin."""
-    try:
-        with safe_open(path, framework="pt"):
-            pass
-    except SafetensorError as error:
-        expected = "expected a sound safetensors file, got a broken one"
-        raise ValueError(f"{path}: {expected}: {error}") from None
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        entries: dict[str, Any] = parse_json(path, file.read(size))
+class _Unsound(Exception):
+    """What is wrong with a header."""
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """The entries of a file's header, not yet checked, and where its data begin."""
+    with open_regular(path) as file:
+        first = file.read(8)
+        size = int.from_bytes(first, "little")
+        if len(first) < 8:
+            raise _Unsound(f"{len(first)} bytes are no header")
+        if size > HEADER_BYTES:
+            raise _Unsound(f"a header of {size:,} bytes, more than {HEADER_BYTES:,}")
+        text = file.read(size)
+    if len(text) < size:
+        raise _Unsound(f"a header of {size:,} bytes in a file that ends after {len(text):,} of it")
+    entries = parse_json(path, text)
+    if not isinstance(entries, dict):
+        raise _Unsound("its header is no JSON object")
     entries.pop("__metadata__", None)
     return entries, 8 + size
 
 
-def _bytes_of(descriptor: int, extent: _Extent) -> Tensor | None:
-    """uint8, mapped where large; None where the file has become too short."""
-    if extent.bytes >= _MAPPED_FROM and extent.offset % extent.dtype.itemsize == 0:
-        before = extent.offset % mmap.ALLOCATIONGRANULARITY
-        start, size = extent.offset - before, before + extent.bytes
-        with contextlib.suppress(OSError):  # too many open files or maps: read instead
-            pages = mmap.mmap(descriptor, size, access=mmap.ACCESS_COPY, offset=start)
-            return torch.frombuffer(pages, dtype=torch.uint8, count=extent.bytes, offset=before)
-    content = torch.empty(extent.bytes, dtype=torch.uint8)
-    target, done = content.numpy().data, 0
-    while done < extent.bytes:
-        count = os.preadv(descriptor, [target[done:]], extent.offset + done)
-        if count == 0:
-            return None
-        done += count
-    return content
+def _check_extents(entries: Mapping[str, Any], data_bytes: int) -> None:
+    """Raises `_Unsound` unless the tensors are the data, each byte of them once."""
+    extents = []
+    for name, entry in entries.items():
+        fields = entry if isinstance(entry, dict) else {}
+        dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
+        if not (_are_counts(shape, 64) and _are_counts(offsets, 2) and len(offsets) == 2):
+            raise _Unsound(f"no shape and offsets for {name!r}")
+        if not isinstance(dtype, str) or dtype not in _BITS:
+            raise _Unsound(f"dtype {dtype!r} of {name!r} is unknown")
+        bits = math.prod(shape) * _BITS[dtype]
+        if bits != 8 * (offsets[1] - offsets[0]):
+            raise _Unsound(f"{name!r} has {offsets[1] - offsets[0]} bytes for {dtype} of {shape}")
+        extents.append((offsets[0], offsets[1], name))
+    position = 0
+    for begin, end, name in sorted(extents):
+        if begin != position:
+            raise _Unsound(f"{name!r} begins at byte {begin} of the data, expected {position}")
+        position = end
+    if position != data_bytes:
+        raise _Unsound(f"its tensors take {position} bytes, and it has {data_bytes}")
 
 
-def _natural_order(name: str) -> list[tuple[int, int, str]]:
-    pieces = re.split(r"(\d+)", name)
-    return [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in pieces if p]
+def _are_counts(values: object, most: int) -> TypeGuard[list[int]]:
+    """Whether it is a list of at most so many sizes; more dimensions than 64 no tensor has."""
+    if not isinstance(values, list) or len(values) > most:
+        return False
+    return all(type(value) is int and 0 <= value < 2**63 for value in values)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from farms_fast.results.analysis import Analysis
 from farms_fast.results.record import CSV_COLUMNS, LayerRecord
 from farms_fast.results.settings import OtherSampling
-from farms_fast.results.store import ResultsStore, merge
+from farms_fast.results.store import ResultsStore, merge, results_store
 from farms_fast.results.store.file import FORMAT_VERSION
 from farms_fast.results.store.rows import decode, encode
 from farms_fast.weights.stacks import Skipped
@@ -324,6 +324,15 @@ def test_versions_are_recorded(path: Path) -> None:
     assert set(versions) == {"farms_fast", "python", "numpy", "torch", "sqlite"}
 
 
+def test_what_chose_the_solvers_of_a_gpu_is_recorded(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results_store, "decided_by", lambda device: f"measured for {device}")
+    with ResultsStore(path) as store:
+        store.run(replace(SETTINGS, device="cuda:1"))
+        assert store.runs()[0].versions["solvers"] == "measured for cuda:1"
+
+
 def test_threads_share_a_store(path: Path) -> None:
     errors: list[BaseException] = []
     with ResultsStore(path) as store:
@@ -415,8 +424,16 @@ def test_unknown_run(path: Path) -> None:
         ("UPDATE layers SET windows = 'text'", "damaged record of layer 'layer"),
         ("UPDATE runs SET settings = '{'", "is damaged"),
         ("UPDATE runs SET settings = '{}'", "is damaged .*no field 'source'"),
+        ("UPDATE spectra SET windows = -1", "damaged spectrum of layer 'layer"),
+        ("UPDATE layers SET windows = 9e999", "windows: expected an integer of 0 to .*, got inf"),
+        ("UPDATE layers SET status = x'ff'", "damaged record of layer 'layer"),
+        ("UPDATE layers SET stack = -1", "shape: expected an integer of 0 to .*, got -1"),
+        ("UPDATE runs SET settings = '5'", "settings: expected an object, got 5"),
+        (f"UPDATE runs SET settings = '{'[' * 100_000}'", "is damaged .*nested too deeply"),
         ("UPDATE runs SET skipped = '[1]'", "is damaged"),
+        ('UPDATE runs SET skipped = \'[["a", [1e999], "b"]]\'', "skipped shape: expected an int"),
         ("DROP TABLE spectra", "is damaged"),
+        ("ALTER TABLE layers ADD COLUMN more", "expected the table 'layers' as format version 2"),
     ],
 )
 def test_damaged_values_are_named(path: Path, statement: str, message: str) -> None:
@@ -425,6 +442,62 @@ def test_damaged_values_are_named(path: Path, statement: str, message: str) -> N
     with pytest.raises(ValueError, match=message) as caught:
         _ = Analysis.from_store(path)["layer.0"].window_evals
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("statement", "message"),
+    [
+        ("UPDATE runs SET started = x'00'", "started: expected text, got b'.x00'"),
+        ("UPDATE runs SET finished = x'00'", "finished: expected text, got b'.x00'"),
+        ("UPDATE runs SET total = 'all of them'", "total: expected an integer of 0 to .*'all of"),
+        ("UPDATE runs SET versions = '[]'", "versions: expected an object, got list"),
+        ("UPDATE runs SET versions = '{\"numpy\": 2}'", "versions: numpy: expected text, got 2"),
+        ("UPDATE runs SET settings = 'null'", "settings: expected an object, got None"),
+    ],
+)
+def test_damaged_runs_are_named(path: Path, statement: str, message: str) -> None:
+    write_run(path, [made_up(0)])
+    change(path, statement)
+    with ResultsStore(path) as store, pytest.raises(ValueError, match=message) as caught:
+        store.runs()
+    assert f"store: {str(path)!r} is damaged" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("statements", "message"),
+    [
+        (
+            ("ALTER TABLE layers RENAME TO mine", "CREATE VIEW layers AS SELECT * FROM mine"),
+            "expected the table 'layers'",
+        ),
+        (
+            ("CREATE TRIGGER t AFTER INSERT ON layers BEGIN DELETE FROM runs; END",),
+            "expected no trigger, got 't'",
+        ),
+    ],
+)
+def test_a_store_holds_nothing_that_acts(
+    path: Path, statements: tuple[str, ...], message: str
+) -> None:
+    write_run(path, [made_up(0)])
+    for statement in statements:
+        change(path, statement)
+    for create in (False, True):
+        with pytest.raises(ValueError, match=message):
+            ResultsStore(path, create=create)
+
+
+def test_what_the_owner_adds_to_a_store_stays(path: Path) -> None:
+    write_run(path, [made_up(0)])
+    change(path, "CREATE VIEW best AS SELECT name FROM layers WHERE alpha < 4")
+    change(path, "CREATE INDEX by_alpha ON layers (alpha)")
+    assert Analysis.from_store(path)["layer.0"].alpha == made_up(0).alpha
+
+
+def test_a_store_is_a_regular_file(path: Path) -> None:
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match=r"store: expected a regular file, got '.*run\.sqlite'"):
+        ResultsStore(path)
 
 
 def test_closed_store_says_so(path: Path) -> None:

@@ -282,6 +282,7 @@ def test_adapter_of_another_model_is_an_error(tmp_path: Path) -> None:
         ({f"{ROOT}q.lora_B.weight": None}, "it has no lora_B"),
         ({f"{ROOT}q.lora_magnitude_vector": torch.ones(5)}, "a magnitude of shape (5,) for 6 rows"),
         ({f"{ROOT}q.lora_E": torch.ones(2, 1)}, "lora_E is not understood"),
+        ({f"{ROOT}q.lora_B.weight": torch.ones(6, 2, dtype=torch.complex64)}, "complex numbers"),
     ],
 )
 def test_update_that_does_not_fit_is_listed_and_its_weight_not_analysed(

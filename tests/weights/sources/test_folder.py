@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from farms_fast.weights.sources import (
     open_source,
 )
-from tests.support.checkpoints import WEIGHTS, assert_holds_weights, write_index
+from tests.support.checkpoints import WEIGHTS, assert_holds_weights, write_index, write_shards
 
 # --- indexes ---
 
@@ -163,3 +163,123 @@ def test_config_of_the_folder_is_used(tmp_path: Path, kind: str, sharded: bool) 
         (1, 6, 10),
         (1, 6, 10),
     ]
+
+
+# --- other folders ---
+
+
+@pytest.mark.parametrize("name", ["model.pt", "best.pth.tar", "weights.BIN", "model", "step-7"])
+def test_folder_with_one_file_of_weights(tmp_path: Path, name: str) -> None:
+    torch.save(WEIGHTS, tmp_path / name)
+    torch.save({"state": {}}, tmp_path / "optimizer.pt")
+    torch.save({"state": 1}, tmp_path / "training_args.bin")
+    (tmp_path / "README.md").write_text("words")
+    assert_holds_weights(open_source(tmp_path))
+
+
+def test_folder_with_several_files_names_them(tmp_path: Path) -> None:
+    for name in ("a.pt", "b.pth"):
+        torch.save(WEIGHTS, tmp_path / name)
+    with pytest.raises(ValueError, match=r"2 files .*\(a.pt, b.pth\): give the path of one"):
+        open_source(tmp_path)
+
+
+def test_index_given_as_path(tmp_path: Path) -> None:
+    write_shards(tmp_path)
+    assert_holds_weights(open_source(tmp_path / "model.safetensors.index.json"))
+    with pytest.raises(ValueError, match="expected None"):
+        open_source(tmp_path / "model.safetensors.index.json", base=WEIGHTS)
+
+
+def test_index_given_as_path_has_the_config_of_its_folder(tmp_path: Path) -> None:
+    save_file({"attn.qkv_proj.weight": torch.randn(24, 10)}, tmp_path / "x.safetensors")
+    index = write_index(tmp_path, {"attn.qkv_proj.weight": "x.safetensors"})
+    config = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 3}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert len(open_source(index).layers()[0]) == 3
+
+
+def test_variant_does_not_hide_the_weights_themselves(tmp_path: Path) -> None:
+    save_file(WEIGHTS, tmp_path / "diffusion_pytorch_model.safetensors")
+    save_file({"c": torch.ones(3, 3)}, tmp_path / "diffusion_pytorch_model.fp16.safetensors")
+    assert_holds_weights(open_source(tmp_path))
+
+
+def test_link_to_a_file_that_is_missing_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "blobs" / "0af3")
+    torch.save(WEIGHTS, tmp_path / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match=r"model.safetensors"):
+        open_source(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "what"),
+    [
+        ((".metadata", "__0_0.distcp"), r"torch.distributed.checkpoint.*dcp_to_torch .* model.pt"),
+        (("saved_model.pb", "variables/variables.index"), "a model of TensorFlow"),
+        (("checkpoint", "model.ckpt.data-00000-of-00001"), "a model of TensorFlow"),
+        (("_METADATA", "manifest.ocdbt"), "Orbax"),
+        (("tokenizer.json", "vocab.txt"), "a tokenizer but without weights"),
+        (
+            ("checkpoint-5/model.pt", "checkpoint-9/model.pt"),
+            r"in checkpoint-5, checkpoint-9: give",
+        ),
+    ],
+)
+def test_folder_of_another_kind_is_named(tmp_path: Path, files: tuple[str, ...], what: str) -> None:
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(ValueError, match=what):
+        open_source(tmp_path)
+
+
+# --- pipelines ---
+
+
+def _pipeline(folder: Path) -> None:
+    entries = {
+        "_class_name": "Pipeline",
+        "unet": ["diffusers", "UNet"],
+        "text_encoder": ["transformers", "CLIP"],
+        "scheduler": ["diffusers", "DDIM"],
+        "safety_checker": [None, None],
+        "requires": True,
+    }
+    (folder / "model_index.json").write_text(json.dumps(entries))
+    for name in ("unet", "text_encoder", "scheduler", "other"):
+        (folder / name).mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text("{}")
+    save_file(WEIGHTS, folder / "unet" / "diffusion_pytorch_model.safetensors")
+    save_file(WEIGHTS, folder / "unet" / "diffusion_pytorch_model.fp16.safetensors")
+    torch.save({"a.weight": torch.ones(5, 6)}, folder / "text_encoder" / "pytorch_model.bin")
+    torch.save({"c.weight": torch.ones(5, 6)}, folder / "other" / "pytorch_model.bin")
+
+
+def test_pipeline_has_the_layers_of_every_component(tmp_path: Path) -> None:
+    _pipeline(tmp_path)
+    source = open_source(tmp_path)
+    layers, skipped = source.layers()
+    assert [layer.name for layer in layers] == ["unet.a", "unet.b", "text_encoder.a"]
+    assert [tensor.name for tensor in skipped] == ["unet.a.bias"]
+    assert torch.equal(source.load("unet.a.weight"), WEIGHTS["a.weight"])
+    assert torch.equal(source.load("text_encoder.a.weight"), torch.ones(5, 6))
+    assert [layer.name for layer in source.layers(include="text*")[0]] == ["text_encoder.a"]
+
+
+def test_pipeline_names_the_component_that_is_broken(tmp_path: Path) -> None:
+    _pipeline(tmp_path)
+    path = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"unet/diffusion_pytorch_model.safetensors: expected"):
+        open_source(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["..", "../other", "/etc", "a\\b", ""])
+def test_pipeline_cannot_name_a_folder_elsewhere(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "pipeline"
+    folder.mkdir()
+    torch.save(WEIGHTS, tmp_path / "model.pt")
+    (folder / "model_index.json").write_text(json.dumps({name: ["diffusers", "UNet"]}))
+    with pytest.raises(ValueError, match="expected weights of some component"):
+        open_source(folder)

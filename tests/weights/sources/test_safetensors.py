@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import struct
 from pathlib import Path
@@ -17,6 +18,7 @@ from farms_fast.weights.sources import (
 from tests.support.checkpoints import (
     WEIGHTS,
     assert_holds_weights,
+    loaded,
     write_index,
     write_raw_safetensors,
     write_shards,
@@ -113,7 +115,7 @@ def test_unknown_name_is_an_error(tmp_path: Path) -> None:
             open_source(model).load("c.weight")
 
 
-@pytest.mark.parametrize("keep", [0, 4, 8, 20, 60, -1, -40])
+@pytest.mark.parametrize("keep", [1, 4, 8, 20, 60, -1, -40])
 def test_truncated_safetensors_is_one_error(tmp_path: Path, keep: int) -> None:
     path = tmp_path / "cut.safetensors"
     save_file(WEIGHTS, path)
@@ -134,6 +136,14 @@ def test_truncated_safetensors_is_one_error(tmp_path: Path, keep: int) -> None:
         {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 16]},
         {"dtype": "F99", "shape": [2, 2], "data_offsets": [0, 16]},
         {"shape": [2, 2]},
+        {"dtype": "F32", "shape": [2, True], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": 4, "data_offsets": [0, 16]},
+        {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 8, 16]},
+        {"dtype": "F32", "shape": [1] * 62 + [2**31, 2**31, 2**31], "data_offsets": [0, 16]},
+        {"dtype": ["F32"], "shape": [2, 2], "data_offsets": [0, 16]},
+        {"dtype": "F4", "shape": [3, 3], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [3, 1], "data_offsets": [0, 12]},
+        "F32",
     ],
 )
 def test_safetensors_header_that_lies_is_one_error(tmp_path: Path, entry: object) -> None:
@@ -141,6 +151,49 @@ def test_safetensors_header_that_lies_is_one_error(tmp_path: Path, entry: object
     write_raw_safetensors(path, {"w": entry}, bytes(16))
     with pytest.raises(ValueError, match=r"lie.safetensors: expected .*safetensors"):
         open_source(path)
+
+
+@pytest.mark.parametrize("offsets", [([0, 16], [8, 24]), ([0, 16], [20, 36]), ([4, 20], [20, 36])])
+def test_tensors_that_overlap_or_leave_holes_are_one_error(
+    tmp_path: Path, offsets: tuple[list[int], list[int]]
+) -> None:
+    entries = {
+        name: {"dtype": "F32", "shape": [2, 2], "data_offsets": extent}
+        for name, extent in zip("ab", offsets, strict=True)
+    }
+    path = tmp_path / "lie.safetensors"
+    write_raw_safetensors(path, entries, bytes(offsets[1][1]))
+    with pytest.raises(ValueError, match=r"lie.safetensors: expected a sound .*begins at byte"):
+        open_source(path)
+
+
+def test_file_larger_than_any_memory_is_opened_and_read(tmp_path: Path) -> None:
+    small, large = 4 * 3 * 4, 2**43
+    entries = {
+        "w.weight": {"dtype": "F32", "shape": [4, 3], "data_offsets": [0, small]},
+        "pad": {"dtype": "U8", "shape": [large], "data_offsets": [small, small + large]},
+    }
+    path = tmp_path / "m.safetensors"
+    write_raw_safetensors(path, entries, b"")
+    try:
+        os.truncate(path, path.stat().st_size + small + large)
+    except OSError:
+        pytest.skip("the file system has no files of 8 TiB")
+    assert loaded(open_source(path))["w"].eq(0).all()
+
+
+def test_names_with_long_runs_of_digits_are_ordered(tmp_path: Path) -> None:
+    names = [f"h.{digits}.w" for digits in ("9" * 5000, "10", "007", "8", "²")]
+    save_file({name: torch.ones(3, 3) for name in names}, tmp_path / "m.safetensors")
+    ordered = [header.name[2:-2][:4] for header in open_source(tmp_path).headers]
+    assert ordered == ["007", "8", "10", "9999", "²"]
+
+
+def test_tensor_outside_the_index_does_not_take_the_place_of_one_in_it(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(3, 3)}, tmp_path / "1.safetensors")
+    save_file({"a": torch.zeros(3, 3), "b": torch.ones(3, 3)}, tmp_path / "2.safetensors")
+    write_index(tmp_path, {"a": "1.safetensors", "b": "2.safetensors"})
+    assert torch.equal(open_source(tmp_path).load("a"), torch.ones(3, 3))
 
 
 def test_safetensors_header_length_beyond_the_file(tmp_path: Path) -> None:

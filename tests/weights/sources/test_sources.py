@@ -200,13 +200,6 @@ def test_empty_path_is_not_the_current_folder() -> None:
         open_source("")
 
 
-@pytest.mark.parametrize("name", ["m.npz", "m.onnx", "m", "m.safetensors.index.json"])
-def test_unsupported_suffix(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_bytes(b"x")
-    with pytest.raises(ValueError, match=rf"ending in .safetensors, .pt.*got .*{name}"):
-        open_source(tmp_path / name)
-
-
 def test_folder_without_weights(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="got a folder without weights"):
@@ -218,6 +211,21 @@ def test_folder_with_several_files_and_no_index(tmp_path: Path) -> None:
         save_file(WEIGHTS, tmp_path / f"{name}.safetensors")
     with pytest.raises(ValueError, match=r"2 files .*\(a.safetensors, b.safetensors\): give"):
         open_source(tmp_path)
+
+
+def test_unknown_home_is_a_path_that_does_not_exist() -> None:
+    with pytest.raises(FileNotFoundError, match="~nosuchuser/x', which does not exist"):
+        open_source("~nosuchuser/x")
+    with pytest.raises(FileNotFoundError, match=r"~nosuchuser/x\.pt', which does not exist"):
+        open_source("~nosuchuser/x.pt")
+
+
+def test_links_that_loop_are_one_error(tmp_path: Path) -> None:
+    for name in ("loop.pt", "model.safetensors"):
+        (tmp_path / name).symlink_to(name)
+    for path in (tmp_path / "loop.pt", tmp_path):
+        with pytest.raises(ValueError, match=r"expected a file, got links that loop"):
+            open_source(path)
 
 
 # --- a real checkpoint ---

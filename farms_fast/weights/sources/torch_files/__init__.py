@@ -1,0 +1,1 @@
+"""Pickled checkpoints, read without running them: `read_checkpoint` of `reader`."""
