@@ -143,6 +143,18 @@ def eigenvalues(window: npt.NDArray[Any]) -> FloatArray:
     return np.asarray(np.linalg.svd(wide, compute_uv=False)[::-1] ** 2)
 
 
+def drop_rounding(evals: npt.ArrayLike, eps: float = 2.0**-52) -> FloatArray:
+    """Ascending eigenvalues (windows, k), 0 for those up to `8 k eps` of their window's largest.
+
+    Example:
+        >>> drop_rounding([[1e-16, 1e-3, 4.0]]).tolist()
+        [[0.0, 0.001, 4.0]]
+    """
+    values = np.asarray(evals, dtype=np.float64)
+    limit = 8.0 * values.shape[1] * eps * values[:, -1:]
+    return np.where(np.isfinite(limit) & (values <= limit), 0.0, values)
+
+
 def window_starts(extent: int, window: int, per_dim: int) -> list[int]:
     """Where windows start in one dimension: `round(i (extent - window) / (count - 1))`.
 
