@@ -289,7 +289,8 @@ def test_options_reach_the_analysis(analysed: dict[str, Any]) -> None:
     options = (
         "--rows 64 --q 0.5 --per-dim 4 --xmin peak --xmin-pos 3 --bins 50 --bootstrap 7 "
         "--device cpu --dtype float32 --solver lapack --memory 2KiB --include a* --include b "
-        "--exclude c --layout channels_last --base d --key e --store e.sqlite --force"
+        "--exclude c --layout channels_last --base d --key e --store e.sqlite "
+        "--force --download"
     )
     result = run("m.pt", *options.split())
     assert result.exit_code == 0, result.output
@@ -310,6 +311,7 @@ def test_options_reach_the_analysis(analysed: dict[str, Any]) -> None:
         "layout": "channels_last",
         "base": Path("d"),
         "key": "e",
+        "download": True,
         "store": Path("e.sqlite"),
         "force": True,
         "process_group": None,

@@ -12,14 +12,13 @@ from farms_fast.spectra.windows import FullMatrix, window_table
 from farms_fast.testing import reference
 from tests.support.bounds import assert_spectrum_of, assert_within_bound
 from tests.support.matrix_zoo import ZOO
+from tests.support.solvers import one_stage_largest
 
 SOLVERS = build_info()["solvers"]
 CASES = [("cpu", solver) for solver in SOLVERS["cpu"]] + [
     pytest.param("cuda", solver, marks=pytest.mark.gpu) for solver in SOLVERS["cuda"] or ["auto"]
 ]
-# Clusters of blocks came with Hopper.
-HAS_CLUSTERS = torch.cuda.is_available() and ops.compute_capability() in range(90, 120)
-ONE_STAGE = (512, 256) if HAS_CLUSTERS else (160, 80)
+ONE_STAGE = (one_stage_largest(), one_stage_largest() // 2)
 # The largest real and complex order of the solvers that have one.
 LARGEST = {
     ("cuda", "one_stage"): ONE_STAGE,
@@ -118,7 +117,7 @@ def test_complex(where: str, solver: str, dtype: torch.dtype, shape: tuple[int, 
 
 @pytest.mark.parametrize(("where", "solver"), CASES)
 def test_float32_errs_by_its_own_rounding(where: str, solver: str) -> None:
-    weight = np.random.default_rng(0).standard_normal((150, 150))
+    weight = np.random.default_rng(0).standard_normal((120, 120))
     expected = reference.eigenvalues(weight)
     stack = torch.from_numpy(weight).unsqueeze(0).to(where)
     evals = solve([stack], solver, torch.float32)[0]

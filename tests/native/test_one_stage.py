@@ -11,22 +11,21 @@ from farms_fast.core import ops
 from farms_fast.spectra.windows import FullMatrix, window_table
 from tests.support.bounds import assert_spectrum_of, assert_within_bound
 from tests.support.matrix_zoo import ZOO
+from tests.support.solvers import one_stage_largest
 
 pytestmark = pytest.mark.gpu
 
 Values = NDArray[np.float64]
 
-# Of orders that one block holds, and a cluster of blocks.
-LARGEST = {80: 160, 90: 512, 100: 512, 103: 512}.get(
-    ops.compute_capability() if torch.cuda.is_available() else 80, 128
-)
+LARGEST = one_stage_largest()
 IN_CLUSTERS = (161, 167, 176, 191, 192, 193, 199, 224, 227, 251, 255, 256, 257, 263, 288, 307)
 IN_LARGE_CLUSTERS = (320, 333, 353, 383, 384, 385, 400, 401, 419, 447, 448, 449, 487, 511, 512)
 SPREAD = (137, 143, 144, 145, 151, 159, 160, *IN_CLUSTERS, *IN_LARGE_CLUSTERS)
-ORDERS = (*range(1, 131), *(k for k in SPREAD if k <= LARGEST))
+ORDERS = tuple(k for k in (*range(1, 131), *SPREAD) if k <= LARGEST)
 # The last order of each of the kernel's sizes, and the one after it.
 BLOCK_EDGES = (1, 16, 17, 32, 33, 48, 49, 64, 65, 80, 81, 104, 105, 128, 129, 160)
-EDGES = (*BLOCK_EDGES, *(k for k in (161, 192, 193, 256, 257, 384, 385, 512) if k <= LARGEST))
+CLUSTER_EDGES = (161, 192, 193, 256, 257, 384, 385, 512)
+EDGES = tuple(k for k in (*BLOCK_EDGES, *CLUSTER_EDGES) if k <= LARGEST)
 # Matrices that go to clusters of eight blocks, of four and of two, the last in several rounds.
 BATCHES = (1, 9, 24, 50, 150)
 

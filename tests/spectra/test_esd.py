@@ -309,8 +309,10 @@ def test_long_windows_keep_the_bound(
     expected = np.linalg.eigvalsh(gram)
     for stack in (torch.from_numpy(W), torch.from_numpy(W.T.copy())):
         found = esd(stack.to(device)).cpu().numpy()
-        # Half of the bound: there is to be room for what the solver adds.
-        np.testing.assert_allclose(found, expected, rtol=0, atol=error_bound(expected) / 2)
+        # On the CPU half of the bound: the sums leave room for what the solver adds. On CUDA the
+        # solver's part alone is up to half of it for order 1.
+        bound = error_bound(expected) / (2 if device.type == "cpu" else 1)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=bound)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(300, 1200), (900, 300), (500, 500)])

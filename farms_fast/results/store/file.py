@@ -20,7 +20,8 @@ T = TypeVar("T")
 _SAFE = "the finished layers in it are safe"
 # "FARM", in the header of the file.
 _APPLICATION_ID = 0x4641524D
-FORMAT_VERSION = 2
+# Also raised where alphas change their meaning, so that a resumed run does not mix them.
+FORMAT_VERSION = 3
 
 
 def _layer_column(name: str) -> str:

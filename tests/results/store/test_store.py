@@ -146,7 +146,7 @@ def test_table_of_layers_has_a_column_for_every_scalar(path: Path) -> None:
     ]
     columns = [row[1] for row in rows_of(path, "PRAGMA table_info(layers)")]
     # A store of an earlier release lacks a column that is added here: raise FORMAT_VERSION then.
-    assert FORMAT_VERSION == 2
+    assert FORMAT_VERSION == 3
     assert columns == ["id", "run", "position", "digest", *CSV_COLUMNS, "window_alphas"]
     assert len(CSV_COLUMNS) == 39
 
@@ -396,7 +396,7 @@ def test_other_format_version(path: Path) -> None:
     change(path, "PRAGMA user_version = 1")
     content = path.read_bytes()
     for create in (True, False):
-        with pytest.raises(ValueError, match=r"format version 1, .* version 2: .*new file"):
+        with pytest.raises(ValueError, match=r"format version 1, .* version 3: .*new file"):
             ResultsStore(path, create=create)
     with pytest.raises(ValueError, match="has format version 1"):
         merge(path.parent / "target.sqlite", [path])
@@ -433,7 +433,7 @@ def test_unknown_run(path: Path) -> None:
         ("UPDATE runs SET skipped = '[1]'", "is damaged"),
         ('UPDATE runs SET skipped = \'[["a", [1e999], "b"]]\'', "skipped shape: expected an int"),
         ("DROP TABLE spectra", "is damaged"),
-        ("ALTER TABLE layers ADD COLUMN more", "expected the table 'layers' as format version 2"),
+        ("ALTER TABLE layers ADD COLUMN more", "expected the table 'layers' as format version 3"),
     ],
 )
 def test_damaged_values_are_named(path: Path, statement: str, message: str) -> None:
