@@ -10,12 +10,13 @@ epsilon has seen::
     python -m benchmarks.effect.sensitivity results.jsonl
 
 Every finished cell is a line of the file. The same command again goes on where the last run
-stopped, and `--tables` prints the tables of what is there.
+stopped, and `--tables` prints the tables of what is there, which `--json` writes for `report save`.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import statistics
 import sys
@@ -272,6 +273,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=Path, help="a file of --save-tokens; else gensim's text")
     parser.add_argument("--save-tokens", type=Path, help="write the tokens and stop")
     parser.add_argument("--tables", action="store_true", help="print those of the file and stop")
+    parser.add_argument("--json", type=Path, help="with --tables, the tables as a file too")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop in time for these")
     parser.add_argument("--workers", type=int, default=1, help="cells at a time on the device")
     parser.add_argument("--device", choices=["cpu", "cuda"])
@@ -313,7 +315,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         for found in read_runs(given.out).values():
             if found.facts is not None:
                 plan = plan_of(given, found.facts["settings"]["layers"])
-                print("\n".join(report_lines(plan, found.cells, found.facts)))
+                lines = report_lines(plan, found.cells, found.facts)
+                print("\n".join(lines))
+                if given.json:
+                    saved = {"table": lines, "cells": len(found.cells)}
+                    saved |= {name: found.facts[name] for name in ("settings", "tokens", "machine")}
+                    given.json.write_text(json.dumps(saved, indent=1) + "\n")
         return {}
     path = given.model or _smollm2()
     tokens = Tokens.load(given.tokens) if given.tokens else load_tokens(path)

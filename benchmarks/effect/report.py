@@ -70,12 +70,25 @@ def _operators(result: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _language_model(result: Mapping[str, Any]) -> list[str]:
+    given = result["settings"]
+    return [
+        f"SmolLM2-135M-Instruct, calibrated with {given['samples']} x {given['seqlen']} tokens; "
+        f"FARMS windows of {given['window']}, {given['per_dim']} per dimension. Text: "
+        f"{result['tokens']}. {result['cells']} pruned models so far; groups that are not in a "
+        "table have not been measured.",
+        "",
+        *result["table"],
+    ]
+
+
 _SECTIONS: dict[str, tuple[str, Callable[[Mapping[str, Any]], list[str]]]] = {
     "cv_training": ("Image classification with TempBalance", _images),
     "cv_times": ("What TempBalance's analysis takes of an epoch", _image_times),
     "sciml": ("Fine-tuning of neural operators with TB_Sigmoid", _operators),
     "sciml_share": ("What TB_Sigmoid's analysis takes of an epoch", _operators),
     "llm_pruning": ("Pruning of small Llamas", llm_pruning.report_lines),
+    "real_llm": ("Pruning of a trained language model", _language_model),
 }
 
 
