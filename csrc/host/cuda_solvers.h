@@ -117,8 +117,8 @@ constexpr int64_t kFewComplex = 2;
 
 // Where nothing was measured: the one-stage solver for what one block holds, and the two-stage one beyond. Both pass
 // over a matrix far less often than cuSOLVER's tridiagonalisation, whatever the rate of the arithmetic; on an H200 the
-// code of 8.0 took .7 to .8 of cuSOLVER's time for one real matrix of order 1000 to 4096, and an eighth for many. Before
-// Ampere there are no float64 tensor cores for them to win by.
+// code of 8.0 took .7 to .8 of cuSOLVER's time for one real matrix of order 1000 to 4096, and an eighth for many.
+// Before Ampere there are no float64 tensor cores for them to win by.
 inline const char* modelled_choice(const CudaDevice& device, int64_t count, int64_t order, DType gram) {
   if (device.architecture < 80) return kCusolver.name;
   if (order <= one_block_order(device.shared_bytes) / reals(gram)) return kOneStage.name;

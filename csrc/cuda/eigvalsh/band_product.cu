@@ -1,10 +1,10 @@
 // A V of one panel's reflectors V, and W from it, on the tensor cores in float64: two launches for the whole batch.
 //
 // A block of four warps forms 64 rows x 32 columns of A V, a warp 32 x 16 of them. It goes along the 64 rows of A in
-// slabs of 32 columns, two stages of shared memory deep, or more where matrices are few: the others are copied while one
-// is multiplied, with a barrier before (the copies of all threads have come) and after the products (all threads have
-// read). Blocks do not wait for
-// each other: the one that finishes last of a matrix, by a counter, adds up what all of them left.
+// slabs of 32 columns, two stages of shared memory deep, or more where matrices are few: the others are copied while
+// one is multiplied, with a barrier before (the copies of all threads have come) and after the products (all threads
+// have read). Blocks do not wait for each other: the one that finishes last of a matrix, by a counter, adds up what all
+// of them left.
 //
 // Tiles sit at multiples of kMatrixTile of the whole matrix, whatever the panel, so that the tiles on the diagonal,
 // which are kept whole, are always the same ones.
@@ -21,8 +21,8 @@ struct Stage {
 };
 
 // Four blocks share a multiprocessor: 128 registers a thread, 16 of them for the sums of a warp's 32 x 16, and 55 kB of
-// shared memory a block. With few matrices there are not so many blocks, and what a block waits for is the way to memory
-// of one slab after the other: it has more of them under way.
+// shared memory a block. With few matrices there are not so many blocks, and what a block waits for is the way to
+// memory of one slab after the other: it has more of them under way.
 struct ManyBlocks {
   static constexpr int stages = 2, blocks_per_processor = 4;
 };

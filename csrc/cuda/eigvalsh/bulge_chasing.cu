@@ -189,8 +189,8 @@ __global__ void __launch_bounds__(kChaseThreads)
   }
 }
 
-// grid: (blocks, matrices). What a ring starts from, and what is left in the end. wide: (batch, wide_count(order)). spill:
-// (batch, order + kNarrowColumn, kNarrowColumn).
+// grid: (blocks, matrices). What a ring starts from, and what is left in the end. wide: (batch, wide_count(order)).
+// spill: (batch, order + kNarrowColumn, kNarrowColumn).
 __global__ void fill_spill_kernel(const double* __restrict__ wide, int order, double* __restrict__ spill) {
   const int columns = order + kNarrowColumn;
   wide += blockIdx.y * wide_count(order);
@@ -208,23 +208,21 @@ __global__ void read_spill_kernel(const double* __restrict__ spill, int order, d
   }
 }
 
-// grid: (blocks of a cluster, matrices), Config::threads threads. Shapes as above; spill: (batch, order + kNarrowColumn,
-// kNarrowColumn). A round is one sweep for each of its slots, from one end of the band to the other; the blocks take the rounds in
-// turn. A block's progress is kept with the block of the round after, or in a grid without clusters in `flags` (batch,
-// kMostFlags), -1 before: its round times kRingChunksLimit, plus the chunks up to the last one that it has let go. It
-// only grows.
+// grid: (blocks of a cluster, matrices), Config::threads threads. Shapes as above; spill: (batch, order +
+// kNarrowColumn, kNarrowColumn). A round is one sweep for each of its slots, from one end of the band to the other; the
+// blocks take the rounds in turn. A block's progress is kept with the block of the round after, or in a grid without
+// clusters in `flags` (batch, kMostFlags), -1 before: its round times kRingChunksLimit, plus the chunks up to the last
+// one that it has let go. It only grows.
 //
-// A block spins only for chunks of the round before, which runs in another block of its cluster or its cooperative grid,
-// and that starts as a whole; round 0 waits for nothing, and a round lets its chunks go in order and, at its end, all of them. So by
-// induction over rounds each goes on. A block waits for its own last round by having finished it.
+// A block spins only for chunks of the round before, which runs in another block of its cluster or its cooperative
+// grid, and that starts as a whole; round 0 waits for nothing, and a round lets its chunks go in order and, at its end,
+// all of them. So by induction over rounds each goes on. A block waits for its own last round by having finished it.
 template <class Config, bool InCluster>
 __global__ void __launch_bounds__(Config::threads) chase_ring_kernel(double* spill, int order, int* flags) {
   extern __shared__ __align__(16) double shared_memory[];
   constexpr int slots = Ring<Config>::slots;
   const Band<Config> band{shared_address(shared_memory)};
-  const auto at = [&](int c, int below) {
-    return shared_memory + (c & (Config::ring - 1)) * Config::pitch + below;
-  };
+  const auto at = [&](int c, int below) { return shared_memory + (c & (Config::ring - 1)) * Config::pitch + below; };
   int* progress = reinterpret_cast<int*>(shared_memory + Config::ring * Config::pitch);
   const int columns = order + kNarrowColumn, thread = static_cast<int>(threadIdx.x);
   const int blocks = static_cast<int>(gridDim.x), rank = static_cast<int>(blockIdx.x);

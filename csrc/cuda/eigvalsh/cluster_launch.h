@@ -1,6 +1,6 @@
 // A launch of a kernel whose blocks wait for each other: in clusters of blocks that follow each other in the grid's
-// first dimension, or where there are none as one grid that runs at the same time. A cluster of one block is an ordinary
-// launch, which any architecture takes.
+// first dimension, or where there are none as one grid that runs at the same time. A cluster of one block is an
+// ordinary launch, which any architecture takes.
 #pragma once
 
 #include <cuda_runtime.h>

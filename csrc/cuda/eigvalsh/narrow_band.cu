@@ -78,10 +78,12 @@ struct BandSlice {
   __device__ __forceinline__ double* row_at(int m, const FragmentLane& at) const {
     return one_at<Half>(m, 0, 0) + at.t * kBandTile - (at.t / 2 * kColumns + at.t % 2 * 2 * kBandTile);
   }
-  __device__ __forceinline__ double load(const double* from) const { return Config::several_blocks ? __ldcg(from) : *from; }
+  __device__ __forceinline__ double load(const double* from) const {
+    return Config::several_blocks ? __ldcg(from) : *from;
+  }
   __device__ __forceinline__ void load_pair(const double* from, double* to) const {
-    const double2 pair =
-        Config::several_blocks ? __ldcg(reinterpret_cast<const double2*>(from)) : *reinterpret_cast<const double2*>(from);
+    const double2 pair = Config::several_blocks ? __ldcg(reinterpret_cast<const double2*>(from))
+                                                : *reinterpret_cast<const double2*>(from);
     to[0] = pair.x;
     to[1] = pair.y;
   }

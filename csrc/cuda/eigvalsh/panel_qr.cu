@@ -320,8 +320,7 @@ __global__ void __launch_bounds__(Config::warps * 32, Config::blocks_per_process
 }
 
 template <class Config>
-void launch(double* gram, int batch, int order, int column, double* v, double* t, int max_blocks,
-            cudaStream_t stream) {
+void launch(double* gram, int batch, int order, int column, double* v, double* t, int max_blocks, cudaStream_t stream) {
   const int64_t rows = padded_order(order) - column - kWideBand;
   int blocks = 1;
   while (blocks < max_blocks && static_cast<int64_t>(blocks) * kRowsOfBlock<Config> < rows) blocks *= 2;

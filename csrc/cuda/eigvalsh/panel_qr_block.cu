@@ -21,7 +21,7 @@
 namespace farms_fast {
 namespace {
 
-constexpr int kEight = 8;        // columns that are factored together
+constexpr int kEight = 8;  // columns that are factored together
 constexpr int kRowsOfThread = 4;
 constexpr int kTileElements = 16 * 8;  // of a warp's product on the tensor cores
 
@@ -40,11 +40,11 @@ template <class Config>
 struct BlockPanelShared {
   static constexpr int most_tiles = 3;
   double partial[Config::warps][most_tiles][kTileElements];
-  double left[kWideBand - kEight][kEight];     // V^T C
-  double before[kWideBand - kEight][kEight];   // V^T (V's last eight), above those themselves
-  double factor[kWideBand - kEight][kEight];   // T^T V^T C; and half-way to T's part above the last eight
+  double left[kWideBand - kEight][kEight];    // V^T C
+  double before[kWideBand - kEight][kEight];  // V^T (V's last eight), above those themselves
+  double factor[kWideBand - kEight][kEight];  // T^T V^T C; and half-way to T's part above the last eight
   double t[kWideBand][kWideBand];
-  double products[kEight][kEight];             // [l][j] = v_l . v_j for l < j, of the last eight
+  double products[kEight][kEight];  // [l][j] = v_l . v_j for l < j, of the last eight
   double tau[kEight];
   // Double buffered: a column's are read while the next one's are written. The pitch keeps the sums of one column that
   // a warp reads at once on different banks.
@@ -114,7 +114,8 @@ struct BlockPanel {
     for (int row = 4 * warp + t; row < stored_rows; row += 4 * Config::warps) {
       double a[2 * v_tiles + 2];
 #pragma unroll
-      for (int i = 0; i < 2 * v_tiles + 2; ++i) a[i] = i <= last || i < Done ? v[row * kWideBand + i * kEight + g] : 0.0;
+      for (int i = 0; i < 2 * v_tiles + 2; ++i)
+        a[i] = i <= last || i < Done ? v[row * kWideBand + i * kEight + g] : 0.0;
       if constexpr (Columns) {
         const double c = row < rows ? panel[static_cast<int64_t>(row) * order + Done * kEight + g] : 0.0;
 #pragma unroll
@@ -145,7 +146,8 @@ struct BlockPanel {
       for (int w = 0; w < Config::warps; ++w) total += shared.partial[w][i / kTileElements][i % kTileElements];
       const bool of_c = i < c_tiles * kTileElements;
       const int at = of_c ? i : i - c_tiles * kTileElements, row = at / kEight;
-      if (of_c ? row < Done * kEight : row < last * kEight) (of_c ? shared.left : shared.before)[row][at % kEight] = total;
+      if (of_c ? row < Done * kEight : row < last * kEight)
+        (of_c ? shared.left : shared.before)[row][at % kEight] = total;
     }
     __syncthreads();
   }
@@ -394,7 +396,8 @@ __global__ void __launch_bounds__(32 * Config::warps, Config::blocks_per_process
 template <class Config>
 void launch(double* gram, int batch, int order, int column, double* v, double* t, cudaStream_t stream) {
   constexpr int bytes = sizeof(BlockPanelShared<Config>);
-  static_assert(bytes <= cuda_device(86).shared_bytes && hopper::shared_memory_holds(Config::blocks_per_processor, bytes));
+  static_assert(bytes <= cuda_device(86).shared_bytes &&
+                hopper::shared_memory_holds(Config::blocks_per_processor, bytes));
   FARMS_CUDA_CHECK(
       cudaFuncSetAttribute(block_panel_kernel<Config>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
   block_panel_kernel<Config><<<batch, 32 * Config::warps, bytes, stream>>>(gram, order, column, v, t);

@@ -37,8 +37,8 @@ __device__ __forceinline__ int exponent_of(unsigned long long largest_bits) {
   return abs(exponent) <= kNeutralExponent<Real> ? 0 : exponent;
 }
 
-// grid: (blocks of a matrix, matrices). Shapes as in scale.h; complex matrices are read as twice as many reals. largest:
-// (batch,), zero.
+// grid: (blocks of a matrix, matrices). Shapes as in scale.h; complex matrices are read as twice as many reals.
+// largest: (batch,), zero.
 template <typename Real>
 __global__ void __launch_bounds__(kScaleThreads)
     largest_kernel(const Real* __restrict__ gram, int64_t reals_per_matrix, unsigned long long* __restrict__ largest) {
@@ -59,8 +59,8 @@ __global__ void __launch_bounds__(kScaleThreads)
 // grid: (blocks of a matrix, matrices).
 template <typename Real>
 __global__ void __launch_bounds__(kScaleThreads)
-    scale_gram_kernel(Real* __restrict__ gram, int64_t reals_per_matrix,
-                      const unsigned long long* __restrict__ largest, int* __restrict__ exponents) {
+    scale_gram_kernel(Real* __restrict__ gram, int64_t reals_per_matrix, const unsigned long long* __restrict__ largest,
+                      int* __restrict__ exponents) {
   Real* matrix = gram + blockIdx.y * reals_per_matrix;
   const int exponent = exponent_of<Real>(largest[blockIdx.y]);
   if (blockIdx.x == 0 && threadIdx.x == 0) exponents[blockIdx.y] = exponent;
@@ -71,8 +71,7 @@ __global__ void __launch_bounds__(kScaleThreads)
 }
 
 template <typename Real>
-void scale(void* gram, int64_t batch, int64_t reals, unsigned long long* largest, int* exponents,
-           cudaStream_t stream) {
+void scale(void* gram, int64_t batch, int64_t reals, unsigned long long* largest, int* exponents, cudaStream_t stream) {
   // Few matrices are read by several blocks each.
   constexpr int64_t reals_per_block = 16 * kScaleThreads, busy_blocks = 1024;
   const int64_t useful = (reals + reals_per_block - 1) / reals_per_block;

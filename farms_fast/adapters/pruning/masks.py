@@ -6,6 +6,7 @@ scores the first one goes first, so that a mask is the same on every device and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -71,6 +72,11 @@ def check_target(weight: Tensor, ratio: float | None, n_m: NM | None, layer: str
     """Checks a weight and its one target: a ratio in [0, 1], or an N:M that divides the columns."""
     check_weight(weight, layer)
     of = f" of layer {layer!r}" if layer else ""
+    if _shares_elements(weight):
+        raise ValueError(
+            f"weight{of}: expected each element in memory of its own, got shape"
+            f" {tuple(weight.shape)} with strides {weight.stride()}: give a contiguous copy"
+        )
     if (ratio is None) == (n_m is None):
         raise ValueError(f"ratio, n_m: expected one of the two, got ratio={ratio}, n_m={n_m}")
     if n_m is None:
@@ -80,6 +86,16 @@ def check_target(weight: Tensor, ratio: float | None, n_m: NM | None, layer: str
         raise ValueError(
             f"n_m{of}: groups of {m} do not divide the {weight.shape[1]} columns of the weight"
         )
+
+
+def _shares_elements(weight: Tensor) -> bool:
+    """Whether two elements of a matrix are one in memory, as in an expanded one."""
+    (rows, cols), (down, along) = weight.shape, weight.stride()
+    if (rows > 1 and down == 0) or (cols > 1 and along == 0):
+        return True
+    # The nearest (i, j) that lies where (0, j') does is `along / common` rows on.
+    common = math.gcd(down, along)
+    return common > 0 and along // common < rows and down // common < cols
 
 
 def check_pattern(n_m: object, layer: str = "") -> NM:

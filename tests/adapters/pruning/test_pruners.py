@@ -498,3 +498,24 @@ class TestSparseGPT:
             inverse_factor(torch.eye(2), 0)
         with pytest.raises(ValueError, match=r"block: expected an integer of at least 1"):
             sparsegpt_prune_(torch.ones(2, 4), 0.5, statistics(inputs(4)), block=0)
+
+
+@given(
+    rows=st.integers(1, 5),
+    cols=st.integers(1, 5),
+    down=st.integers(0, 7),
+    along=st.integers(0, 7),
+)
+def test_elements_that_share_memory_are_refused(
+    rows: int, cols: int, down: int, along: int
+) -> None:
+    weight = torch.randn(64).as_strided((rows, cols), (down, along))
+    places = {i * down + j * along for i in range(rows) for j in range(cols)}
+    if len(places) == rows * cols:
+        magnitude_prune_(weight, 0.5)
+        assert int((weight == 0).sum()) == round(0.5 * rows * cols)
+    else:
+        before = weight.clone()
+        with pytest.raises(ValueError, match="weight: expected each element in memory of its own"):
+            magnitude_prune_(weight, 0.5)
+        assert torch.equal(weight, before)
