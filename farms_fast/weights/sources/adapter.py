@@ -58,7 +58,7 @@ def named_base(config: Mapping[str, Any]) -> Path | None:
     return local if local is not None and local.exists() else None
 
 
-def open_adapter(folder: Path) -> FileSource:
+def open_adapter(folder: Path) -> FileSource[Any]:
     """The tensors of a PEFT adapter."""
     for name in ("adapter_model.safetensors", "adapter_model.bin"):
         if os.path.lexists(folder / name):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from farms_fast.weights.model_config import ModelConfig
 from farms_fast.weights.sources import recognise as kinds
@@ -16,7 +17,7 @@ from farms_fast.weights.sources.pickles import PickleSource
 from farms_fast.weights.sources.recognise import FileKind, recognise
 from farms_fast.weights.sources.safetensors import SafetensorsSource
 
-_SOURCES: dict[FileKind, type[FileSource]] = {
+_SOURCES: dict[FileKind, type[FileSource[Any]]] = {
     kinds.SAFETENSORS: SafetensorsSource,
     kinds.PICKLE: PickleSource,
     kinds.NPZ: NumpySource,
@@ -37,7 +38,7 @@ def is_read(path: Path) -> bool:
 
 def open_files(
     files: Files, description: str, config: ModelConfig | None = None, key: str | None = None
-) -> FileSource:
+) -> FileSource[Any]:
     """The source of one file, or of shards, all of one format.
 
     Raises:

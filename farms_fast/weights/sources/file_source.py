@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -38,7 +38,11 @@ class Extent:
     dtype: torch.dtype
 
 
-class FileSource(HeaderSource):
+# What a format keeps of a tensor to load it by.
+Located = TypeVar("Located")
+
+
+class FileSource(HeaderSource, Generic[Located]):
     """Tensors of files of one format; a format says what a file holds and loads one tensor.
 
     A tensor that an index names and its file lacks is a ValueError. `key` is the dotted path of the
@@ -46,6 +50,8 @@ class FileSource(HeaderSource):
     """
 
     takes_key: ClassVar[bool] = False
+    # For formats that keep no order: by name, numbers as numbers.
+    _in_natural_order: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -59,6 +65,7 @@ class FileSource(HeaderSource):
             raise no_keys(description, key)
         self._key = key
         self._states: dict[Path, tuple[int, int]] = {}
+        self._located: dict[tuple[Path, str], Located] = {}
         for path, names in files.items():
             with open_regular(path) as file:
                 self._states[path] = file_state(file.fileno())
@@ -77,6 +84,8 @@ class FileSource(HeaderSource):
                 if isinstance(item, TensorHeader):
                     self.headers.append(item)
                     self._stored[name] = path
+        if self._in_natural_order:
+            self.headers.sort(key=lambda header: natural_order(header.name))
 
     @abstractmethod
     def _read_headers(self, path: Path) -> Mapping[str, TensorHeader | Skipped]:

@@ -23,7 +23,7 @@ from farms_fast.core.optional import optional_import
 from farms_fast.core.regular_files import open_regular
 from farms_fast.weights.model_config import ModelConfig
 from farms_fast.weights.sources.binary import FieldReader
-from farms_fast.weights.sources.file_source import Extent, Files, FileSource, natural_order
+from farms_fast.weights.sources.file_source import Extent, FileSource
 from farms_fast.weights.stacks import Skipped, TensorHeader
 
 _NAME_BYTES = 2**16
@@ -59,27 +59,17 @@ class _Quantised:
     kind: int
 
 
-class GGUFSource(FileSource):
+class GGUFSource(FileSource[_Quantised]):
     """Tensors of GGUF files by the names that llama.cpp gives them, numbers as numbers.
 
     Shapes are those of torch, `(out, in)`; quantised tensors are float32.
     """
 
     _layout = "torch"
-
-    def __init__(
-        self,
-        files: Files,
-        description: str,
-        config: ModelConfig | None = None,
-        key: str | None = None,
-    ) -> None:
-        self._tensors: dict[tuple[Path, str], _Quantised] = {}
-        super().__init__(files, description, config, key)
-        self.headers.sort(key=lambda header: natural_order(header.name))
+    _in_natural_order = True
 
     def _load(self, name: str, stored: Path) -> Tensor:
-        tensor = self._tensors[stored, name]
+        tensor = self._located[stored, name]
         extent = tensor.extent
         gguf = _gguf(stored)
         kind = gguf.GGMLQuantizationType(tensor.kind)
@@ -145,7 +135,7 @@ class GGUFSource(FileSource):
                 stored[name] = Skipped(name.removesuffix(".weight"), shape, reason)
                 continue
             extent = Extent(data + offset, count, shape, dtype)
-            self._tensors[path, name] = _Quantised(extent, number)
+            self._located[path, name] = _Quantised(extent, number)
             stored[name] = TensorHeader(name, shape, dtype)
         return stored
 

@@ -22,8 +22,7 @@ from farms_fast.core.arrays import from_numpy
 from farms_fast.core.json_files import parse_json
 from farms_fast.core.optional import optional_import
 from farms_fast.core.regular_files import open_regular
-from farms_fast.weights.model_config import ModelConfig
-from farms_fast.weights.sources.file_source import Files, FileSource, file_changed, file_state
+from farms_fast.weights.sources.file_source import FileSource, file_changed, file_state
 from farms_fast.weights.stacks import Skipped, TensorHeader
 
 _KERAS_MEMBER = "model.weights.h5"
@@ -54,25 +53,15 @@ _OF_KERAS = re.compile(r"/kernel:0$|/vars/\d+$")
 _CONTAINERS = frozenset({"layers", "_layer_checkpoint_dependencies", "vars"})
 
 
-class HDF5Source(FileSource):
+class HDF5Source(FileSource[str]):
     """Datasets of HDF5 files, named by their groups with dots between, as Keras's layers are."""
-
-    def __init__(
-        self,
-        files: Files,
-        description: str,
-        config: ModelConfig | None = None,
-        key: str | None = None,
-    ) -> None:
-        self._paths: dict[tuple[Path, str], str] = {}
-        super().__init__(files, description, config, key)
 
     def _load(self, name: str, stored: Path) -> Tensor:
         with open_regular(stored) as file:
             if file_state(file.fileno()) != self._states[stored]:
                 raise file_changed(stored)
             with _hdf5(file, stored) as root, _sound(stored):
-                values = root[self._paths[stored, name]][()]
+                values = root[self._located[stored, name]][()]
         return from_numpy(np.asarray(values))
 
     def _read_headers(self, path: Path) -> Mapping[str, TensorHeader | Skipped]:
@@ -97,7 +86,7 @@ class HDF5Source(FileSource):
                     else:
                         dtype = from_numpy(np.empty(0, item.dtype)).dtype
                         stored[name] = TensorHeader(name, shape, dtype, (str(path), address))
-                        self._paths[path, name] = place
+                        self._located[path, name] = place
         if not any(isinstance(item, TensorHeader) for item in stored.values()):
             raise ValueError(f"{path}: expected tensors, got HDF5 without any")
         return stored

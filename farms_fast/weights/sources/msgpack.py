@@ -14,9 +14,8 @@ from torch import Tensor
 
 from farms_fast.core.optional import optional_import
 from farms_fast.core.regular_files import open_regular
-from farms_fast.weights.model_config import ModelConfig
 from farms_fast.weights.sources.containers import TreeView, find_weights
-from farms_fast.weights.sources.file_source import Files, FileSource
+from farms_fast.weights.sources.file_source import FileSource
 from farms_fast.weights.stacks import Skipped, TensorHeader
 
 _DEEPEST = 64
@@ -50,24 +49,14 @@ class _Array:
     pieces: tuple[tuple[int, int], ...]
 
 
-class MsgpackSource(FileSource):
+class MsgpackSource(FileSource[_Array]):
     """Arrays of Flax's trees, with dots between the parts of their names."""
 
     takes_key = True
     _layout = "channels_last"
 
-    def __init__(
-        self,
-        files: Files,
-        description: str,
-        config: ModelConfig | None = None,
-        key: str | None = None,
-    ) -> None:
-        self._arrays: dict[tuple[Path, str], _Array] = {}
-        super().__init__(files, description, config, key)
-
     def _load(self, name: str, stored: Path) -> Tensor:
-        array = self._arrays[stored, name]
+        array = self._located[stored, name]
         pieces = [self._read(stored, offset, size) for offset, size in array.pieces]
         content = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         return content.view(_DTYPES[array.dtype]).view(array.shape)
@@ -85,7 +74,7 @@ class MsgpackSource(FileSource):
                 reason = f"not a tensor that is read: dtype {array.dtype}"
                 stored[name] = Skipped(name, array.shape, reason)
                 continue
-            self._arrays[path, name] = array
+            self._located[path, name] = array
             stored[name] = TensorHeader(name, array.shape, _DTYPES[array.dtype])
         return stored
 

@@ -20,8 +20,7 @@ from torch import Tensor
 from farms_fast.core.arrays import from_numpy
 from farms_fast.core.optional import optional_import
 from farms_fast.core.regular_files import open_regular
-from farms_fast.weights.model_config import ModelConfig
-from farms_fast.weights.sources.file_source import Extent, Files, FileSource, file_state
+from farms_fast.weights.sources.file_source import Extent, FileSource, file_state
 from farms_fast.weights.sources.protobuf import MessageReader
 from farms_fast.weights.stacks import Skipped, TensorHeader
 
@@ -107,23 +106,13 @@ class _Model:
     nodes: int = 0
 
 
-class ONNXSource(FileSource):
+class ONNXSource(FileSource[_View]):
     """Initialisers and constants of ONNX models, in torch's layout."""
 
     _layout = "torch"
 
-    def __init__(
-        self,
-        files: Files,
-        description: str,
-        config: ModelConfig | None = None,
-        key: str | None = None,
-    ) -> None:
-        self._views: dict[tuple[Path, str], _View] = {}
-        super().__init__(files, description, config, key)
-
     def _load(self, name: str, stored: Path) -> Tensor:
-        view = self._views[stored, name]
+        view = self._located[stored, name]
         tensor = view.stored
         if not tensor.typed:
             return view.of(self._read_tensor(tensor.path, tensor.extent))
@@ -159,7 +148,7 @@ class ONNXSource(FileSource):
                     continue
                 identity = (str(tensor.path), tensor.extent, view)
                 stored[unique] = TensorHeader(unique, shape, tensor.extent.dtype, identity)
-                self._views[path, unique] = view
+                self._located[path, unique] = view
         return stored
 
     def _read_graph(

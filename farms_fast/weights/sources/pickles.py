@@ -11,15 +11,14 @@ from pathlib import Path
 
 from torch import Tensor
 
-from farms_fast.weights.model_config import ModelConfig
 from farms_fast.weights.sources.containers import find_weights
-from farms_fast.weights.sources.file_source import Files, FileSource
+from farms_fast.weights.sources.file_source import FileSource
 from farms_fast.weights.sources.stored_tensors import BrokenContent, StoredTensor
 from farms_fast.weights.sources.torch_files.reader import read_checkpoint
 from farms_fast.weights.stacks import Skipped, TensorHeader
 
 
-class StoredTensorSource(FileSource):
+class StoredTensorSource(FileSource[StoredTensor]):
     """Tensors that files keep as plain memory, in mappings that may wrap them or be nested.
 
     `key` is the dotted path of the mapping to take where there are several.
@@ -27,19 +26,9 @@ class StoredTensorSource(FileSource):
 
     takes_key = True
 
-    def __init__(
-        self,
-        files: Files,
-        description: str,
-        config: ModelConfig | None = None,
-        key: str | None = None,
-    ) -> None:
-        self._tensors: dict[tuple[Path, str], StoredTensor] = {}
-        super().__init__(files, description, config, key)
-
     def _load(self, name: str, stored: Path) -> Tensor:
         try:
-            return self._tensors[stored, name].load(partial(self._read, stored))
+            return self._located[stored, name].load(partial(self._read, stored))
         except BrokenContent as error:
             raise ValueError(f"{stored}: expected {name!r} whole, got {error}") from None
 
@@ -53,7 +42,7 @@ class StoredTensorSource(FileSource):
                 continue
             if tensor.defect:
                 raise ValueError(f"{path}: expected {name!r} in its storage, got {tensor.defect}")
-            self._tensors[path, name] = tensor
+            self._located[path, name] = tensor
             identity = str(path), tensor.identity
             headers[name] = TensorHeader(name, tensor.shape, tensor.dtype, identity)
         return headers

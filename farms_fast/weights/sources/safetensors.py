@@ -16,8 +16,7 @@ from torch import Tensor
 
 from farms_fast.core.json_files import parse_json
 from farms_fast.core.regular_files import open_regular
-from farms_fast.weights.model_config import ModelConfig
-from farms_fast.weights.sources.file_source import Extent, Files, FileSource, natural_order
+from farms_fast.weights.sources.file_source import Extent, FileSource
 from farms_fast.weights.stacks import Skipped, TensorHeader
 
 # The format's own limit.
@@ -36,22 +35,13 @@ _BITS = {name: 8 * dtype.itemsize for name, dtype in _DTYPES.items()}
 _BITS |= {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 
 
-class SafetensorsSource(FileSource):
+class SafetensorsSource(FileSource[Extent]):
     """Tensors of safetensors files, which keep no order: sorted by name, numbers as numbers."""
 
-    def __init__(
-        self,
-        files: Files,
-        description: str,
-        config: ModelConfig | None = None,
-        key: str | None = None,
-    ) -> None:
-        self._extents: dict[tuple[Path, str], Extent] = {}
-        super().__init__(files, description, config, key)
-        self.headers.sort(key=lambda header: natural_order(header.name))
+    _in_natural_order = True
 
     def _load(self, name: str, stored: Path) -> Tensor:
-        return self._read_tensor(stored, self._extents[stored, name])
+        return self._read_tensor(stored, self._located[stored, name])
 
     def _read_headers(self, path: Path) -> Mapping[str, TensorHeader | Skipped]:
         try:
@@ -65,7 +55,7 @@ class SafetensorsSource(FileSource):
             shape, dtype = tuple(entry["shape"]), entry["dtype"]
             begin, end = entry["data_offsets"]
             if known := _DTYPES.get(dtype):
-                self._extents[path, name] = Extent(start + begin, end - begin, shape, known)
+                self._located[path, name] = Extent(start + begin, end - begin, shape, known)
                 stored[name] = TensorHeader(name, shape, known)
             else:
                 reason = f"dtype {dtype} is quantised, in a format that is not read"
